@@ -1,0 +1,214 @@
+// The loops, compiled once for each instruction set (FASTSAM_ISA names it). No templates of std, everything in the
+// set's namespace: the linker could keep the AVX-512 copy of a shared inline function for processors that cannot run
+// it.
+#include "../math.h"
+#include "launch.h"
+#include "tile.h"
+
+namespace fastsam::FASTSAM_ISA {
+
+using cpu::Launch;
+
+template <class S>
+static S* at(int64_t address, const Chunk& chunk) {
+  return reinterpret_cast<S*>(address) + static_cast<int64_t>(chunk.start) * kUnit;
+}
+
+// ---- grad_norm: reads n (adaptive: 2n) elements, writes one partial sum a chunk.
+
+template <class T>
+static void add_pairs(const T* __restrict in, T* __restrict out, int n) {
+  for (int i = 0; i < n; i++) out[i] = in[2 * i] + in[2 * i + 1];
+}
+
+// The sum over the first `width` lanes; `pairs` is as large as half of them.
+template <class T>
+static T fold(T* lanes, T* pairs, int width) {
+  T *in = lanes, *out = pairs;
+  for (int half = width / 2; half > 0; half /= 2) {
+    add_pairs(in, out, half);
+    T* const folded = out;
+    out = in;
+    in = folded;
+  }
+  return in[0];
+}
+
+template <class S, bool kTimesWeight>
+static double chunk_sum(const S* w, const S* g, int n, const Row& row) {
+  using T = typename Compute<S>::type;
+  const Steepest<T> steepest(row);
+  alignas(64) T lanes[kLanes], pairs[kLanes / 2], w_tile[kTile], g_tile[kTile];
+  const int width = tree_width(n, kLanes);
+  for (int i = 0; i < width; i++) lanes[i] = 0;
+  for (int start = 0; start < n; start += kTile) {  // a tile lies within one row
+    const int m = n - start < kTile ? n - start : kTile;
+    T* const acc = lanes + start % kLanes;
+    const auto* const gt = load(g + start, g_tile, m);
+    if (kTimesWeight) {
+      const auto* const wt = load(w + start, w_tile, m);
+      for (int i = 0; i < m; i++) {
+        const T x = steepest(widen(wt[i]), widen(gt[i]));
+        acc[i] = fma(x, x, acc[i]);
+      }
+    } else {
+      for (int i = 0; i < m; i++) {
+        const T x = widen(gt[i]);
+        acc[i] = fma(x, x, acc[i]);
+      }
+    }
+  }
+  return fold(lanes, pairs, width);
+}
+
+template <class S>
+static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; c++) {
+    const Chunk& chunk = launch.chunks[c];
+    const Segment& segment = launch.segments[chunk.segment];
+    const Row& row = launch.rows[segment.group];
+    const int64_t address = launch.grads[chunk.segment];
+    if (!address) {
+      launch.partials[c] = 0;
+      continue;
+    }
+    const S* const g = at<const S>(address, chunk);
+    const S* const w = at<const S>(segment.weight, chunk);
+    launch.partials[c] = has(row, kAdaptive) ? chunk_sum<S, true>(w, g, chunk.length, row)
+                                             : chunk_sum<S, false>(w, g, chunk.length, row);
+  }
+}
+
+// ---- perturb_: reads 2n, writes 2n elements.
+
+template <class S, class T>
+static void perturb_chunk(S* w, S* backup, const S* g, int n, const Perturb<T>& perturb, bool stream) {
+  alignas(64) T w_tile[kTile], g_tile[kTile], new_w[kTile];
+  alignas(64) S rounded[kTile];
+  for (int start = 0; start < n; start += kTile) {
+    const int m = n - start < kTile ? n - start : kTile;
+    const auto* const wt = load(static_cast<const S*>(w + start), w_tile, m);
+    const auto* const gt = load(g + start, g_tile, m);
+    for (int i = 0; i < m; i++) new_w[i] = perturb(widen(wt[i]), widen(gt[i]));
+    store(backup + start, w + start, m, stream);
+    store(w + start, unload(new_w, rounded, m), m, stream);
+  }
+}
+
+template <class S>
+static void perturb(const Launch& launch, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; c++) {
+    const Chunk& chunk = launch.chunks[c];
+    const Segment& segment = launch.segments[chunk.segment];
+    const int64_t address = launch.grads[chunk.segment];
+    if (!address) continue;
+    const Perturb<typename Compute<S>::type> perturb(launch.rows[segment.group], launch.sum);
+    S* const w = at<S>(segment.weight, chunk);
+    S* const backup = at<S>(segment.backup, chunk);
+    if (perturb.scale == 0) {
+      store(backup, w, chunk.length, launch.stream);
+    } else {
+      perturb_chunk(w, backup, at<const S>(address, chunk), chunk.length, perturb, launch.stream);
+    }
+  }
+  store_fence(launch.stream);
+}
+
+// ---- update_: reads 2n and the states, writes n and the states.
+
+struct Update {  // what all rules are given of one chunk
+  const Segment& segment;
+  const Chunk& chunk;
+  const Row& row;
+  int64_t source, grad;  // addresses
+};
+
+template <class T, int kStates, class A, class B, class R>
+static void update_tile(const A* w, const B* g, T* __restrict s0, T* __restrict s1, T* __restrict s2,
+                        T* __restrict new_w, int n, const R& rule) {
+  for (int i = 0; i < n; i++) {
+    T state[kMaxStates];
+    if (kStates > 0) state[0] = s0[i];
+    if (kStates > 1) state[1] = s1[i];
+    if (kStates > 2) state[2] = s2[i];
+    new_w[i] = rule(widen(w[i]), widen(g[i]), state);
+    if (kStates > 0) s0[i] = state[0];
+    if (kStates > 1) s1[i] = state[1];
+    if (kStates > 2) s2[i] = state[2];
+  }
+}
+
+template <template <class, int> class Rule, int kStates, class S>
+static void update_chunk(const Launch& launch, const Update& update) {
+  using T = typename Compute<S>::type;
+  const Segment& segment = update.segment;
+  const Chunk& chunk = update.chunk;
+  const Rule<T, kStates> rule(update.row, *reinterpret_cast<const float*>(segment.step));
+  const Gradient<T> gradient(update.row, launch.grad_scale, launch.clip);
+  S* const w = at<S>(segment.weight, chunk);
+  const S* const source = at<const S>(update.source, chunk);
+  const S* const g = at<const S>(update.grad, chunk);
+  alignas(64) T w_tile[kTile], g_tile[kTile], state_tile[kMaxStates][kTile], new_w[kTile];
+  alignas(64) S rounded[kTile];
+  for (int start = 0; start < chunk.length; start += kTile) {
+    const int m = chunk.length - start < kTile ? chunk.length - start : kTile;
+    const auto* const wt = load(source + start, w_tile, m);
+    const auto* const gt = load(g + start, g_tile, m);
+    S* memory[kMaxStates];
+    T* state[kMaxStates] = {};
+    for (int k = 0; k < kStates; k++) {
+      memory[k] = at<S>(segment.state[k], chunk) + start;
+      state[k] = load(memory[k], state_tile[k], m);
+    }
+    if (gradient.identity()) {
+      update_tile<T, kStates>(wt, gt, state[0], state[1], state[2], new_w, m, rule);
+    } else {
+      for (int i = 0; i < m; i++) g_tile[i] = gradient(widen(gt[i]));
+      update_tile<T, kStates>(wt, g_tile, state[0], state[1], state[2], new_w, m, rule);
+    }
+    for (int k = 0; k < kStates; k++) unload(state[k], memory[k], m);
+    store(w + start, unload(new_w, rounded, m), m, launch.stream);
+  }
+}
+
+template <class S>
+static void apply_rule(const Launch& launch, const Update& update) {
+  if (launch.rule == kSgd) {
+    if (sgd_states(update.row) == 0) return update_chunk<Sgd, 0, S>(launch, update);
+    return update_chunk<Sgd, 1, S>(launch, update);
+  }
+  if (adam_states(update.row) == 2) return update_chunk<Adam, 2, S>(launch, update);
+  return update_chunk<Adam, 3, S>(launch, update);
+}
+
+template <class S>
+static void update(const Launch& launch, int64_t begin, int64_t end) {
+  const bool found_inf = launch.found_inf && *launch.found_inf != 0;
+  for (int64_t c = begin; c < end; c++) {
+    const Chunk& chunk = launch.chunks[c];
+    const Segment& segment = launch.segments[chunk.segment];
+    const int64_t grad = launch.grads[chunk.segment];
+    const bool has_grad = launch.rule != kNoRule && grad;
+    const Decision decision = decide(launch.perturbed[chunk.segment], has_grad, found_inf);
+    if (decision.source == Source::kNone) continue;
+    const int64_t source = decision.source == Source::kBackup ? segment.backup : segment.weight;
+    if (decision.rule) {
+      apply_rule<S>(launch, {segment, chunk, launch.rows[segment.group], source, grad});
+    } else {
+      store(at<S>(segment.weight, chunk), at<const S>(source, chunk), chunk.length, launch.stream);
+    }
+  }
+  store_fence(launch.stream);
+}
+
+#define FASTSAM_NAME_(isa) #isa
+#define FASTSAM_NAME(isa) FASTSAM_NAME_(isa)
+
+extern const cpu::Kernels kernels = {
+    FASTSAM_NAME(FASTSAM_ISA),
+    {grad_norm<float>, grad_norm<double>, grad_norm<bfloat16>, grad_norm<float16>},
+    {perturb<float>, perturb<double>, perturb<bfloat16>, perturb<float16>},
+    {update<float>, update<double>, update<bfloat16>, update<float16>},
+};
+
+}  // namespace fastsam::FASTSAM_ISA

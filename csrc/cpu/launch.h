@@ -1,0 +1,50 @@
+// One operation over one bucket on the CPU: what ops.cpp hands over, and the loops that each instruction set provides.
+#pragma once
+
+#include "../tables.h"
+
+namespace fastsam::cpu {
+
+struct Launch {
+  Dtype dtype;
+  const Segment* segments;  // [n_segments]
+  const Chunk* chunks;      // [n_chunks]
+  const int64_t* grads;     // [n_segments] addresses, 0 = no gradient
+  const Row* rows;          // [n_groups]
+  int64_t n_segments, n_chunks;
+
+  double* partials = nullptr;  // grad_norm: [n_chunks]
+  double sum = 0;              // perturb_: the squared norm over all buckets
+  bool* perturbed = nullptr;   // [n_segments] whether the backup holds the weights: perturb_ sets it, update_ clears it
+
+  Rule rule = kNoRule;                // update_, as all below
+  const float* grad_scale = nullptr;  // [1] or null, as the two below
+  const float* found_inf = nullptr;
+  const double* clip = nullptr;
+
+  bool stream = false;  // write around the caches
+};
+
+// Work on the chunks [begin, end).
+using Loop = void (*)(const Launch&, int64_t begin, int64_t end);
+
+struct Kernels {  // by Dtype
+  const char* isa;
+  Loop grad_norm[kDtypes], perturb[kDtypes], update[kDtypes];
+};
+
+// The loops of the instruction set in use, at first the best this processor has, and the size of its last-level cache
+// in bytes.
+const Kernels& kernels();
+int64_t cache_size();
+
+// The instruction sets that this processor has, slowest first, null at the end; choosing one by name (false: it has it
+// not).
+const char* const* isas();
+bool use_isa(const char* name);
+
+double grad_norm(const Launch&);  // returns the bucket's sum of squares
+void perturb(Launch&);
+void update(Launch&);
+
+}  // namespace fastsam::cpu

@@ -1,0 +1,276 @@
+// All arithmetic of the native backends, one functor a formula.
+//
+// Every operation is one rounding, in the order of torch.optim's for-loop; `fma` stands where ATen rounds a product and
+// a sum once. The compilers must not contract: -ffp-contract=off, -fmad=false. Scalars are float64 until one final
+// cast. T is float for float32, bfloat16 and float16, double for float64. Twin of fastsam/ops/reference.py: a formula
+// changes in both.
+//
+// Each instruction set has its own namespace, else the linker may keep one set's copy of an inline function for all.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "tables.h"
+
+#ifdef __CUDACC__
+#define FASTSAM_HD __host__ __device__ inline
+#else
+#define FASTSAM_HD inline
+#endif
+
+#ifndef FASTSAM_ISA
+#ifdef __CUDACC__
+#define FASTSAM_ISA cuda
+#else
+#define FASTSAM_ISA baseline
+#endif
+#endif
+
+namespace fastsam::FASTSAM_ISA {
+
+FASTSAM_HD float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+FASTSAM_HD double fma(double a, double b, double c) { return ::fma(a, b, c); }
+FASTSAM_HD float sqrt(float x) { return ::sqrtf(x); }
+FASTSAM_HD double sqrt(double x) { return ::sqrt(x); }
+FASTSAM_HD float abs(float x) { return ::fabsf(x); }
+FASTSAM_HD double abs(double x) { return ::fabs(x); }
+FASTSAM_HD bool is_finite(double x) { return x - x == 0; }
+
+FASTSAM_HD bool has(const Row& row, Flag flag) { return static_cast<int>(row.flags) & flag; }
+
+// base^n by repeated squaring: the same bits on every machine, which pow is not.
+FASTSAM_HD double ipow(double base, uint32_t n) {
+  double result = 1.0;
+  for (; n; n >>= 1) {
+    if (n & 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+union FloatBits {
+  float value;
+  uint32_t bits;
+};
+union DoubleBits {
+  double value;
+  uint64_t bits;
+};
+FASTSAM_HD uint32_t to_bits(float x) { return FloatBits{x}.bits; }
+FASTSAM_HD uint64_t to_bits(double x) { return DoubleBits{x}.bits; }
+FASTSAM_HD float from_bits(uint32_t bits) {
+  FloatBits both;
+  both.bits = bits;
+  return both.value;
+}
+FASTSAM_HD double from_bits(uint64_t bits) {
+  DoubleBits both;
+  both.bits = bits;
+  return both.value;
+}
+
+// flag ? a : b, for flags that are the same for all elements. GCC makes a loop for each value of up to three such
+// flags, then vectorises it, but no loop that still has such a condition in it: functors with more flags select. The
+// value not chosen may be anything, NaN too.
+template <class T>
+FASTSAM_HD T select(bool flag, T a, T b) {
+  using Bits = decltype(to_bits(a));
+  const Bits mask = Bits(0) - flag;
+  return from_bits((to_bits(a) & mask) | (to_bits(b) & ~mask));
+}
+
+// a + weight (b - a), from whichever end is nearer.
+template <class T>
+FASTSAM_HD T lerp(T a, T b, T weight) {
+  return select(weight < T(0.5), fma(weight, b - a, a), fma(weight - T(1), b - a, b));
+}
+
+// torch.maximum: a NaN on either side stays.
+template <class T>
+FASTSAM_HD T maximum(T a, T b) {
+  return (b > a) | (b != b) ? b : a;
+}
+
+// ---- Low precision: widened exactly, rounded once to nearest even. NaN payloads are not kept.
+
+enum class bfloat16 : uint16_t {};  // the bits; enumerations, because compilers vectorise no loads of structures
+enum class float16 : uint16_t {};
+
+FASTSAM_HD float widen(float x) { return x; }
+FASTSAM_HD double widen(double x) { return x; }
+FASTSAM_HD float widen(bfloat16 x) { return from_bits(static_cast<uint32_t>(x) << 16); }
+FASTSAM_HD float widen(float16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x), sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  const uint32_t rebias = magnitude >= 0x7c00 ? 0x70000000 : 0x38000000;  // 224 << 23 for inf and NaN, 112 << 23
+  const uint32_t subnormal = to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return from_bits(sign | (magnitude < 0x0400 ? subnormal : (magnitude << 13) + rebias));
+}
+
+FASTSAM_HD void narrow(float x, float& out) { out = x; }
+FASTSAM_HD void narrow(double x, double& out) { out = x; }
+FASTSAM_HD void narrow(float x, bfloat16& out) {
+  const uint32_t bits = to_bits(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  out = static_cast<bfloat16>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+FASTSAM_HD void narrow(float x, float16& out) {
+  const uint32_t bits = to_bits(x), magnitude = bits & 0x7fffffff;
+  const uint32_t clamped = magnitude < 0x47800000 ? magnitude : 0x47800000;  // 2^16 and beyond are infinity
+  const uint32_t normal = ((clamped + 0xfff + (clamped >> 13 & 1)) >> 13) - (112 << 10);
+  // The last place of a float between 0.5 and 1 is 2^-24, float16's smallest step: the addition rounds to it.
+  const uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+  out = static_cast<float16>((bits >> 16 & 0x8000) | (magnitude > 0x7f800000 ? 0x7e00 : finite));
+}
+
+template <class S>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+// ---- The norm: sum of squares in one canonical tree, the same bits whatever the backend, block size and thread count.
+// A chunk's lanes take acc = fma(x, x, acc) over its 4 rows, then adjacent pairs are added, 11 levels.
+
+// Lanes beyond the next power of two of n hold zeros, which change no sum of squares.
+FASTSAM_HD int tree_width(int64_t n, int most) {
+  int width = 1;
+  while (width < n && width < most) width *= 2;
+  return width;
+}
+
+// The vector whose length is ASAM's norm: T g, T = |w| + eta (Kwon et al., arXiv 2102.11600). w g has the square of |w|
+// g.
+template <class T>
+struct Steepest {
+  T eta;
+  FASTSAM_HD explicit Steepest(const Row& row) : eta(static_cast<T>(row.eta)) {}
+  FASTSAM_HD T operator()(T w, T g) const { return eta == 0 ? w * g : (abs(w) + eta) * g; }
+};
+
+// ---- Perturbation: w + e(w), e = rho g / (|g| + NORM_EPS) (SAM: Foret et al., arXiv 2010.01412, eq. 2) or
+// rho T^2 g / (|T g| + NORM_EPS) (ASAM: arXiv 2102.11600). Two roundings from g on: the bits of p.add_(g * scale).
+
+// 0 (no perturbation) where the norm is not finite: such a step is the base optimizer's.
+template <class T>
+FASTSAM_HD T perturbation_scale(const Row& row, double sum) {
+  const double norm = sqrt(sum) + kNormEps;
+  if (!is_finite(norm)) return 0;
+  const T scale = static_cast<T>(row.rho / norm);
+  return has(row, kMaximize) ? -scale : scale;
+}
+
+template <class T>
+struct Perturb {
+  T scale;  // not 0, which the caller must branch on: 0 * inf is NaN
+  T eta;
+  bool adaptive;
+  FASTSAM_HD Perturb(const Row& row, double sum)
+      : scale(perturbation_scale<T>(row, sum)), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
+  FASTSAM_HD T operator()(T w, T g) const {
+    if (adaptive) {
+      const T t = abs(w) + eta;
+      g = eta == 0 ? (w * w) * g : t * (t * g);
+    }
+    const T e = g * scale;
+    return w + e;
+  }
+};
+
+// ---- Update.
+
+// What happens to a segment: where its old weights are, whether the rule runs on them, whether its step count grows.
+enum class Source { kNone, kBackup, kWeight };
+struct Decision {
+  Source source;
+  bool rule, count;
+};
+FASTSAM_HD Decision decide(bool perturbed, bool has_grad, bool found_inf) {
+  const bool rule = has_grad && !found_inf;
+  return {perturbed ? Source::kBackup : rule ? Source::kWeight : Source::kNone, rule, rule};
+}
+
+// Whether a step of this group counts. SGD counts the steps with momentum: its first step is the one without a buffer.
+FASTSAM_HD bool counts(Rule rule, const Row& row) { return rule != kSgd || row.beta1 != 0; }
+
+// The gradient without its loss scale, times the clip factor, uphill if maximized. Factors of 1 and -1 round nothing; a
+// clip factor of 0 clears the gradient, whatever it was.
+template <class T>
+struct Gradient {
+  T inverse, clip;
+  FASTSAM_HD Gradient(const Row& row, const float* grad_scale, const double* clip_factor)
+      : inverse(grad_scale ? static_cast<T>(1.0 / static_cast<double>(*grad_scale)) : T(1)),
+        clip(clip_factor ? static_cast<T>(*clip_factor) : T(1)) {
+    if (has(row, kMaximize)) inverse = -inverse;
+  }
+  FASTSAM_HD bool identity() const { return inverse == 1 && clip == 1; }
+  FASTSAM_HD T operator()(T g) const { return select(clip == 0, T(0), (g * inverse) * clip); }
+};
+
+// The rules are templates over the number of state tensors that a group of theirs reads and writes.
+
+// torch.optim.SGD. Without momentum (kStates = 0) there is no buffer and no dampening.
+template <class T, int kStates>
+struct Sgd {
+  T neg_lr, weight_decay, momentum, one_minus_dampening;
+  bool decay, first, nesterov;
+  FASTSAM_HD Sgd(const Row& row, float step)
+      : neg_lr(static_cast<T>(-row.lr)),
+        weight_decay(static_cast<T>(row.weight_decay)),
+        momentum(static_cast<T>(row.beta1)),
+        one_minus_dampening(static_cast<T>(1.0 - row.beta2)),
+        decay(row.weight_decay != 0),
+        first(step == 0),
+        nesterov(has(row, kNesterov)) {}
+  FASTSAM_HD T operator()(T w, T g, T* state) const {
+    if (decay) g = fma(weight_decay, w, g);
+    if (kStates > 0) {
+      const T buf = first ? g : fma(one_minus_dampening, g, state[0] * momentum);
+      g = nesterov ? fma(momentum, buf, g) : buf;
+      state[0] = buf;
+    }
+    return fma(neg_lr, g, w);
+  }
+};
+FASTSAM_HD int sgd_states(const Row& row) { return row.beta1 != 0; }
+
+// torch.optim.Adam (Kingma & Ba, arXiv 1412.6980), AdamW (Loshchilov & Hutter, arXiv 1711.05101); with amsgrad kStates
+// = 3.
+template <class T, int kStates>
+struct Adam {
+  T step_size, decay_factor, weight_decay, one_minus_beta1, beta2, one_minus_beta2, correction2_sqrt, eps;
+  bool decoupled, coupled;
+  FASTSAM_HD Adam(const Row& row, float step)
+      : decay_factor(static_cast<T>(1.0 - row.lr * row.weight_decay)),
+        weight_decay(static_cast<T>(row.weight_decay)),
+        one_minus_beta1(static_cast<T>(1.0 - row.beta1)),
+        beta2(static_cast<T>(row.beta2)),
+        one_minus_beta2(static_cast<T>(1.0 - row.beta2)),
+        eps(static_cast<T>(row.eps)),
+        decoupled(row.weight_decay != 0 && has(row, kDecoupled)),
+        coupled(row.weight_decay != 0 && !has(row, kDecoupled)) {
+    const uint32_t t = static_cast<uint32_t>(step) + 1;
+    const double correction1 = 1.0 - ipow(row.beta1, t);
+    const double correction2 = 1.0 - ipow(row.beta2, t);
+    step_size = static_cast<T>(-(row.lr / correction1));
+    correction2_sqrt = static_cast<T>(sqrt(correction2));
+  }
+  FASTSAM_HD T operator()(T w, T g, T* state) const {
+    w = select(decoupled, w * decay_factor, w);
+    g = select(coupled, fma(weight_decay, w, g), g);
+    const T exp_avg = lerp(state[0], g, one_minus_beta1);
+    const T exp_avg_sq = fma(one_minus_beta2 * g, g, state[1] * beta2);
+    T second = exp_avg_sq;
+    if (kStates > 2) state[2] = second = maximum(state[2], exp_avg_sq);
+    state[0] = exp_avg;
+    state[1] = exp_avg_sq;
+    const T denom = sqrt(second) / correction2_sqrt + eps;
+    return w + (step_size * exp_avg) / denom;
+  }
+};
+FASTSAM_HD int adam_states(const Row& row) { return has(row, kAmsgrad) ? 3 : 2; }
+
+}  // namespace fastsam::FASTSAM_ISA

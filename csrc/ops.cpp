@@ -1,0 +1,114 @@
+// torch.ops.fastsam: schemas, argument checks, and the kernels for CPU tables.
+//
+// The operations write through addresses in tables, which no schema can show: they are private to fastsam.ops.native
+// and never traced.
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/launch.h"
+
+namespace fastsam {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The data of a tensor that must be contiguous, on the CPU, of `dtype`, with `rows` rows (-1: any) of `columns` (0: of
+// one dimension).
+void* checked(const char* operation, const char* name, const Tensor& tensor, ScalarType dtype, int64_t rows,
+              int64_t columns) {
+  using torch::headeronly::toString;
+  const int64_t dim = columns > 0 ? 2 : 1;
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), operation, ": ", name, " must be contiguous, on the CPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, operation, ": ", name, " must have dtype ", toString(dtype), ", got ",
+                  toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == dim, operation, ": ", name, " must have ", dim, " dimension(s), got ", tensor.dim());
+  STD_TORCH_CHECK(rows < 0 || tensor.size(0) == rows, operation, ": ", name, " must have ", rows, " rows, got ",
+                  tensor.size(0));
+  STD_TORCH_CHECK(columns == 0 || tensor.size(1) == columns, operation, ": ", name, " must have ", columns,
+                  " columns, got ", tensor.size(1));
+  return tensor.data_ptr();
+}
+
+template <class T>
+const T* scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType dtype) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == dtype && tensor->numel() == 1, "update_: ", name,
+                  " must be one element of dtype ", torch::headeronly::toString(dtype), " on the CPU, got ",
+                  tensor->numel(), " of ", torch::headeronly::toString(tensor->scalar_type()));
+  return static_cast<const T*>(tensor->data_ptr());
+}
+
+cpu::Launch tables(const char* operation, int64_t dtype, const Tensor& segments, const Tensor& chunks,
+                   const Tensor& grads, const Tensor& rows) {
+  STD_TORCH_CHECK(0 <= dtype && dtype < kDtypes, operation, ": dtype must be a code in [0, ", static_cast<int>(kDtypes),
+                  "), got ", dtype);
+  cpu::Launch launch{};
+  launch.dtype = static_cast<Dtype>(dtype);
+  launch.segments = static_cast<const Segment*>(checked(operation, "segments", segments, ScalarType::Long, -1, 8));
+  launch.n_segments = segments.size(0);
+  launch.chunks = static_cast<const Chunk*>(checked(operation, "chunks", chunks, ScalarType::Int, -1, 4));
+  launch.n_chunks = chunks.size(0);
+  launch.grads =
+      static_cast<const int64_t*>(checked(operation, "grads", grads, ScalarType::Long, launch.n_segments, 0));
+  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, ScalarType::Double, -1, 8));
+  return launch;
+}
+
+void grad_norm(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
+               int64_t slot) {
+  cpu::Launch launch = tables("grad_norm", dtype, segments, chunks, grads, rows);
+  launch.partials =
+      static_cast<double*>(checked("grad_norm", "partials", partials, ScalarType::Double, launch.n_chunks, 0));
+  double* const sums = static_cast<double*>(checked("grad_norm", "out", out, ScalarType::Double, -1, 0));
+  STD_TORCH_CHECK(0 <= slot && slot < out.size(0), "grad_norm: slot must be in [0, ", out.size(0), "), got ", slot);
+  sums[slot] = cpu::grad_norm(launch);
+}
+
+void perturb_(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
+  cpu::Launch launch = tables("perturb_", dtype, segments, chunks, grads, rows);
+  launch.perturbed =
+      static_cast<bool*>(checked("perturb_", "perturbed", perturbed, ScalarType::Bool, launch.n_segments, 0));
+  const double* const slots = static_cast<const double*>(checked("perturb_", "sums", sums, ScalarType::Double, -1, 0));
+  for (int64_t i = 0; i < sums.size(0); i++) launch.sum += slots[i];
+  cpu::perturb(launch);
+}
+
+void update_(int64_t dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
+  STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, "update_: rule must be a code in [-1, ", static_cast<int>(kRules),
+                  "), got ", rule);
+  cpu::Launch launch = tables("update_", dtype, segments, chunks, grads, rows);
+  launch.rule = static_cast<Rule>(rule);
+  launch.perturbed =
+      static_cast<bool*>(checked("update_", "perturbed", perturbed, ScalarType::Bool, launch.n_segments, 0));
+  launch.grad_scale = scalar<float>("grad_scale", grad_scale, ScalarType::Float);
+  launch.found_inf = scalar<float>("found_inf", found_inf, ScalarType::Float);
+  launch.clip = scalar<double>("clip", clip, ScalarType::Double);
+  cpu::update(launch);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastsam, m) {
+  m.def(
+      "grad_norm(int dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "Tensor(a!) partials, Tensor(b!) out, int slot) -> ()");
+  m.def(
+      "perturb_(int dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "Tensor(a!) perturbed, Tensor sums) -> ()");
+  m.def(
+      "update_(int dtype, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "Tensor(a!) perturbed, Tensor? grad_scale, Tensor? found_inf, Tensor? clip) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {
+  m.impl("grad_norm", TORCH_BOX(&grad_norm));
+  m.impl("perturb_", TORCH_BOX(&perturb_));
+  m.impl("update_", TORCH_BOX(&update_));
+}
+
+}  // namespace fastsam

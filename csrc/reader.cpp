@@ -1,0 +1,318 @@
+// fastsam._C: addresses and layouts of Python tensors, read through torch's DLPack exchange table without its symbols
+// or an allocation: one file for every Python (limited API) and every torch that has the table.
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+#include <utility>
+
+#include <ATen/dlpack.h>
+
+#include "cpu/launch.h"
+#include "tables.h"
+
+#define FASTSAM_QUOTE_(text) #text
+#define FASTSAM_QUOTE(text) FASTSAM_QUOTE_(text)
+
+namespace fastsam {
+
+namespace {
+
+constexpr int64_t kNoMemory = 64;  // stands for the address of an empty gradient, so that it differs from no gradient
+
+const DLPackExchangeAPI* table = nullptr;
+PyTypeObject* tensor_type = nullptr;
+PyObject* grad_name = nullptr;
+PyObject* params_name = nullptr;
+
+// Owns one reference.
+class Ref {
+ public:
+  explicit Ref(PyObject* object) : object_(object) {}
+  Ref(const Ref&) = delete;
+  Ref& operator=(const Ref&) = delete;
+  ~Ref() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  void reset(PyObject* object) { Py_XDECREF(std::exchange(object_, object)); }
+
+ private:
+  PyObject* object_;
+};
+
+template <class T>
+T* at(unsigned long long address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+bool is_list(PyObject* object, const char* who, const char* what) {
+  if (PyList_Check(object)) return true;
+  PyErr_Format(PyExc_TypeError, "%s: %s must be a list, got %R", who, what,
+               reinterpret_cast<PyObject*>(Py_TYPE(object)));
+  return false;
+}
+
+// Whether no element lies in memory.
+bool is_empty(const DLTensor& tensor) {
+  for (int32_t i = 0; i < tensor.ndim; i++) {
+    if (tensor.shape[i] == 0) return true;
+  }
+  return false;
+}
+
+int64_t address_of(const DLTensor& tensor) {
+  return tensor.data ? reinterpret_cast<int64_t>(tensor.data) + static_cast<int64_t>(tensor.byte_offset) : 0;
+}
+
+int64_t address_of_grad(const DLTensor& grad) { return is_empty(grad) ? kNoMemory : address_of(grad); }
+
+// The stride of a dimension, 0 where it reaches no second element and may be anything.
+int64_t stride_of(const DLTensor& tensor, int32_t dim, bool empty) {
+  return empty || tensor.shape[dim] == 1 ? 0 : tensor.strides[dim];
+}
+
+void mix(uint64_t& hash, uint64_t value) {
+  hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
+  hash ^= hash >> 29;
+}
+
+// A hash of dtype, device, shape and strides.
+int64_t signature_of(const DLTensor& tensor) {
+  const bool empty = is_empty(tensor);
+  uint64_t hash = static_cast<uint64_t>(tensor.ndim);
+  mix(hash, static_cast<uint64_t>(tensor.dtype.code) << 32 | static_cast<uint64_t>(tensor.dtype.bits) << 16 |
+                tensor.dtype.lanes);
+  mix(hash, static_cast<uint64_t>(tensor.device.device_type) << 32 | static_cast<uint32_t>(tensor.device.device_id));
+  for (int32_t i = 0; i < tensor.ndim; i++) {
+    const uint64_t stride = static_cast<uint64_t>(stride_of(tensor, i, empty));
+    mix(hash, static_cast<uint64_t>(tensor.shape[i]) ^ (stride << 32 | stride >> 32));
+  }
+  return static_cast<int64_t>(hash);
+}
+
+// Equal signatures, without computing them.
+bool same_layout(const DLTensor& a, const DLTensor& b) {
+  if (a.ndim != b.ndim || a.dtype.code != b.dtype.code || a.dtype.bits != b.dtype.bits ||
+      a.device.device_type != b.device.device_type || a.device.device_id != b.device.device_id) {
+    return false;
+  }
+  const bool empty = is_empty(a);
+  for (int32_t i = 0; i < a.ndim; i++) {
+    if (a.shape[i] != b.shape[i] || stride_of(a, i, empty) != stride_of(b, i, empty)) return false;
+  }
+  return true;
+}
+
+// False with a Python error set where `object` is no tensor, or one without strided memory. What `out` points to lives
+// as long as the tensor.
+bool read(PyObject* object, DLTensor& out, const char* who) {
+  if (!table) {
+    PyErr_Format(PyExc_RuntimeError, "%s: call init() with torch.Tensor's exchange table first", who);
+    return false;
+  }
+  if (!PyType_IsSubtype(Py_TYPE(object), tensor_type)) {
+    PyErr_Format(PyExc_TypeError, "%s: expected a torch.Tensor, got %R", who,
+                 reinterpret_cast<PyObject*>(Py_TYPE(object)));
+    return false;
+  }
+  if (table->dltensor_from_py_object_no_sync(object, &out) == 0) return true;
+  if (!PyErr_Occurred()) PyErr_Format(PyExc_BufferError, "%s: the tensor cannot be read", who);
+  return false;
+}
+
+PyObject* init(PyObject*, PyObject* capsule) {
+  auto* const found = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (!found) return nullptr;
+  const DLPackVersion version = found->header.version;
+  if (version.major != DLPACK_MAJOR_VERSION || !found->dltensor_from_py_object_no_sync || !found->current_work_stream) {
+    return PyErr_Format(PyExc_RuntimeError, "init: DLPack %u.%u is not the version %d this library was built for",
+                        version.major, version.minor, DLPACK_MAJOR_VERSION);
+  }
+  const Ref torch(PyImport_ImportModule("torch"));
+  if (!torch.get()) return nullptr;
+  PyObject* const type = PyObject_GetAttrString(torch.get(), "Tensor");
+  if (!type) return nullptr;
+  tensor_type = reinterpret_cast<PyTypeObject*>(type);  // kept for good
+  table = found;
+  return Py_BuildValue("(II)", version.major, version.minor);
+}
+
+PyObject* same_params(PyObject*, PyObject* args) {
+  PyObject *groups, *params;
+  if (!PyArg_ParseTuple(args, "OO", &groups, &params)) return nullptr;
+  if (!is_list(groups, "same_params", "param_groups") || !is_list(params, "same_params", "params")) return nullptr;
+  const Py_ssize_t expected = PyList_Size(params);
+  Py_ssize_t seen = 0;
+  for (Py_ssize_t i = 0; i < PyList_Size(groups); i++) {
+    PyObject* const group = PyList_GetItem(groups, i);
+    if (!PyDict_Check(group)) return PyErr_Format(PyExc_TypeError, "same_params: param_groups[%zd] must be a dict", i);
+    PyObject* const own = PyDict_GetItemWithError(group, params_name);
+    if (!own && !PyErr_Occurred()) PyErr_Format(PyExc_KeyError, "same_params: param_groups[%zd] has no 'params'", i);
+    if (!own || !is_list(own, "same_params", "a group's 'params'")) return nullptr;
+    for (Py_ssize_t j = 0; j < PyList_Size(own); j++, seen++) {
+      if (seen >= expected || PyList_GetItem(own, j) != PyList_GetItem(params, seen)) Py_RETURN_FALSE;
+    }
+  }
+  return PyBool_FromLong(seen == expected);
+}
+
+PyObject* describe(PyObject*, PyObject* object) {
+  DLTensor tensor{};
+  if (!read(object, tensor, "describe")) return nullptr;
+  return Py_BuildValue("(LL)", static_cast<long long>(address_of(tensor)),
+                       static_cast<long long>(signature_of(tensor)));
+}
+
+// A list of indices, None as long as there are none.
+class Indices {
+ public:
+  bool append(Py_ssize_t index) {
+    if (!list_.get()) list_.reset(PyList_New(0));
+    const Ref number(PyLong_FromSsize_t(index));
+    return list_.get() && number.get() && PyList_Append(list_.get(), number.get()) == 0;
+  }
+  PyObject* release() { return list_.get() ? list_.release() : Py_NewRef(Py_None); }
+
+ private:
+  Ref list_{nullptr};
+};
+
+PyObject* gather(PyObject*, PyObject* args) {
+  PyObject* params;
+  unsigned long long segment_address, signature_address, skip_address, grad_address, mask_address;
+  if (!PyArg_ParseTuple(args, "OKKKKK", &params, &segment_address, &signature_address, &skip_address, &grad_address,
+                        &mask_address)) {
+    return nullptr;
+  }
+  if (!is_list(params, "gather", "params")) return nullptr;
+  const auto* const segments = at<const Segment>(segment_address);
+  const auto* const signatures = at<const int64_t>(signature_address);
+  const auto* const skip = at<const uint8_t>(skip_address);
+  auto* const addresses = at<int64_t>(grad_address);
+  auto* const mask = at<uint8_t>(mask_address);
+  const Py_ssize_t n = PyList_Size(params);
+  Ref grads(PyList_New(n));
+  if (!grads.get()) return nullptr;
+  Indices moved, foreign;
+  for (Py_ssize_t i = 0; i < n; i++) {
+    const Ref param(Py_XNewRef(PyList_GetItem(params, i)));  // .grad of a subclass may run code that changes the list
+    if (!param.get()) return nullptr;
+    DLTensor own{};
+    bool in_place = read(param.get(), own, "gather");
+    if (!in_place) {
+      if (PyErr_ExceptionMatches(PyExc_TypeError)) return nullptr;
+      PyErr_Clear();  // describe() will say what is wrong with it
+    }
+    in_place =
+        in_place && signature_of(own) == signatures[i] && (is_empty(own) || address_of(own) == segments[i].weight);
+    if (!in_place && !moved.append(i)) return nullptr;
+
+    PyObject* const grad = skip && skip[i] ? Py_NewRef(Py_None) : PyObject_GetAttr(param.get(), grad_name);
+    if (!grad) return nullptr;
+    const bool present = grad != Py_None;
+    if (PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;  // the list owns it now
+    addresses[i] = 0;
+    if (mask) mask[i] = present;
+    if (!present) continue;
+    DLTensor tensor{};
+    const bool readable = read(grad, tensor, "gather");
+    if (readable) {
+      addresses[i] = address_of_grad(tensor);
+    } else {
+      PyErr_Clear();
+    }
+    if ((!addresses[i] || !same_layout(tensor, own)) && !foreign.append(i)) return nullptr;
+  }
+  return Py_BuildValue("(NNN)", grads.release(), moved.release(), foreign.release());
+}
+
+PyObject* fill(PyObject*, PyObject* args) {
+  PyObject* grads;
+  unsigned long long address;
+  if (!PyArg_ParseTuple(args, "OK", &grads, &address)) return nullptr;
+  if (!is_list(grads, "fill", "grads")) return nullptr;
+  auto* const addresses = at<int64_t>(address);
+  for (Py_ssize_t i = 0; i < PyList_Size(grads); i++) {
+    PyObject* const grad = PyList_GetItem(grads, i);
+    addresses[i] = 0;
+    if (grad == Py_None) continue;
+    DLTensor tensor{};
+    if (!read(grad, tensor, "fill")) return nullptr;
+    addresses[i] = address_of_grad(tensor);
+    if (!addresses[i]) return PyErr_Format(PyExc_ValueError, "fill: grads[%zd] has no memory of its own", i);
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* current_work_stream(PyObject*, PyObject* args) {
+  int device_type, device_index;
+  if (!PyArg_ParseTuple(args, "ii", &device_type, &device_index)) return nullptr;
+  if (!table) return PyErr_Format(PyExc_RuntimeError, "current_work_stream: call init() first");
+  void* stream = nullptr;
+  if (table->current_work_stream(static_cast<DLDeviceType>(device_type), device_index, &stream) != 0) {
+    if (PyErr_Occurred()) return nullptr;
+    return PyErr_Format(PyExc_RuntimeError, "current_work_stream: torch has none for device type %d", device_type);
+  }
+  return PyLong_FromVoidPtr(stream);
+}
+
+PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::kernels().isa); }
+
+PyObject* cpu_isas(PyObject*, PyObject*) {
+  Ref names(PyList_New(0));
+  if (!names.get()) return nullptr;
+  for (const char* const* name = cpu::isas(); *name; name++) {
+    const Ref text(PyUnicode_FromString(*name));
+    if (!text.get() || PyList_Append(names.get(), text.get()) != 0) return nullptr;
+  }
+  return names.release();
+}
+
+PyObject* use_cpu_isa(PyObject*, PyObject* args) {
+  const char* name;
+  if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+  const char* const previous = cpu::kernels().isa;
+  if (!cpu::use_isa(name)) {
+    const Ref names(cpu_isas(nullptr, nullptr));
+    return names.get()
+               ? PyErr_Format(PyExc_ValueError, "use_cpu_isa: this processor has %R, not '%s'", names.get(), name)
+               : nullptr;
+  }
+  return PyUnicode_FromString(previous);
+}
+
+PyMethodDef methods[] = {
+    {"init", init, METH_O, "init(capsule) -> (major, minor): take torch.Tensor.__dlpack_c_exchange_api__."},
+    {"same_params", same_params, METH_VARARGS,
+     "same_params(param_groups, params) -> bool: the same objects in the same order."},
+    {"describe", describe, METH_O, "describe(tensor) -> (address, signature of dtype, device, shape and strides)."},
+    {"gather", gather, METH_VARARGS,
+     "gather(params, segments, signatures, skip, grads, mask) -> (gradients, moved, foreign)."},
+    {"fill", fill, METH_VARARGS, "fill(grads, table): write the gradients' addresses."},
+    {"current_work_stream", current_work_stream, METH_VARARGS,
+     "current_work_stream(device_type, device_index) -> int."},
+    {"cpu_isa", cpu_isa, METH_NOARGS, "cpu_isa() -> the instruction set in use."},
+    {"cpu_isas", cpu_isas, METH_NOARGS, "cpu_isas() -> those that this processor has, slowest first."},
+    {"use_cpu_isa", use_cpu_isa, METH_VARARGS, "use_cpu_isa(name) -> the previous one."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "fastsam._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+}  // namespace fastsam
+
+PyMODINIT_FUNC PyInit__C() {
+  using namespace fastsam;
+  if (!(grad_name = PyUnicode_InternFromString("grad")) || !(params_name = PyUnicode_InternFromString("params")))
+    return nullptr;
+  PyObject* const module = PyModule_Create(&definition);
+  if (module && PyModule_AddStringConstant(module, "source_hash", FASTSAM_QUOTE(FASTSAM_SOURCE_HASH)) != 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}

@@ -1,0 +1,44 @@
+// What the tables that Python fills hold, and what all backends agree on. Plain data, no functions: included
+// everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace fastsam {
+
+constexpr int kChunk = 8192;  // elements of one segment that make one partial sum
+constexpr int kLanes = 2048;  // a chunk is 4 rows of 2048 lanes
+constexpr int kSlots = 1024;  // lanes over which the partial sums of chunks are added
+constexpr int kUnit = 64;     // chunk starts and positions are counted in units of 64 elements
+constexpr int kMaxStates = 3;
+constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divides by the bare norm
+
+enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
+enum Rule { kNoRule = -1, kSgd, kAdam, kRules };
+enum Flag { kAdaptive = 1, kNesterov = 2, kMaximize = 4, kDecoupled = 8, kAmsgrad = 16 };
+
+struct Row {  // one parameter group, 8 float64
+  double lr, weight_decay;
+  double beta1, beta2;  // SGD: momentum, dampening
+  double eps, rho, eta;
+  double flags;  // bits of Flag, as an exact float
+};
+
+struct Segment {  // one parameter, 8 int64; the addresses are absolute, 0 where absent
+  int64_t weight, backup;
+  int64_t state[kMaxStates];
+  int64_t master;
+  int64_t step;  // float32: how many updates so far
+  int64_t group;
+};
+
+struct Chunk {  // up to kChunk elements of one segment, 4 int32
+  int32_t segment;
+  int32_t start;     // in units, within the segment
+  int32_t length;    // in elements
+  int32_t position;  // in units, within the bucket
+};
+
+static_assert(sizeof(Row) == 64 && sizeof(Segment) == 64 && sizeof(Chunk) == 16, "the tables' row sizes");
+
+}  // namespace fastsam

@@ -1,0 +1,505 @@
+"""Buckets: the parameters of one (device, dtype) as one flat index space, and the flat tensors that belong to it.
+
+Parameters and gradients stay where they are and are reached through tables of addresses. What the optimizer owns (the
+backup of the weights, the base optimizer's state, the step counts) is flat, in pages that never move: a parameter that
+is thawed later gets a page of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from array import array
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastsam import ops, rules
+from fastsam.checks import check_param
+from fastsam.ops.native import reader
+from fastsam.rules import Group, Row, Rule
+from fastsam.segments import STATE_SLOTS, Segment, is_dense, layout, overlapping, place_of, real_dtype, real_numel
+
+CHUNK = 8192  # elements a row of the chunk table covers, the unit of the canonical sum
+ALIGN = 64  # a segment starts at a multiple of this many elements
+
+State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
+Member: TypeAlias = tuple[Tensor, int]  # a parameter and the index of its group
+
+
+class Gradients(list["Tensor | None"]):
+    """The gradients of a bucket in segment order; `table` holds their addresses if somebody wrote them down already."""
+
+    table: Tensor | None = None
+
+
+class Bucket:
+    """The parameters of one device and dtype that one backend serves: segments, pages and tables.
+
+    Attributes:
+        slot: the bucket's place in `sums`.
+        segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and step count; the
+            group.
+        chunk_table: [n_chunks, 4] int32: segment, start / 64, length, and the padded lengths of all chunks before / 64.
+        grad_table: [n_segments] int64 on the host: addresses of this pass's gradients, 0 for none.
+        perturbed: [n_segments] bool on the host: the backup holds the weights; `perturb_` sets it, `update_` clears it.
+        partials: [n_chunks] float64, scratch of `grad_norm`.
+    """
+
+    def __init__(self, owner: Buckets, device: torch.device, dtype: torch.dtype, backend: str, slot: int) -> None:
+        """An empty bucket; `append` gives it parameters."""
+        self.owner, self.device, self.dtype, self.backend, self.slot = owner, device, dtype, backend, slot
+        self.ops = ops.operations(backend)
+        self.segments: list[Segment] = []
+        self.params: list[Tensor] = []
+        self.silent: list[int] = []  # segments whose state is not in optimizer.state yet
+        self.perturbed = torch.zeros(0, dtype=torch.bool)
+        self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
+
+    @property
+    def rule(self) -> Rule | None:
+        """The fused base optimizer; None if the base steps by itself and `update_` only restores."""
+        return self.owner.rule
+
+    @property
+    def rows(self) -> list[Row]:
+        """What the kernels know of the parameter groups, by group index."""
+        return self.owner.rows
+
+    @property
+    def row_table(self) -> Tensor:
+        """[n_groups, 8] float64 on the host: `rows`."""
+        return self.owner.row_table
+
+    @property
+    def counts(self) -> list[bool]:
+        """Whether an update advances the step counts, by group index."""
+        return self.owner.counts
+
+    # Pages and tables.
+
+    def append(self, members: Sequence[Member], state: State) -> None:
+        """Give the bucket a page for more parameters; existing pages stay where they are."""
+        sizes = [real_numel(param) for param, _ in members]
+        backups = self._page(sizes, torch.empty)
+        steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
+        chunk = self.segments[-1].chunks.stop if self.segments else 0
+        for i, (param, group) in enumerate(members):
+            chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
+            self.segments.append(
+                Segment(param, layout(param), group, sizes[i], is_dense(param), chunks, backups[i], steps[i])
+            )
+        self.params = [segment.param for segment in self.segments]
+        self.largest = max(range(len(self.segments)), key=lambda i: self.segments[i].numel)
+        self._allocate()
+        self._build_tables()
+        self.absorb(state, self.segments[-len(members) :])
+
+    def require_states(self, state: State) -> None:
+        """Have the states that the groups' values ask for; momentum or amsgrad may be switched on late."""
+        if self._allocate():
+            self.point()
+            self.absorb(state, self.segments)
+
+    def _allocate(self) -> bool:
+        needs = [(segment, self.owner.states_used(segment.group)) for segment in self.segments]
+        grown = False
+        for slot in range(STATE_SLOTS):
+            bare = [segment for segment, count in needs if slot < count and segment.states[slot] is None]
+            for segment, flat in zip(bare, self._page([s.numel for s in bare], torch.zeros), strict=True):
+                segment.states[slot] = flat
+            grown = grown or bool(bare)
+        return grown
+
+    def _page(self, sizes: Sequence[int], create: Any) -> list[Tensor]:
+        """One new flat tensor cut into pieces of these sizes that start at multiples of ALIGN."""
+        rooms = [-(-n // ALIGN) * ALIGN for n in sizes]
+        flat = create(sum(rooms), dtype=self.dtype, device=self.device)
+        return [piece[:n] for piece, n in zip(flat.split(rooms), sizes, strict=True)] if sizes else []
+
+    def _build_tables(self) -> None:
+        chunks: list[tuple[int, int, int, int]] = []
+        position = 0
+        for i, segment in enumerate(self.segments):
+            for start in range(0, segment.numel, CHUNK):
+                length = min(CHUNK, segment.numel - start)
+                chunks.append((i, start // ALIGN, length, position))
+                position -= -length // ALIGN
+        self.chunk_table = torch.tensor(chunks, dtype=torch.int32).reshape(-1, 4).to(self.device)
+        self.partials = torch.zeros(len(chunks), dtype=torch.float64, device=self.device)
+        self.grad_table = torch.zeros(len(self.segments), dtype=torch.int64)
+        before, self.perturbed = self.perturbed, torch.zeros(len(self.segments), dtype=torch.bool)
+        self.perturbed[: len(before)] = before
+        self.skip = torch.zeros(len(self.segments), dtype=torch.bool)
+        self.mask()
+        self.point()
+
+    def mask(self) -> None:
+        """Write down which segments the first pass leaves out: those of groups with `perturb=False`."""
+        left_out = [not self.owner.groups[segment.group]["perturb"] for segment in self.segments]
+        self.skip.copy_(torch.tensor(left_out, dtype=torch.bool))
+
+    def point(self) -> None:
+        """Write down where everything is."""
+        rows = []
+        for segment in self.segments:
+            segment.layout = layout(segment.param)
+            owned = (segment.backup, *segment.states, None, segment.step)
+            rows.append([segment.layout.address, *(0 if t is None else t.data_ptr() for t in owned), segment.group])
+        self.segment_table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8).to(self.device)
+        if reader is not None:
+            signatures = [reader.describe(param)[1] for param in self.params]
+            self.signatures = torch.tensor(signatures, dtype=torch.int64)
+
+    # Gradients.
+
+    def gather(self, *, ascent: bool) -> tuple[Gradients, list[int]]:
+        """Read every `.grad`; also the indices of parameters that are no longer where the tables say.
+
+        Args:
+            ascent: leave out the groups with `perturb=False`.
+        """
+        if reader is not None and self.backend != "reference":
+            found, moved, foreign = reader.gather(
+                self.params,
+                self.segment_table.data_ptr(),
+                self.signatures.data_ptr(),
+                self.skip.data_ptr() if ascent and self.owner.partial else 0,
+                self.grad_table.data_ptr(),
+                0,
+            )
+            grads = Gradients(found)
+            grads.table = self.grad_table
+        else:
+            skip = self.skip.tolist() if ascent else [False] * len(self.params)
+            grads = Gradients([None if left_out else p.grad for p, left_out in zip(self.params, skip, strict=True)])
+            moved = [i for i, segment in enumerate(self.segments) if layout(segment.param) != segment.layout]
+            foreign = [i for i, g in enumerate(grads) if g is not None and not self.segments[i].accepts(g)]
+        if foreign and not moved:
+            for i in foreign:
+                grads[i] = grad = self._converted(self.segments[i].param)
+                if grads.table is not None:
+                    grads.table[i] = grad.data_ptr() or ALIGN  # an empty gradient is a gradient
+        return grads, moved or []
+
+    def _converted(self, param: Tensor) -> Tensor:
+        """A copy of a gradient that is sparse, or of other strides or dtype, as the kernels want it."""
+        grad = param.grad
+        assert grad is not None
+        if grad.dtype != param.dtype:
+            self.owner.warn_once(
+                f"FusedSAM: {place_of(param, self.owner.groups)} is {param.dtype}, its gradient {grad.dtype}: it is "
+                "cast in every pass. Let the parameter's grad_dtype be its dtype to avoid that."
+            )
+        dense = grad if grad.layout == torch.strided else grad.to_dense()
+        return torch.empty_strided(param.size(), param.stride(), dtype=param.dtype, device=param.device).copy_(dense)
+
+    # The perturbation, seen from the host. The operations themselves keep `perturbed`, so that no interrupt falls
+    # between a write to the weights and the note of it.
+
+    def climb(self, grads: Gradients, sums: Tensor) -> None:
+        """Back up and climb, and remember a few parameters' versions to notice when somebody else writes weights."""
+        self.ops.perturb_(self, grads, sums)
+        torch.autograd.graph.increment_version(self._written(grads))
+        few = dict.fromkeys((0, self.largest, len(self.params) - 1))
+        self.watched = [(self.params[i], self.params[i]._version) for i in few if grads[i] is not None]
+
+    def step(self, grads: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Restore and take the base step. Bumped version counters let autograd notice stale graphs."""
+        written = self._written(grads)
+        self.watched = []
+        self.ops.update_(self, grads, grad_scale=grad_scale, found_inf=found_inf)
+        torch.autograd.graph.increment_version(written)
+
+    def _written(self, grads: Gradients) -> list[Tensor]:
+        """The parameters that an operation given these gradients writes to."""
+        perturbed = self.perturbed.tolist()
+        if all(perturbed):  # the usual case, without a look at every gradient
+            return self.params
+        hits = zip(self.params, grads, perturbed, strict=True)
+        return [param for param, grad, hit in hits if hit or grad is not None]
+
+    def restore(self) -> None:
+        """Bring the old weights back, bit for bit. Allocates no tensor: it runs after an out-of-memory error, too."""
+        hits = [segment for segment, hit in zip(self.segments, self.perturbed.tolist(), strict=True) if hit]
+        if any(layout(segment.param) != segment.layout for segment in hits):
+            self._copy_back()  # the tables know the old places only
+        elif hits:
+            self.grad_table.zero_()
+            nothing = Gradients([None] * len(self.segments))
+            nothing.table = self.grad_table
+            self.step(nothing, None, None)
+
+    def _copy_back(self) -> None:
+        """Restore parameters that were moved, cast or laid out otherwise since `perturb_`."""
+        for i, segment in enumerate(self.segments):
+            if self.perturbed[i] and segment.param.numel() == segment.layout.shape.numel():
+                segment.param.copy_(segment.shaped(segment.backup).reshape(segment.param.shape))
+        self.perturbed.zero_()
+
+    def swap(self) -> None:
+        """Exchange perturbed and old weights, one parameter at a time."""
+        for segment, perturbed in zip(self.segments, self.perturbed.tolist(), strict=True):
+            if perturbed:
+                kept, aside = segment.shaped(segment.backup), segment.param.clone()
+                segment.param.copy_(kept)
+                kept.copy_(aside)
+        self.watched = [(param, param._version) for param, _ in self.watched]
+
+    # optimizer.state.
+
+    def absorb(self, state: State, segments: Iterable[Segment]) -> None:
+        """Copy what `state` holds into the flat tensors and show these there; where it holds nothing, reset."""
+        rule = self.rule
+        if rule is None:
+            return
+        for segment in segments:
+            held = state[segment.param] if segment.param in state else {}
+            values = {name: held.get(name) for name in rule.states}
+            segment.shown = any(value is not None for value in values.values()) or "step" in held
+            segment.step.fill_(float(held.get("step", 0.0) if rule.has_step else values[rule.states[0]] is not None))
+            segment.views = {"step": segment.step} if rule.has_step else {}
+            for (name, value), flat in zip(values.items(), segment.states, strict=False):
+                if flat is None:
+                    continue
+                view = segment.views[name] = segment.shaped(flat)
+                if value is None:
+                    flat.zero_()
+                elif value.shape != view.shape:
+                    raise ValueError(
+                        f"FusedSAM: state[{name!r}] of {place_of(segment.param, self.owner.groups)} must have its "
+                        f"parameter's shape {list(view.shape)}, got {list(value.shape)}; load a checkpoint of this "
+                        "model, or clear optimizer.state"
+                    )
+                elif value.data_ptr() != view.data_ptr():
+                    view.copy_(value)
+            if segment.shown:
+                self._show(segment, state, rule)
+        stateful = [rule.has_step or self.owner.states_used(i) > 0 for i in range(len(self.owner.groups))]
+        self.silent = [i for i, s in enumerate(self.segments) if stateful[s.group] and not s.shown]
+
+    def publish(self, grads: Sequence[Tensor | None], state: State) -> None:
+        """Show the state of parameters that had their first update, as torch would create it."""
+        rule = self.rule
+        if rule is None or not self.silent:
+            return
+        for i in self.silent:
+            if grads[i] is not None:
+                self._show(self.segments[i], state, rule)
+        self.silent = [i for i in self.silent if not self.segments[i].shown]
+
+    def _show(self, segment: Segment, state: State, rule: Rule) -> None:
+        segment.shown = True
+        names = rule.states[: self.owner.states_used(segment.group)]
+        if rule.has_step or names:
+            state[segment.param].update({n: v for n, v in segment.views.items() if n in names or n == "step"})
+
+    def replaced(self, state: State) -> bool:
+        """Whether somebody put other tensors into `state[param]` than the ones shown there."""
+        return any(
+            name in state[segment.param] and state[segment.param][name] is not view
+            for segment in self.segments
+            if segment.shown and segment.param in state
+            for name, view in segment.views.items()
+        )
+
+    def release(self, state: State) -> None:
+        """Before the buckets are built anew: restore the weights, leave plain tensors of their dtype in `state`."""
+        self._copy_back()
+        for segment in self.segments:
+            held = state[segment.param] if segment.param in state else {}
+            for name, view in segment.views.items():
+                if held.get(name) is view:
+                    like = view if name == "step" else segment.param
+                    held[name] = view.to(segment.param.device, like.dtype, copy=True)
+
+
+class Buckets:
+    """All buckets of an optimizer, kept in step with its `param_groups` and `state`.
+
+    Attributes:
+        rows: what the kernels know of each parameter group.
+        sums: [n_buckets] float64 on each device: `grad_norm` writes it, `perturb_` reads it.
+        partial: whether a group has `perturb=False`.
+    """
+
+    def __init__(self, rule: Rule | None, backend: str, groups: Sequence[Group], state: State) -> None:
+        """No buckets yet: `follow` builds them."""
+        self.rule, self.backend, self.groups, self.state = rule, backend, groups, state
+        self.items: list[Bucket] = []
+        self.params: list[Tensor] = []  # of all groups, in order
+        self.frozen: list[Member] = []  # never had a gradient: no memory is spent on them
+        self.rows: list[Row] = []
+        self.counts: list[bool] = []
+        self.perturbs: list[bool] = []
+        self.partial = False
+        self.sums: dict[torch.device, Tensor] = {}
+        self.warned: set[str] = set()
+
+    def follow(self, groups: Sequence[Group], state: State) -> None:
+        """Catch up with what happened since the last pass: other groups, values or state, thawed parameters."""
+        self.groups = groups
+        if not self._same_params():
+            self.state = state
+            self._regroup()
+        elif self.state is not state:
+            self.state = state
+            for bucket in self.items:
+                bucket.absorb(state, bucket.segments)
+        self.refresh()
+        thawed = [member for member in self.frozen if member[0].grad is not None]
+        if thawed:
+            self.frozen = [member for member in self.frozen if member[0].grad is None]
+            self._append(thawed)
+
+    def refresh(self) -> None:
+        """Read the groups' values: schedulers change them, momentum and betas too."""
+        rows = [rules.row(group, self.rule) for group in self.groups]
+        if rows != self.rows:
+            if len(rows) != len(self.rows):
+                self._values = array("d", bytes(8 * len(Row._fields) * len(rows)))
+                self.row_table = torch.frombuffer(self._values, dtype=torch.float64).view(len(rows), -1)
+            self._values[:] = array("d", [value for row in rows for value in row])
+            self.rows = rows
+            self.counts = [self.rule is not None and self.rule.counts(group) for group in self.groups]
+            for bucket in self.items:
+                bucket.require_states(self.state)
+        perturbs = [bool(group["perturb"]) for group in self.groups]
+        if perturbs != self.perturbs:
+            self.perturbs, self.partial = perturbs, not all(perturbs)
+            for bucket in self.items:
+                bucket.mask()
+
+    def gather(self, *, ascent: bool) -> list[Gradients]:
+        """The gradients of every bucket; the tables follow parameters that were moved (`.to()`, `p.data = ...`).
+
+        Args:
+            ascent: leave out the groups with `perturb=False`.
+        """
+        read = [bucket.gather(ascent=ascent) for bucket in self.items]
+        if any(moved for _, moved in read):
+            self._follow_moves([moved for _, moved in read])
+            read = [bucket.gather(ascent=ascent) for bucket in self.items]
+            for bucket, (_, moved) in zip(self.items, read, strict=True):
+                if moved:
+                    raise RuntimeError(
+                        f"FusedSAM: {place_of(bucket.params[moved[0]], self.groups)} cannot be read where it lies: "
+                        f"{layout(bucket.params[moved[0]])}"
+                    )
+        return [grads for grads, _ in read]
+
+    def _follow_moves(self, moved: Sequence[Sequence[int]]) -> None:
+        """Bring the tables up to date; build all buckets anew where a dtype, device or shape changed."""
+        for bucket, indices in zip(self.items, moved, strict=True):
+            if not all(layout(bucket.params[i]).moved_only(bucket.segments[i].layout) for i in indices):
+                self._rebuild()
+                return
+            bucket.point()
+
+    def perturb(self, grads: Sequence[Gradients]) -> None:
+        """Norm over all buckets, then backup and climb."""
+        for bucket, g in zip(self.items, grads, strict=True):
+            bucket.ops.grad_norm(bucket, g, self.sums[bucket.device])
+        self._share_sums()
+        for bucket, g in zip(self.items, grads, strict=True):
+            bucket.climb(g, self.sums[bucket.device])
+
+    def update(self, grads: Sequence[Gradients], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Restore and take the base optimizer's step."""
+        for bucket, g in zip(self.items, grads, strict=True):
+            bucket.step(g, grad_scale, found_inf)
+            bucket.publish(g, self.state)
+
+    def restore(self) -> None:
+        """Bring the old weights back."""
+        for bucket in self.items:
+            bucket.restore()
+
+    def forget(self) -> None:
+        """Let go of the perturbation without touching the weights."""
+        for bucket in self.items:
+            bucket.perturbed.zero_()
+
+    def undisturbed(self) -> bool:
+        """Whether nobody else wrote to the perturbed weights since `perturb`."""
+        return all(param._version == version for bucket in self.items for param, version in bucket.watched)
+
+    def swap(self) -> None:
+        """Exchange perturbed and old weights."""
+        for bucket in self.items:
+            bucket.swap()
+
+    def warn_once(self, message: str) -> None:
+        """Warn, the first time only."""
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    def _same_params(self) -> bool:
+        if reader is not None:
+            return bool(reader.same_params(self.groups, self.params))
+        ids = [id(param) for group in self.groups for param in group["params"]]
+        return ids == [id(param) for param in self.params]
+
+    def _regroup(self) -> None:
+        """Parameters were added or exchanged: add pages for new ones; anything else builds all buckets anew."""
+        self.params = [param for group in self.groups for param in group["params"]]
+        group_of = {id(param): i for i, group in enumerate(self.groups) for param in group["params"]}
+        segments = [segment for bucket in self.items for segment in bucket.segments]
+        if any(group_of.get(id(segment.param)) != segment.group for segment in segments):
+            self._rebuild()
+            return
+        known = {id(segment.param) for segment in segments}
+        self._admit([(param, group_of[id(param)]) for param in self.params if id(param) not in known])
+
+    def _rebuild(self) -> None:
+        """Build all buckets anew, with the state they hold; perturbed weights are restored first."""
+        for bucket in self.items:
+            bucket.release(self.state)
+        self.items = []
+        self._admit([(param, i) for i, group in enumerate(self.groups) for param in group["params"]])
+
+    def _admit(self, members: Sequence[Member]) -> None:
+        self.frozen = [m for m in members if not m[0].requires_grad and m[0].grad is None]
+        self._append([m for m in members if m[0].requires_grad or m[0].grad is not None])
+
+    def _append(self, members: Sequence[Member]) -> None:
+        """Give parameters a place in the buckets of their device, dtype and backend."""
+        both = overlapping([*(p for bucket in self.items for p in bucket.params), *(p for p, _ in members)])
+        if both is not None:
+            raise ValueError(
+                f"FusedSAM: parameters must not share memory, got {place_of(both[0], self.groups)} and "
+                f"{place_of(both[1], self.groups)}; tie weights by using one Parameter in both places"
+            )
+        placed: dict[tuple[torch.device, torch.dtype, str], list[Member]] = {}
+        for param, group in members:
+            check_param(param, group, self.groups, self.backend)
+            placed.setdefault((param.device, *serve(param, self.backend)), []).append((param, group))
+        for (device, dtype, backend), group_members in placed.items():
+            same = [b for b in self.items if (b.device, b.dtype, b.backend) == (device, dtype, backend)]
+            if not same:
+                same = [Bucket(self, device, dtype, backend, slot=len(self.items))]
+                self.items += same
+            same[0].append(group_members, self.state)
+        devices = {bucket.device for bucket in self.items}
+        self.sums = {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices}
+
+    def states_used(self, group: int) -> int:
+        """How many of the rule's states a parameter group needs."""
+        return 0 if self.rule is None else self.rule.used(self.groups[group])
+
+    def _share_sums(self) -> None:
+        """Bring the sums of all devices together; copies between devices do not wait for the host."""
+        if len(self.sums) > 1:
+            for bucket in self.items:
+                for device, sums in self.sums.items():
+                    if device != bucket.device:
+                        sums[bucket.slot].copy_(self.sums[bucket.device][bucket.slot], non_blocking=True)
+
+
+def serve(param: Tensor, backend: str) -> tuple[torch.dtype, str]:
+    """The real dtype of a parameter and the backend that serves it; kernels walk dense storage only."""
+    dtype = real_dtype(param)
+    chosen = ops.choose(backend, param.device, dtype)
+    return dtype, "reference" if chosen is None or not is_dense(param) else chosen

@@ -1,0 +1,96 @@
+"""What a user may have got wrong: refused where it is said, with who, what must hold, what came and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastsam import ops
+from fastsam.rules import Group
+from fastsam.segments import place_of, real_dtype
+
+REFUSED = {
+    torch.optim.LBFGS: "its line search evaluates the closure at points of its own choice",
+    torch.optim.SparseAdam: "it takes sparse gradients only, and a perturbation along all weights is dense",
+}
+
+
+def check_values(group: Group) -> None:
+    """Refuse radii out of range."""
+    for name in ("rho", "eta"):
+        if not 0 <= group[name] < float("inf"):
+            raise ValueError(f"FusedSAM: {name} must be >= 0, got {group[name]!r}")
+
+
+def check_class(base: type[Optimizer]) -> None:
+    """Refuse base optimizers that SAM cannot wrap."""
+    for refused, reason in REFUSED.items():
+        if issubclass(base, refused):
+            raise ValueError(f"FusedSAM: {base.__name__} cannot be the base optimizer: {reason}")
+    if base.__name__ == "FusedSAM":
+        raise ValueError("FusedSAM: the base optimizer must not be FusedSAM itself")
+
+
+def check_instance(base: Optimizer, params: Iterable[Any] | None, base_kwargs: dict[str, Any]) -> None:
+    """Refuse a built base optimizer together with anything that contradicts it."""
+    check_class(type(base))
+    if base_kwargs:
+        raise ValueError(
+            f"FusedSAM: {sorted(base_kwargs)} are the base optimizer's arguments, but it is an instance already; "
+            "build it with them"
+        )
+    if params is None:
+        return
+    given = []
+    for item in [params] if isinstance(params, Tensor) else params:
+        members = item["params"] if isinstance(item, dict) else [item]
+        members = [members] if isinstance(members, Tensor) else members
+        given += [member[1] if isinstance(member, tuple) else member for member in members]
+    held = [param for group in base.param_groups for param in group["params"]]
+    if {id(p) for p in given} != {id(p) for p in held}:
+        raise ValueError(
+            f"FusedSAM: params must be None or exactly the base instance's {len(held)} parameters, "
+            f"got {len(given)} others"
+        )
+
+
+def check_keys(base: Optimizer, own: Iterable[str]) -> None:
+    """Refuse a base optimizer that gives another meaning to one of our parameter group keys."""
+    clash = sorted(set(own) & set(base.defaults))
+    if clash:
+        raise ValueError(
+            f"FusedSAM: {type(base).__name__} cannot be the base optimizer: its own {clash} and FusedSAM's would be "
+            "one key of the parameter groups"
+        )
+
+
+def check_differentiable(group: Group) -> None:
+    """Refuse a step that autograd could go through."""
+    if group.get("differentiable"):
+        raise ValueError("FusedSAM: differentiable=True is not supported: the step writes weights in place; use False")
+
+
+def check_param(param: Tensor, group: int, groups: Sequence[Group], backend: str) -> None:
+    """Refuse what no backend can do right.
+
+    Raises:
+        ValueError: a complex parameter in an adaptive group, a distributed tensor, or a backend that does not serve its
+            device.
+    """
+    place = place_of(param, groups)
+    if param.is_complex() and groups[group]["adaptive"]:
+        raise ValueError(
+            f"FusedSAM: {place} is complex ({param.dtype}), which adaptive=True (ASAM) does not define: abs(w) is not "
+            "element-wise there. Put it in a group with adaptive=False"
+        )
+    if hasattr(param, "_local_tensor"):
+        raise ValueError(f"FusedSAM: {place} is a DTensor (FSDP2, tensor parallelism), which is not supported yet")
+    if ops.choose(backend, param.device, real_dtype(param)) is None:
+        raise ValueError(
+            f"FusedSAM: backend={backend!r} must serve every parameter, but {place} is {param.dtype} on "
+            f"{param.device}; use backend='auto'"
+        )

@@ -1,0 +1,161 @@
+"""The operations in C++ (and CUDA), twins of `reference.py`: one library over tables of addresses.
+
+`torch.ops.fastsam.*` write through the addresses in a bucket's tables, which no schema shows: only this module
+calls them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastsam.buckets import Bucket
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NO_RULE = -1
+_NO_MEMORY = 64  # what stands for the address of an empty gradient; the same in csrc/reader.cpp
+
+
+def reason() -> str | None:
+    """Why the library cannot be used here and what to do, or None if it can."""
+    return _REASON
+
+
+def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> None:
+    """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64."""
+    _operations().grad_norm(
+        _DTYPES[bucket.dtype],
+        bucket.segment_table,
+        bucket.chunk_table,
+        _addresses(bucket, grads),
+        bucket.row_table,
+        bucket.partials,
+        out,
+        bucket.slot,
+    )
+
+
+def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> None:
+    """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
+    _operations().perturb_(
+        _DTYPES[bucket.dtype],
+        bucket.segment_table,
+        bucket.chunk_table,
+        _addresses(bucket, grads),
+        bucket.row_table,
+        bucket.perturbed,
+        sums,
+    )
+
+
+def update_(
+    bucket: Bucket,
+    grads: Sequence[Tensor | None],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> None:
+    """Return to the old weights and take the base optimizer's step.
+
+    grad_scale, found_inf: [] or [1] float32; clip: [] or [1] float64.
+    """
+    _operations().update_(
+        _DTYPES[bucket.dtype],
+        _NO_RULE if bucket.rule is None else bucket.rule.code,
+        bucket.segment_table,
+        bucket.chunk_table,
+        _addresses(bucket, grads),
+        bucket.row_table,
+        bucket.perturbed,
+        grad_scale,
+        found_inf,
+        clip,
+    )
+
+
+def _addresses(bucket: Bucket, grads: Sequence[Tensor | None]) -> Tensor:
+    """[n_segments] int64: the gradients' addresses, written now unless whoever gathered the gradients has."""
+    table: Tensor | None = getattr(grads, "table", None)
+    if table is not None:
+        return table
+    table = bucket.grad_table
+    if reader is not None:
+        reader.fill(list(grads), table.data_ptr())
+    else:
+        table.copy_(torch.tensor([_address(grad) for grad in grads], dtype=torch.int64))
+    return table
+
+
+def _address(grad: Tensor | None) -> int:
+    return 0 if grad is None else grad.data_ptr() if grad.numel() else _NO_MEMORY
+
+
+class _Operations:
+    """The overloads themselves: looking them up by name costs a microsecond a call."""
+
+    grad_norm: Callable[..., None]
+    perturb_: Callable[..., None]
+    update_: Callable[..., None]
+
+    def __init__(self, namespace: Any) -> None:
+        self.grad_norm = namespace.grad_norm.default
+        self.perturb_ = namespace.perturb_.default
+        self.update_ = namespace.update_.default
+
+
+@cache
+def _operations() -> _Operations:
+    if (why := reason()) is not None:
+        raise ImportError(f"fastsam: the native library is not available: {why}")
+    return _Operations(torch.ops.fastsam)
+
+
+def _source_hash() -> str | None:
+    """Hash of csrc/ where it lies beside the package (a source tree), as setup.py takes it."""
+    root = Path(__file__).resolve().parents[2] / "csrc"
+    if not (root / "ops.cpp").is_file():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 10):
+        return None, f"it needs torch >= 2.10, this is {torch.__version__}"
+    try:
+        module = importlib.import_module("fastsam._C")
+    except ModuleNotFoundError:
+        return None, "it was not built (python -m fastsam says why); build it with: pip install -e ."
+    except ImportError as error:
+        return None, f"it does not load ({error}); rebuild: pip install -e ."
+    expected = _source_hash()
+    if expected is not None and module.source_hash != expected:
+        return None, "it was built from other sources; rebuild: pip install -e ."
+    try:
+        if (capsule := getattr(Tensor, "__dlpack_c_exchange_api__", None)) is not None:
+            module.init(capsule)
+        if (isa := os.environ.get("FASTSAM_CPU")) is not None:
+            module.use_cpu_isa(isa)
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
+    return module, None
+
+
+_LIBRARY, _REASON = _load()
+# The module `fastsam._C`, which reads addresses and layouts of tensors; None without it or torch's exchange table.
+reader = _LIBRARY if _REASON is None and hasattr(Tensor, "__dlpack_c_exchange_api__") else None

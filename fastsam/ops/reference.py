@@ -1,0 +1,308 @@
+"""The operations in plain PyTorch: the specification that the C++, CUDA and Triton twins are tested against.
+
+Every line of a formula is one rounding, in the order of torch.optim's for-loop on a CPU; `fma` stands where ATen rounds
+a product and a sum once. Low precision is widened to float32 and rounded once, at the store; float64 stays float64.
+Scalars are float64 until one final cast. Nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastsam.rules import ADAPTIVE, AMSGRAD, DECOUPLED, MAXIMIZE, NESTEROV, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastsam.buckets import Bucket
+
+CHUNK = 8192  # elements a partial sum covers
+LANES = 2048  # a chunk is 4 rows of 2048 lanes
+SLOTS = 1024  # lanes over which the partial sums of chunks are added
+NORM_EPS = 1e-12  # added to the norm; the paper's code divides by the bare norm
+STEP_BITS = 24  # a float32 step count is exact up to 2^24
+
+
+def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> None:
+    """Write `sum((T g)^2)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM).
+
+    The sum is one canonical tree: 2,048 lanes a chunk, folded in adjacent pairs, then float64 over 1,024 lanes of
+    chunks. The same bits come out of every backend, block size and thread count.
+
+    Args:
+        bucket: the parameters.
+        grads: one gradient or None a segment; None counts as zero.
+        out: [n_buckets] float64, on the bucket's device.
+
+    Equivalent to:
+        out[bucket.slot] = sum((T * g).double().square().sum() for g in grads)
+    """
+    bucket.partials.zero_()
+    for segment, grad in zip(bucket.segments, grads, strict=True):
+        if grad is not None and segment.numel > 0:
+            w, g = _widen(segment.flat(segment.param)), _widen(segment.flat(grad))
+            bucket.partials[segment.chunks] = _chunk_sums(_steepest(w, g, bucket.rows[segment.group])).double()
+    out[bucket.slot] = _slot_sum(bucket.partials)
+
+
+def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> None:
+    """Back the weights up and climb: w <- w + e(w), e = rho T^2 g / (norm + NORM_EPS).
+
+    Foret et al., arXiv 2010.01412, eq. 2; with T = abs(w) + eta Kwon et al., arXiv 2102.11600. The backup is written
+    whatever the norm is. If the norm is not finite there is no perturbation: this step becomes the base optimizer's.
+
+    Args:
+        bucket: the parameters; `bucket.perturbed` is set where the backup was written.
+        grads: one gradient or None a segment; None leaves weight and backup alone.
+        sums: [n_buckets] float64, added in order: the squared norm over all buckets.
+
+    Equivalent to:
+        backup.copy_(w); w.add_(g * (rho / (norm + 1e-12)))
+    """
+    norm = _sqrt(_ordered_sum(sums)) + NORM_EPS
+    for i, (segment, grad) in enumerate(zip(bucket.segments, grads, strict=True)):
+        if grad is None:
+            continue
+        row = bucket.rows[segment.group]
+        old = segment.flat(segment.param)
+        segment.backup.copy_(old)
+        bucket.perturbed[i] = True
+        w, g = _widen(old), _widen(segment.flat(grad))
+        scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0).to(w.dtype)
+        if row.flags & MAXIMIZE:
+            scale = -scale
+        # A zero scale is a branch, never a product: 0 * inf is NaN.
+        segment.store(torch.where(scale != 0, w + _climb(w, g, scale, row), w))
+
+
+def update_(
+    bucket: Bucket,
+    grads: Sequence[Tensor | None],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> None:
+    """Return to the old weights and take the base optimizer's step from there, in one pass.
+
+    | perturbed | gradient | found_inf | weights                | state, step count |
+    | --------- | -------- | --------- | ---------------------- | ----------------- |
+    | yes       | yes      | 0         | rule(backup)           | updated, + 1      |
+    | yes       | yes      | 1         | backup                 | untouched         |
+    | yes       | no       | any       | backup                 | untouched         |
+    | no        | yes      | 0         | rule(w)                | updated, + 1      |
+    | no        | yes      | 1         | untouched              | untouched         |
+
+    Args:
+        bucket: the parameters; `bucket.perturbed` says whose backup is to be used, and is cleared.
+        grads: one gradient or None a segment.
+        grad_scale: [] or [1] float32, the loss scale to divide the gradients by.
+        found_inf: [] or [1] float32, not 0 where the gradients overflowed: restore, but do not update.
+        clip: [] or [1] float64, a factor on the gradients.
+    """
+    skip = None if found_inf is None else found_inf.reshape(()) != 0
+    compute = torch.float64 if bucket.dtype == torch.float64 else torch.float32
+    inverse = None if grad_scale is None else (1.0 / grad_scale.reshape(()).double().to(bucket.device)).to(compute)
+    factor = None if clip is None else clip.reshape(()).to(bucket.device, compute)
+    scalars = _adam_scalars(bucket) if bucket.rule is not None and bucket.rule.name == "adam" else None
+    for i, (segment, grad, perturbed) in enumerate(zip(bucket.segments, grads, bucket.perturbed.tolist(), strict=True)):
+        if grad is None or bucket.rule is None:
+            if perturbed:
+                segment.store(segment.backup)
+                bucket.perturbed[i] = False
+            continue
+        row = bucket.rows[segment.group]
+        source = segment.backup if perturbed else segment.flat(segment.param)
+        g = _widen(segment.flat(grad))
+        if inverse is not None:
+            g = g * inverse
+        if factor is not None:
+            g = torch.where(factor != 0, g * factor, 0.0)
+        old = [None if state is None else _widen(state) for state in segment.states]
+        if scalars is None:
+            w, new = _sgd(_widen(source), g, old, segment.step == 0, row)
+        else:
+            w, new = _adam(_widen(source), g, old, scalars[:, i].to(compute).unbind(), row)
+        segment.store(w if skip is None else torch.where(skip, source.to(w.dtype), w))
+        bucket.perturbed[i] = False
+        for state, before, after in zip(segment.states, old, new, strict=True):
+            if state is not None and before is not None and after is not None:
+                state.copy_(after if skip is None else torch.where(skip, before, after))
+        if bucket.counts[segment.group]:
+            segment.step.add_(1.0 if skip is None else torch.where(skip, 0.0, 1.0))
+
+
+def _steepest(w: Tensor, g: Tensor, row: Row) -> Tensor:
+    """T g, whose length is the norm."""
+    if not row.flags & ADAPTIVE:
+        return g
+    return w * g if row.eta == 0 else (w.abs() + row.eta) * g
+
+
+def _climb(w: Tensor, g: Tensor, scale: Tensor, row: Row) -> Tensor:
+    """The perturbation e = T^2 g * scale."""
+    if not row.flags & ADAPTIVE:
+        return g * scale
+    if row.eta == 0:
+        return ((w * w) * g) * scale
+    t = w.abs() + row.eta
+    return (t * (t * g)) * scale
+
+
+def _sgd(
+    w: Tensor, g: Tensor, states: list[Tensor | None], first: Tensor, row: Row
+) -> tuple[Tensor, list[Tensor | None]]:
+    """torch.optim.SGD; `first` is true where there is no momentum yet (dampening does not apply there)."""
+    lr, momentum, dampening = row.lr, row.beta1, row.beta2
+    buf = states[0]
+    if row.flags & MAXIMIZE:
+        g = -g
+    if row.weight_decay != 0:
+        g = _fma(row.weight_decay, w, g)
+    if momentum != 0 and buf is not None:
+        buf = torch.where(first, g, _fma(1 - dampening, g, buf * momentum))
+        g = _fma(momentum, buf, g) if row.flags & NESTEROV else buf
+    return _fma(-lr, g, w), [buf, None, None]
+
+
+def _adam_scalars(bucket: Bucket) -> Tensor:
+    """[2, n_segments] float64: -lr / (1 - beta1^t) and sqrt(1 - beta2^t), t the count of the step being made."""
+    rows = [bucket.rows[segment.group] for segment in bucket.segments]
+    columns = torch.tensor([(row.lr, row.beta1, row.beta2) for row in rows], dtype=torch.float64, device=bucket.device)
+    lr, beta1, beta2 = columns.reshape(-1, 3).unbind(1)
+    steps = [segment.step for segment in bucket.segments]
+    t = torch.stack(steps).to(torch.int64) + 1 if steps else columns.new_zeros(0, dtype=torch.int64)
+    correction1, correction2 = 1 - _power(beta1, t), 1 - _power(beta2, t)
+    return torch.stack([-(lr / correction1), _sqrt(correction2)])
+
+
+def _adam(
+    w: Tensor, g: Tensor, states: list[Tensor | None], scalars: tuple[Tensor, ...], row: Row
+) -> tuple[Tensor, list[Tensor | None]]:
+    """torch.optim.Adam and AdamW (arXiv 1412.6980, 1711.05101); states: exp_avg, exp_avg_sq, max_exp_avg_sq."""
+    step_size, correction2_sqrt = scalars  # -lr / (1 - beta1^t), sqrt(1 - beta2^t)
+    exp_avg, exp_avg_sq, max_exp_avg_sq = states
+    assert exp_avg is not None and exp_avg_sq is not None
+    if row.flags & MAXIMIZE:
+        g = -g
+    if row.weight_decay != 0:
+        if row.flags & DECOUPLED:
+            w = w * (1 - row.lr * row.weight_decay)
+        else:
+            g = _fma(row.weight_decay, w, g)
+    exp_avg = _lerp(exp_avg, g, 1 - row.beta1)
+    exp_avg_sq = _fma((1 - row.beta2) * g, g, exp_avg_sq * row.beta2)
+    second = exp_avg_sq
+    if row.flags & AMSGRAD and max_exp_avg_sq is not None:
+        second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    denom = _sqrt32(second) / correction2_sqrt + row.eps
+    return w + (step_size * exp_avg) / denom, [exp_avg, exp_avg_sq, max_exp_avg_sq]
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _chunk_sums(x: Tensor) -> Tensor:
+    """[chunks]: the canonical sum of squares of each 8,192 elements of `x` [n]; zeros fill the last chunk."""
+    n = x.numel()
+    if n <= LANES:  # one row, and lanes beyond n only add zeros
+        lanes = x.new_zeros(1, 1 << (n - 1).bit_length())
+        lanes[0, :n] = x
+        return _fold(lanes * lanes)
+    rows = x.new_zeros((n + CHUNK - 1) // CHUNK, CHUNK // LANES, LANES)
+    rows.view(-1)[:n] = x
+    acc = rows[:, 0] * rows[:, 0]
+    for k in range(1, CHUNK // LANES):
+        acc = _fma(rows[:, k], rows[:, k], acc)
+    return _fold(acc)
+
+
+def _slot_sum(partials: Tensor) -> Tensor:
+    """[]: chunk i is added to lane i mod 1,024 in ascending order, then the lanes in adjacent pairs; float64."""
+    lanes = partials.new_zeros(SLOTS)
+    for part in torch.split(partials, SLOTS):
+        lanes[: part.numel()] += part
+    return _fold(lanes)
+
+
+def _fold(x: Tensor) -> Tensor:
+    """Sum the last dimension, a power of two, in adjacent pairs."""
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x.squeeze(-1)
+
+
+def _ordered_sum(sums: Tensor) -> Tensor:
+    total = sums[0]
+    for other in sums[1:]:
+        total = total + other
+    return total
+
+
+def _fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
+    """The sum a * b + c, rounded once."""
+    if not isinstance(a, Tensor):
+        a = torch.full((), a, dtype=c.dtype, device=c.device)
+    if c.dtype == torch.float64 or _addcmul_fuses(c.device):
+        return torch.addcmul(c, a, b)
+    return _exact_fma(a, b, c)
+
+
+@cache
+def _addcmul_fuses(device: torch.device) -> bool:
+    """Whether `addcmul` rounds once there, asked with values that decide: it does on x86 with AVX2, not before."""
+    x = torch.linspace(1.0, 2.0, 1027, device=device)
+    return torch.equal(torch.addcmul(-x, x, x.flip(0)), _exact_fma(x, x.flip(0), -x))
+
+
+def _exact_fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """float32 fma by way of float64 with round-to-odd: an inexact, even sum moves one ulp towards its error."""
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    bits = total.view(torch.int64)
+    inexact = (error != 0) & error.isfinite() & (bits & 1 == 0)
+    towards = torch.where((error > 0) == (total > 0), 1, -1)
+    return torch.where(inexact, bits + towards, bits).view(torch.float64).float()
+
+
+def _lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Interpolate: a + weight (b - a), from whichever end is nearer."""
+    cast = float if a.dtype == torch.float64 else _float32
+    weight = cast(weight)  # the choice is made in the compute type, as in ATen
+    return _fma(weight, b - a, a) if weight < 0.5 else _fma(cast(weight - 1), b - a, b)
+
+
+def _float32(x: float) -> float:
+    return ctypes.c_float(x).value
+
+
+def _power(base: Tensor, n: Tensor) -> Tensor:
+    """base^n in float64 by repeated squaring: the same bits on every machine, which `pow` is not."""
+    result = torch.ones_like(base)
+    for bit in range(STEP_BITS):
+        result = torch.where((n >> bit) & 1 == 1, result * base, result)
+        base = base * base
+    return result
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded float64 root: torch's may be one ulp off, so one Newton correction with the exact residual."""
+    root = x.sqrt()
+    high = root * 134217729.0  # 2^27 + 1 splits a float64 into two halves whose products are exact (Dekker)
+    high = high - (high - root)
+    low = root - high
+    residual = ((x - high * high) - 2 * high * low) - low * low
+    return torch.where((root > 0) & root.isfinite(), root + residual / (2 * root), root)
+
+
+def _sqrt32(x: Tensor) -> Tensor:
+    """Root in x's dtype, by way of float64: torch's float32 root is one ulp off in 17 % of values on x86."""
+    return x.sqrt() if x.dtype == torch.float64 else x.double().sqrt().float()

@@ -1,0 +1,524 @@
+"""FusedSAM: Sharpness-Aware Minimization (Foret et al., arXiv 2010.01412) around any base optimizer of torch.optim.
+
+The arithmetic is in `ops/`, the flat memory in `buckets.py`, the base optimizers' rules in `rules.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastsam import ops
+from fastsam.buckets import Buckets, serve
+from fastsam.checks import check_class, check_differentiable, check_instance, check_keys, check_param, check_values
+from fastsam.rules import RULES
+
+CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
+OWN_KEYS = ("rho", "adaptive", "eta", "perturb")
+CLOSURE_RECIPE = (
+    "either let the closure clear the gradients, run forward and backward and return the loss (FusedSAM calls it "
+    "twice), or pass closure_calls=1, run the first forward and backward before step(closure) yourself"
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(method: F) -> F:
+    """Keep torch.compile out: kernels write through addresses, which a trace cannot see."""
+    disabled: Callable[..., Any] | None = None
+
+    @functools.wraps(method)
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:  # made on first use: importing torch._dynamo takes seconds
+            disabled = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+        return disabled(*args, **kwargs)
+
+    return entry  # type: ignore[return-value]
+
+
+class _Progress:
+    """Where the step is. One object, never re-bound: wrappers of an optimizer forward reads, but not writes."""
+
+    def __init__(self, buckets: Buckets) -> None:
+        self.buckets = buckets
+        self.phase = CLEAN
+        self.base_step_asked = False  # by base_step(), for the step() that it calls
+        self.closure_checked = False  # whether the closure was seen to clear the gradients
+        self.no_gradients_warned = False
+
+
+class FusedSAM(Optimizer):
+    r"""SAM as a drop-in torch optimizer whose side of the step is three launches a device and dtype.
+
+    Each step takes the gradient g1 at w, climbs to w + e with e = rho * g1 / (||g1|| + 1e-12), takes the gradient g2
+    there, returns to the old w bit for bit and lets the base optimizer step with g2. ASAM (Kwon et al., arXiv
+    2102.11600) measures the length of e in units of the weights: e = rho * T^2 g1 / (||T g1|| + 1e-12), T = abs(w) +
+    eta in groups with `adaptive=True`. One norm is taken over all groups.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups, as for any torch optimizer; None with a base instance.
+        base_optimizer: a class of torch.optim (SGD, Adam and AdamW are fused, the others step by themselves), or an
+            instance, whose parameter groups and state are taken over.
+        rho: radius of the perturbation, >= 0.
+        adaptive: ASAM instead of SAM.
+        eta: added to abs(w) in ASAM, >= 0; the paper's code uses 0.01 (see `asam_groups`).
+        perturb: False leaves a group's weights, and its gradients in the norm, out of the perturbation.
+        closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
+            calls it once.
+        backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".
+        **base_kwargs: what the base optimizer takes (lr, momentum, ...).
+
+    Raises:
+        ValueError: a value out of range, a base that SAM cannot wrap, a backend that is not available.
+
+    Example:
+        >>> opt = FusedSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05)
+        >>> loss_fn(model(x), y).backward(); opt.first_step(zero_grad=True)
+        >>> loss_fn(model(x), y).backward(); opt.step()
+    """
+
+    # GradScaler then always reaches step(), which restores and, on overflow, does not update.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: type[Optimizer] | Optimizer = torch.optim.SGD,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        eta: float = 0.0,
+        perturb: bool = True,
+        closure_calls: int = 2,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ) -> None:
+        """See the class."""
+        if closure_calls not in (1, 2):
+            raise ValueError(f"FusedSAM: closure_calls must be 1 or 2, got {closure_calls!r}")
+        own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": perturb}
+        check_values(own)
+        chosen = ops.resolve(backend)
+        if isinstance(base_optimizer, Optimizer):
+            check_instance(base_optimizer, params, base_kwargs)
+            super().__init__(base_optimizer.param_groups, own)
+            base = base_optimizer
+        elif isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer):
+            check_class(base_optimizer)
+            if params is None:
+                raise ValueError("FusedSAM: params may be None only with a base optimizer instance, got a class")
+            super().__init__(params, own)
+            base = base_optimizer(self.param_groups, **base_kwargs)
+        else:
+            raise ValueError(
+                f"FusedSAM: base_optimizer must be a torch.optim class or an instance of one, got {base_optimizer!r}"
+            )
+        check_keys(base, own)
+        for group in base.param_groups:
+            check_differentiable(group)
+        self.base_optimizer = base
+        self.closure_calls = closure_calls
+        self.defaults = {**base.defaults, **own}
+        self.param_groups = base.param_groups
+        self.state = base.state
+        self._sam = _Progress(Buckets(RULES.get(type(base)), chosen, self.param_groups, self.state))
+        for i, group in enumerate(self.param_groups):
+            self._check_group(i, group)
+
+    # The step.
+
+    @untraced
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one SAM step, or finish the one that `first_step` began.
+
+        Args:
+            closure: clears the gradients, runs forward and backward, returns the loss. Called twice (once at w, once at
+                w + e), or once after `first_step`. With `closure_calls=1` the gradients at w must be there already and
+                it is called once.
+
+        Returns:
+            The loss at w (with `closure_calls=1` or after `first_step`: the closure's own), None without a closure.
+
+        Raises:
+            RuntimeError: no closure, no `first_step` before, and there are gradients; a closure that does not clear the
+                gradients; a closure under a GradScaler. The weights are restored first.
+        """
+        sam = self._sam
+        if sam.base_step_asked or closure is None:
+            return self._step_without_closure()
+        loss = None
+        with self._restored_on_error():
+            if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+                raise RuntimeError(
+                    "FusedSAM: scaler.step(optimizer, closure) cannot unscale the closure's gradients. Call "
+                    "scaler.scale(loss).backward(); optimizer.first_step(zero_grad=True), then "
+                    "scaler.scale(loss2).backward(); scaler.step(optimizer); scaler.update()"
+                )
+            if sam.phase == PERTURBED:
+                loss = _call(closure)
+            elif self.closure_calls == 1:
+                self._require_gradients()
+                self._perturb()
+                self.zero_grad()
+                loss = _call(closure)
+            else:
+                loss = _call(closure)  # gradient at w
+                first = self._smallest_gradient()
+                self._perturb()  # w <- w + e
+                _call(closure)  # gradient at w + e
+                self._check_cleared(first)
+            self._update()  # w <- base step from the old w with that gradient
+        return loss
+
+    def _step_without_closure(self) -> None:
+        sam = self._sam
+        if sam.phase == PERTURBED:
+            with self._restored_on_error():
+                self._update()
+        elif sam.base_step_asked or all(float(group["lr"]) == 0 for group in self.param_groups):
+            # A learning rate of 0 is how distributed checkpoints create state.
+            self._update()
+        elif any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "FusedSAM: step() needs a closure, or first_step() before it: SAM takes two gradients a step. Call "
+                "first_step(zero_grad=True) after the first backward and step() after the second, or step(closure), or "
+                "base_step() for a plain step of the base optimizer"
+            )
+
+    @untraced
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Climb from w to w + e along the gradients that are there, keeping w.
+
+        Under a GradScaler the gradients may stay scaled: only their direction counts. If their norm is not finite there
+        is no perturbation, and this step is the base optimizer's.
+
+        Args:
+            zero_grad: set the gradients to None afterwards.
+        """
+        if self._sam.phase == PERTURBED:
+            warnings.warn(
+                "FusedSAM: first_step() was called twice without a step() between; the weights are restored first",
+                stacklevel=3,
+            )
+            self._leave()
+        with self._restored_on_error():
+            self._perturb()
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Finish the step: the same as `step()`.
+
+        Args:
+            zero_grad: set the gradients to None afterwards.
+        """
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def base_step(self) -> None:
+        """Take a plain step of the base optimizer with the gradients that are there, hooks included.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._require_clean("base_step()")
+        self._sam.base_step_asked = True
+        try:
+            self.step()
+        finally:
+            self._sam.base_step_asked = False
+
+    @untraced
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring the weights back, bit for bit, without an update; nothing happens if they are not perturbed."""
+        sam = self._sam
+        if sam.phase == PERTURBED:
+            sam.buckets.restore()
+            sam.phase = CLEAN
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Within the block the weights are the old ones: to save, evaluate or average between the two passes."""
+        sam = self._sam
+        if sam.phase != PERTURBED:
+            yield
+            return
+        self._swap(PAUSED)
+        try:
+            yield
+        finally:
+            self._swap(PERTURBED)
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are w + e: true between the two passes, also inside the second call of a closure."""
+        return self._sam.phase == PERTURBED
+
+    @property
+    def backend(self) -> dict[torch.device, str]:
+        """The backend that serves each device."""
+        params = (p for group in self.param_groups for p in group["params"])
+        chosen: dict[torch.device, str] = {}
+        for param in params:
+            name = serve(param, self._sam.buckets.backend)[1]
+            if chosen.get(param.device, "reference") == "reference":
+                chosen[param.device] = name
+        return chosen
+
+    @untraced
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Allocate everything a step needs without taking one."""
+        self._buckets()
+
+    @untraced
+    def refresh(self) -> None:
+        """Take over changed values of the parameter groups (lr, rho, ...); every step does, a replayed graph cannot."""
+        self._sam.buckets.refresh()
+
+    # Parts of a step. They are called without gradients enabled.
+
+    def _buckets(self) -> Buckets:
+        """The buckets, caught up with the parameter groups and the state."""
+        self._meet_base()
+        for group in self.param_groups:
+            for key in OWN_KEYS:  # a group that came in through the base optimizer
+                if key not in group:
+                    group[key] = self.defaults[key]
+        self._sam.buckets.follow(self.param_groups, self.state)
+        return self._sam.buckets
+
+    def _meet_base(self) -> None:
+        """Share groups and state with the base optimizer again after one of the two was given others."""
+        base, buckets = self.base_optimizer, self._sam.buckets
+        if base.state is self.state and base.param_groups is self.param_groups:
+            return
+        if self.state is buckets.state and self.param_groups is buckets.groups:
+            self.state, self.param_groups = base.state, base.param_groups
+        else:
+            base.state, base.param_groups = self.state, self.param_groups
+
+    def _perturb(self) -> None:
+        sam = self._sam
+        if sam.phase == PAUSED:
+            raise RuntimeError("FusedSAM: leave the `with optimizer.unperturbed():` block before taking a step")
+        buckets = self._buckets()
+        grads = buckets.gather(ascent=True)
+        sam.phase = PERTURBED
+        buckets.perturb(grads)
+        torch.clear_autocast_cache()
+
+    def _update(self) -> None:
+        sam = self._sam
+        if sam.phase == PAUSED:
+            raise RuntimeError("FusedSAM: leave the `with optimizer.unperturbed():` block before taking a step")
+        buckets = self._buckets()
+        if buckets.rule is not None:
+            grads = buckets.gather(ascent=False)
+            self._warn_without_gradients(grads)
+            buckets.update(grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        else:
+            buckets.gather(ascent=False)  # follows parameters that moved
+            buckets.restore()
+            self._step_base()
+        sam.phase = CLEAN
+        torch.clear_autocast_cache()
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
+
+    def _step_base(self) -> None:
+        """Let a base that is not fused step, below its hooks; a loss scale is undone on copies of the gradients."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in params]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        step = type(self.base_optimizer).step
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__  # type: ignore[attr-defined]
+        try:
+            if scale is not None:
+                for p, grad in zip(params, grads, strict=True):
+                    p.grad = (grad * scale.double().reciprocal().to(grad.device)).to(grad.dtype)
+            step(self.base_optimizer)
+        finally:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+
+    @contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if self._sam.phase == PERTURBED:
+                self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """End the perturbed phase by another door than `step`: weights that somebody wrote in the meantime are kept."""
+        buckets = self._sam.buckets
+        if buckets.undisturbed():
+            self.restore()
+            return
+        buckets.forget()
+        self._sam.phase = CLEAN
+        buckets.warn_once(
+            "FusedSAM: the weights were written between the two passes (load_state_dict?); they are kept, and the "
+            "perturbation is dropped"
+        )
+
+    @untraced
+    @torch.no_grad()
+    def _swap(self, phase: str) -> None:
+        self._sam.buckets.swap()
+        self._sam.phase = phase
+        torch.clear_autocast_cache()
+
+    # What a user may have got wrong.
+
+    def _require_clean(self, what: str) -> None:
+        if self._sam.phase == PERTURBED:
+            raise RuntimeError(
+                f"FusedSAM: {what} needs the unperturbed weights, but the step is between its two passes. Finish it "
+                "with step(), undo it with restore(), or use `with optimizer.unperturbed():`"
+            )
+
+    def _require_gradients(self) -> None:
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"FusedSAM: closure_calls=1 needs the gradients at w before step(closure), found none; {CLOSURE_RECIPE}"
+            )
+
+    def _smallest_gradient(self) -> tuple[Tensor, Tensor, int] | None:
+        """In an optimizer's first step: a parameter, its gradient (the smallest: it is kept alive) and its version."""
+        if self._sam.closure_checked:
+            return None
+        # A view is a data-parallel bucket's, which the reducer writes to in place.
+        grads = ((p, p.grad) for group in self.param_groups for p in group["params"])
+        with_grad = [p for p, grad in grads if grad is not None and not grad._is_view()]
+        param = min(with_grad, key=torch.numel, default=None)
+        return None if param is None else (param, param.grad, param.grad._version)
+
+    def _check_cleared(self, first: tuple[Tensor, Tensor, int] | None) -> None:
+        """Refuse closures that add the second gradient to the first; one in-place addition gives them away."""
+        self._sam.closure_checked = True
+        if first is not None and first[0].grad is first[1] and first[1]._version == first[2] + 1:
+            raise RuntimeError(
+                "FusedSAM: the closure does not clear the gradients, so the second pass would add to the first: "
+                f"{CLOSURE_RECIPE}"
+            )
+
+    def _warn_without_gradients(self, grads: list[Any]) -> None:
+        sam = self._sam
+        if not sam.no_gradients_warned and sam.phase == PERTURBED and not any(g is not None for b in grads for g in b):
+            sam.no_gradients_warned = True
+            warnings.warn(
+                "FusedSAM: no parameter had a gradient in this step. Was the optimizer built before the model's "
+                "parameters were replaced (load_state_dict(assign=True), model surgery)?",
+                stacklevel=6,
+            )
+
+    def _check_group(self, index: int, group: dict[str, Any]) -> None:
+        check_values(group)
+        for param in group["params"]:
+            check_param(param, index, self.param_groups, self._sam.buckets.backend)
+
+    # State: what torch's own optimizer has, under torch's names.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as for any torch optimizer; it may have its own rho, adaptive, eta and perturb."""
+        if "_sam" in self.__dict__:
+            self._require_clean("add_param_group()")
+        super().add_param_group(param_group)
+        if "_sam" in self.__dict__:
+            try:
+                self._check_group(len(self.param_groups) - 1, self.param_groups[-1])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state under torch's names, and the groups with rho, adaptive, eta and perturb.
+
+        It loads into the base optimizer's class and into FusedSAM, and holds no copy of the weights.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._require_clean("state_dict()")
+        self._meet_base()
+        buckets = self._sam.buckets
+        for bucket in buckets.items:
+            if self.state is not buckets.state or bucket.replaced(self.state):
+                bucket.absorb(self.state, bucket.segments)
+        out = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        segments = {id(segment.param): segment for bucket in buckets.items for segment in bucket.segments}
+        for i, param in enumerate(params):
+            segment = segments.get(id(param))
+            if i in out["state"] and segment is not None and segment.shown:
+                if segment.step == 0:  # an overflow kept its first step from happening
+                    del out["state"][i]
+                elif "step" in out["state"][i]:
+                    out["state"][i] = {**out["state"][i], "step": segment.step.cpu().clone()}
+        return out
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of FusedSAM, of the base optimizer's class, or of the 63-line SAM file.
+
+        Keys that the checkpoint's groups lack keep their values here. The 63-line file saves no state of the base
+        optimizer, which then starts afresh.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._require_clean("load_state_dict()")
+        state = {k: {n: v for n, v in held.items() if n != "old_p"} for k, held in state_dict["state"].items()}
+        if any("old_p" in held for held in state_dict["state"].values()):
+            warnings.warn(
+                "FusedSAM: this checkpoint's state holds copies of the weights (old_p) instead of the base optimizer's "
+                "state; they are ignored, and what the base optimizer's state lacks starts afresh",
+                stacklevel=2,
+            )
+        live = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        saved = state_dict["param_groups"]
+        groups = [{**mine, **theirs} for mine, theirs in zip(live, saved, strict=False)] + list(saved[len(live) :])
+        super().load_state_dict({"state": {k: held for k, held in state.items() if held}, "param_groups": groups})
+        if self._sam.buckets.items and self._sam.phase == CLEAN:
+            self._buckets()  # copies into the flat tensors: addresses stay
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and deep-copied: no tables of addresses, no backup."""
+        self._require_clean("copying or pickling the optimizer")
+        kept = {"base_optimizer": self.base_optimizer, "closure_calls": self.closure_calls}
+        return {**super().__getstate__(), **kept, "_backend": self._sam.buckets.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a deep copy, or take over what `load_state_dict` loaded."""
+        backend = state.pop("_backend", None)
+        super().__setstate__(state)
+        if backend is not None:
+            rule = RULES.get(type(self.base_optimizer))
+            self._sam = _Progress(Buckets(rule, backend, self.param_groups, self.state))
+        type(self.base_optimizer).__setstate__(
+            self.base_optimizer, {"state": self.state, "param_groups": self.param_groups}
+        )
+
+
+def _call(closure: Callable[[], Any]) -> Any:
+    with torch.enable_grad():
+        return closure()

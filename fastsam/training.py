@@ -1,0 +1,102 @@
+"""What needs the model, not only its parameters: normalisation layers in the second pass, ASAM's groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+
+@contextmanager
+def freeze_running_stats(model: nn.Module) -> Iterator[None]:
+    """Within the block, forward passes in training mode leave the running statistics of normalisation layers alone.
+
+    SAM runs every batch twice, and the second time at weights that are not the model's. Without protection running
+    means and variances would count each batch twice, half of it at w + e. Only the statistics of the first pass should
+    stay, as in the original implementation of SAM. The output of the pass is the same with and without this block.
+
+    BatchNorm in one to three dimensions, SyncBatchNorm and other subclasses of torch's batch normalisation get
+    `track_running_stats=False` for the time being: no write happens, `num_batches_tracked` does not count, and
+    `momentum=None` (a cumulative average) stays right. InstanceNorm ignores that flag, so its running statistics are
+    copied and put back. Layers in evaluation mode are not touched. Leaving the block, by an exception too, restores
+    everything; blocks may be nested. An infinite activation in the block leaves no trace.
+
+    Setting a momentum of 0 instead, as is often done, still counts batches, misses InstanceNorm, and turns running
+    statistics into NaN at the first infinite activation (0 * inf).
+
+    Layers that keep statistics in a class of their own, not derived from torch's, are not known here.
+
+    Args:
+        model: the module whose layers are protected; it and all modules in it.
+
+    Example:
+        A closure runs twice. `opt.perturbed` tells which time it is: false in the first call, true in the second.
+
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     with freeze_running_stats(model) if opt.perturbed else nullcontext():
+        ...         loss = loss_fn(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> opt.step(closure)
+
+        With two calls:
+
+        >>> loss_fn(model(x), y).backward(); opt.first_step(zero_grad=True)
+        >>> with freeze_running_stats(model):
+        ...     loss_fn(model(x), y).backward()
+        >>> opt.step()
+    """
+    flagged: list[_BatchNorm] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            # In evaluation mode the flag would say nothing new; already false, it is somebody else's to restore.
+            if module.training and module.track_running_stats:
+                flagged.append(module)
+        elif isinstance(module, _InstanceNorm) and (module.training or not module.track_running_stats):
+            copies += [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+    try:
+        for module in flagged:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in flagged:
+            module.track_running_stats = True
+        with torch.no_grad():
+            for buffer, old in copies:
+                buffer.copy_(old)
+
+
+def asam_groups(model: nn.Module, rho: float = 0.5, eta: float = 0.01) -> list[dict[str, Any]]:
+    """Parameter groups for ASAM as in its authors' code (Kwon et al., arXiv 2102.11600): only weights are adaptive.
+
+    Parameters with "weight" in their name are perturbed in units of T = abs(w) + eta, the others (biases above all)
+    with T = 1. One norm is taken over both. An optimizer sees no names, so the split has to happen here.
+
+    Args:
+        model: frozen parameters are kept, so that they can be thawed later; tied ones are listed once, under the first
+            of their names.
+        rho: radius of the perturbation, about ten times what plain SAM takes.
+        eta: added to abs(w), so that weights near 0 move too.
+
+    Returns:
+        One or two groups for `FusedSAM`; a group without parameters is left out.
+
+    Example:
+        >>> opt = FusedSAM(asam_groups(model, rho=0.5), torch.optim.SGD, lr=0.1, momentum=0.9)
+    """
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, param in model.named_parameters():
+        (weights if "weight" in name else others).append(param)
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "rho": rho, "adaptive": True, "eta": eta},
+        {"params": others, "rho": rho, "adaptive": False, "eta": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

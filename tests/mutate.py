@@ -1,0 +1,201 @@
+"""Flip one operator or constant at a time and see which test notices. Run by hand:
+
+    python tests/mutate.py              all mutants; prints a Markdown table
+    python tests/mutate.py 3 17         these only
+    python tests/mutate.py --check      only see that each text occurs exactly once
+
+It works in a temporary copy of the repository and builds the library there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = [  # quick ones first
+    "test_lost_nothing.py",
+    "test_gradscaler.py",
+    "test_parity.py",
+    "test_layouts.py",
+    "test_schedulers.py",
+    "test_native.py",
+]
+SLOWEST = 300  # seconds a run of the tests may take; a mutant that hangs is dead
+
+
+class Mutant(NamedTuple):
+    """`old` occurs once in `file` and becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+REFERENCE, MATH = "fastsam/ops/reference.py", "csrc/math.h"
+MUTANTS = [
+    Mutant(REFERENCE, "NORM_EPS = 1e-12", "NORM_EPS = 1e-10"),
+    Mutant(REFERENCE, "_ordered_sum(sums)) + NORM_EPS", "_ordered_sum(sums)) - NORM_EPS"),
+    Mutant(
+        REFERENCE,
+        "        segment.backup.copy_(old)\n",
+        "        segment.backup.copy_(torch.where(norm.isfinite(), old, segment.backup))\n",
+    ),
+    Mutant(
+        REFERENCE,
+        "scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0)",
+        "scale = (torch.full_like(norm, row.rho) / norm)",
+    ),
+    Mutant(REFERENCE, "torch.where(scale != 0, w + _climb(w, g, scale, row), w)", "w + _climb(w, g, scale, row)"),
+    Mutant(REFERENCE, "scale = -scale", "scale = scale"),
+    Mutant(
+        REFERENCE, "source = segment.backup if perturbed else segment.flat(segment.param)", "source = segment.backup"
+    ),
+    Mutant(
+        REFERENCE, "source = segment.backup if perturbed else", "source = segment.flat(segment.param) if perturbed else"
+    ),
+    Mutant(REFERENCE, "            if perturbed:\n", "            if not perturbed:\n"),
+    Mutant(REFERENCE, "found_inf.reshape(()) != 0", "found_inf.reshape(()) == 0"),
+    Mutant(REFERENCE, "state.copy_(after if skip is None else torch.where(skip, before, after))", "state.copy_(after)"),
+    Mutant(REFERENCE, "torch.where(skip, 0.0, 1.0)", "1.0"),
+    Mutant(
+        REFERENCE, "segment.store(w if skip is None else torch.where(skip, source.to(w.dtype), w))", "segment.store(w)"
+    ),
+    Mutant(REFERENCE, "(1.0 / grad_scale", "(2.0 / grad_scale"),
+    Mutant(REFERENCE, "(w.abs() + row.eta) * g", "(w + row.eta) * g"),
+    Mutant(REFERENCE, "((w * w) * g) * scale", "(w.abs() * g) * scale"),
+    Mutant(REFERENCE, "(t * (t * g)) * scale", "((t * t) * g) * scale"),
+    Mutant(REFERENCE, "_fma(1 - dampening, g, buf * momentum)", "_fma(1.0, g, buf * momentum)"),
+    Mutant(REFERENCE, "torch.where(first, g, _fma", "torch.where(first & ~first, g, _fma"),
+    Mutant(REFERENCE, "_fma(momentum, buf, g) if", "_fma(momentum, buf, buf) if"),
+    Mutant(REFERENCE, "return _fma(-lr, g, w), [buf", "return w - lr * g, [buf"),
+    Mutant(REFERENCE, "-(lr / correction1)", "-lr"),
+    Mutant(REFERENCE, "to(torch.int64) + 1 if", "to(torch.int64) + 2 if"),
+    Mutant(REFERENCE, "w = w * (1 - row.lr * row.weight_decay)", "w = w - w * (row.lr * row.weight_decay)"),
+    Mutant(REFERENCE, "_fma((1 - row.beta2) * g, g, ", "_fma(g * g, torch.full_like(g, 1 - row.beta2), "),
+    Mutant(REFERENCE, "torch.maximum(max_exp_avg_sq, exp_avg_sq)", "exp_avg_sq"),
+    Mutant(REFERENCE, "_sqrt32(second) / correction2_sqrt + row.eps", "(_sqrt32(second) + row.eps) / correction2_sqrt"),
+    Mutant(REFERENCE, "if weight < 0.5 else", "if weight < 0.9 else"),
+    Mutant(REFERENCE, "STEP_BITS = 24", "STEP_BITS = 2"),
+    Mutant(REFERENCE, "x[..., 0::2] + x[..., 1::2]", "x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]"),
+    Mutant(REFERENCE, "for k in range(1, CHUNK // LANES)", "for k in range(1, CHUNK // LANES - 1)"),
+    Mutant(REFERENCE, "lanes[: part.numel()] += part", "lanes[: part.numel()] = part"),
+    Mutant(REFERENCE, "torch.float64) else x.float()", "torch.float64) else x"),
+    Mutant(REFERENCE, "x.double().sqrt().float()", "x.sqrt()"),
+    Mutant(MATH, "if (n & 1) result *= base;", "if (n & 2) result *= base;"),
+    Mutant(MATH, "select(weight < T(0.5),", "select(weight < T(0.9),"),
+    Mutant(MATH, "return (b > a) | (b != b) ? b : a;", "return (b < a) | (b != b) ? b : a;"),
+    Mutant(MATH, "bits + 0x7fff + (bits >> 16 & 1)", "bits + 0x8000"),
+    Mutant(MATH, "clamped + 0xfff + (clamped >> 13 & 1)", "clamped + 0x1000"),
+    Mutant(MATH, "(abs(w) + eta) * g", "(w + eta) * g"),
+    Mutant(MATH, "sqrt(sum) + kNormEps", "sqrt(sum) - kNormEps"),
+    Mutant(MATH, "  if (!is_finite(norm)) return 0;\n", ""),
+    Mutant(MATH, "has(row, kMaximize) ? -scale : scale", "scale"),
+    Mutant(MATH, "t * (t * g)", "(t * t) * g"),
+    Mutant(MATH, "(w * w) * g", "w * (w * g)"),
+    Mutant(MATH, "return w + e;", "return fma(g, scale, w);"),
+    Mutant(MATH, "has_grad && !found_inf", "has_grad"),
+    Mutant(MATH, "perturbed ? Source::kBackup", "perturbed && rule ? Source::kBackup"),
+    Mutant(MATH, "return rule != kSgd || row.beta1 != 0;", "return true;"),
+    Mutant(MATH, "1.0 / static_cast<double>(*grad_scale)", "2.0 / static_cast<double>(*grad_scale)"),
+    Mutant(MATH, "select(clip == 0, T(0), (g * inverse) * clip)", "(g * inverse) * clip"),
+    Mutant(MATH, "one_minus_dampening(static_cast<T>(1.0 - row.beta2))", "one_minus_dampening(T(1))"),
+    Mutant(MATH, "first(step == 0)", "first(step == 1)"),
+    Mutant(MATH, "fma(momentum, buf, g)", "fma(momentum, buf, buf)"),
+    Mutant(MATH, "return fma(neg_lr, g, w);", "return w + neg_lr * g;"),
+    Mutant(MATH, "static_cast<T>(1.0 - row.lr * row.weight_decay)", "T(1) - static_cast<T>(row.lr * row.weight_decay)"),
+    Mutant(MATH, "static_cast<T>(1.0 - row.beta1)", "T(1) - static_cast<T>(row.beta1)"),
+    Mutant(MATH, "static_cast<uint32_t>(step) + 1", "static_cast<uint32_t>(step) + 2"),
+    Mutant(MATH, "fma(one_minus_beta2 * g, g,", "fma(g * g, one_minus_beta2,"),
+    Mutant(MATH, "state[2] = second = maximum", "second = maximum"),
+    Mutant(MATH, "sqrt(second) / correction2_sqrt + eps", "(sqrt(second) + eps) / correction2_sqrt"),
+    Mutant(MATH, "(step_size * exp_avg) / denom", "step_size * (exp_avg / denom)"),
+    Mutant(MATH, "decoupled(row.weight_decay != 0 && has(row, kDecoupled))", "decoupled(row.weight_decay != 0)"),
+]
+
+
+def tests_of(mutant: Mutant) -> list[str]:
+    # The reference is also what other backends are compared with.
+    backend = "reference or whole_steps" if mutant.file == REFERENCE else "cpu or native"
+    return [*(f"tests/{name}" for name in TESTS if (ROOT / "tests" / name).exists()), "-k", backend]
+
+
+def run(command: list[str], where: Path) -> subprocess.CompletedProcess[str]:
+    env = dict(os.environ, PYTHONPATH=str(where), FASTSAM_NATIVE="1", FASTSAM_CUDA="0", PYTHONDONTWRITEBYTECODE="1")
+    return subprocess.run(
+        command, cwd=where, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SLOWEST
+    )
+
+
+def build(where: Path) -> None:
+    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], where)
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout[-3000:])
+
+
+def killer(mutant: Mutant | None, where: Path) -> str:
+    """The first test that fails, with how many others were not asked; '' if all pass."""
+    selection = tests_of(mutant) if mutant else [f"tests/{name}" for name in TESTS[:2]]
+    try:
+        done = run([sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *selection], where)
+    except subprocess.TimeoutExpired:
+        return "(hangs)"
+    if done.returncode == 0:
+        return ""
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    return found.group(1) if found else f"(exit code {done.returncode}) {done.stdout[-300:]}"
+
+
+def check() -> None:
+    for i, mutant in enumerate(MUTANTS, 1):
+        count = (ROOT / mutant.file).read_text().count(mutant.old)
+        if count != 1:
+            raise SystemExit(f"mutant {i}: {mutant.old!r} occurs {count} times in {mutant.file}")
+
+
+def main(arguments: list[str]) -> int:
+    check()
+    if "--check" in arguments:
+        return 0
+    chosen = [int(a) for a in arguments] or range(1, len(MUTANTS) + 1)
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "repo"
+        shutil.copytree(ROOT, where, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "benchmarks", ".ci"))
+        build(where)
+        if failed := killer(None, where):
+            raise SystemExit(f"without any mutant: {failed}")
+        print(
+            "| # | file | text | becomes | killed by | s |",
+            "| --- | --- | --- | --- | --- | --- |",
+            sep="\n",
+            flush=True,
+        )
+        for i in chosen:
+            mutant = MUTANTS[i - 1]
+            path, start = where / mutant.file, time.time()
+            original = path.read_text()
+            path.write_text(original.replace(mutant.old, mutant.new))
+            try:
+                if mutant.file == MATH:
+                    build(where)
+                test = killer(mutant, where)
+            finally:
+                path.write_text(original)
+            survivors += not test
+            cells = [f"`{text.strip()}`".replace("|", "\\|").replace("\n", " ") for text in (mutant.old, mutant.new)]
+            name = f"`{test}`" if test else "**nobody**"
+            print(f"| {i} | {path.name} | {cells[0]} | {cells[1]} | {name} | {time.time() - start:.0f} |", flush=True)
+    print(f"\n{survivors} of {len(list(chosen))} mutants survive.")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

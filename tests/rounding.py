@@ -1,0 +1,246 @@
+"""The rounding plan in NumPy, stated independently of fastsam, and buckets made by hand to run operations on."""
+
+import ctypes
+import mmap
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from fastsam.ops import native
+from fastsam.rules import ADAM, ADAPTIVE, AMSGRAD, DECOUPLED, MAXIMIZE, NESTEROV, SGD, Row
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIZES = [0, 1, 3, 63, 64, 65, 2047, 2048, 8191, 8192, 8193, 3 * 8192 + 5]
+CHUNK = 8192
+STEPS = 3
+
+# (rule, lr, weight_decay, beta1 or momentum, beta2 or dampening, eps, flags)
+OPTIONS = {
+    "sgd": (SGD, 0.07, 0.013, 0.0, 0.3, 0.0, 0),
+    "sgd-dampening": (SGD, 0.07, 0.0, 0.83, 0.3, 0.0, 0),
+    "sgd-nesterov-maximize": (SGD, 0.07, 0.013, 0.83, 0.0, 0.0, NESTEROV | MAXIMIZE),
+    "adam": (ADAM, 0.02, 0.013, 0.83, 0.97, 1e-5, 0),
+    "adam-far-lerp": (ADAM, 0.02, 0.0, 0.41, 0.97, 1e-5, 0),
+    "adamw": (ADAM, 0.02, 0.13, 0.83, 0.97, 1e-5, DECOUPLED),
+    "adamw-amsgrad-maximize": (ADAM, 0.02, 0.13, 0.83, 0.97, 1e-5, DECOUPLED | AMSGRAD | MAXIMIZE),
+}
+PERTURBATIONS = [(0.11, 0.0, 0), (0.7, 0.0, ADAPTIVE), (0.5, 0.03, ADAPTIVE)]  # (rho, eta, flags), a group each
+
+
+def rows_of(option):
+    _, lr, weight_decay, beta1, beta2, eps, flags = OPTIONS[option]
+    return [Row(lr, weight_decay, beta1, beta2, eps, rho, eta, flags | more) for rho, eta, more in PERTURBATIONS]
+
+
+# ---- The plan: one rounding a line, in float32 (float64 for float64).
+
+
+def fma(a, b, c):
+    """One rounding: in float64 with round-to-odd for float32, in extended precision for float64."""
+    a, b, c = np.broadcast_arrays(a, b, c)
+    if c.dtype == np.float64:
+        return (a.astype(np.longdouble) * b + c).astype(np.float64)
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    bits = total.view(np.int64)
+    inexact = np.isfinite(error) & (error != 0) & (bits & 1 == 0)
+    odd = np.where(inexact, bits + np.where((error > 0) == (total > 0), 1, -1), bits)
+    return odd.view(np.float64).astype(np.float32)
+
+
+def power(base, n):
+    result = 1.0
+    while n:
+        if n & 1:
+            result *= base
+        base, n = base * base, n >> 1
+    return result
+
+
+def fold(x):
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x[..., 0]
+
+
+def canonical_sum(tensors):
+    """The sum of squares of 1-D arrays, each in chunks of 4 rows of 2,048 lanes, then 1,024 float64 lanes of chunks."""
+    slots, index = np.zeros(1024), 0
+    for x in tensors:
+        for start in range(0, len(x), CHUNK):
+            rows = np.zeros(CHUNK, x.dtype)
+            rows[: len(x[start : start + CHUNK])] = x[start : start + CHUNK]
+            acc = np.zeros(2048, x.dtype)
+            for row in rows.reshape(4, 2048):
+                acc = fma(row, row, acc)
+            slots[index % 1024] += np.float64(fold(acc))
+            index += 1
+    return fold(slots)
+
+
+def steepest(w, g, row):
+    if not row.flags & ADAPTIVE:
+        return g
+    return np.abs(w) * g if row.eta == 0 else (np.abs(w) + w.dtype.type(row.eta)) * g
+
+
+def climb(w, g, row, total):
+    cast, norm = w.dtype.type, np.sqrt(total) + 1e-12
+    scale = cast(row.rho / norm if np.isfinite(norm) else 0.0) * (-1 if row.flags & MAXIMIZE else 1)
+    if scale == 0:
+        return w
+    t = np.abs(w) + cast(row.eta)
+    t2g = ((w * w) * g if row.eta == 0 else t * (t * g)) if row.flags & ADAPTIVE else g
+    return w + t2g * scale
+
+
+def sgd(w, g, state, t, row):
+    cast = w.dtype.type
+    g = -g if row.flags & MAXIMIZE else g
+    g = fma(cast(row.weight_decay), w, g) if row.weight_decay else g
+    if row.beta1:
+        buf = g if t == 1 else fma(cast(1 - row.beta2), g, state[0] * cast(row.beta1))
+        state = [buf, *state[1:]]
+        g = fma(cast(row.beta1), buf, g) if row.flags & NESTEROV else buf
+    return fma(cast(-row.lr), g, w), state
+
+
+def adam(w, g, state, t, row):
+    cast = w.dtype.type
+    m, v, largest = state
+    g = -g if row.flags & MAXIMIZE else g
+    if row.flags & DECOUPLED:
+        w = w * cast(1 - row.lr * row.weight_decay)
+    elif row.weight_decay:
+        g = fma(cast(row.weight_decay), w, g)
+    weight = cast(1 - row.beta1)
+    m = fma(weight, g - m, m) if weight < 0.5 else fma(weight - cast(1), g - m, g)
+    v = fma(cast(1 - row.beta2) * g, g, v * cast(row.beta2))
+    largest = np.maximum(largest, v) if row.flags & AMSGRAD else largest
+    denom = np.sqrt(largest if row.flags & AMSGRAD else v) / cast(np.sqrt(1 - power(row.beta2, t))) + cast(row.eps)
+    return w + (cast(-(row.lr / (1 - power(row.beta1, t)))) * m) / denom, [m, v, largest]
+
+
+# ---- Buckets by hand.
+
+
+def widened(t):
+    return t.numpy().copy() if t.dtype in (torch.float32, torch.float64) else t.float().numpy()
+
+
+def narrowed(x, dtype):
+    return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
+
+
+def shifted(n, dtype, offset=0):
+    """[n] uninitialised, its address `offset` bytes beyond a multiple of 64."""
+    size = dtype.itemsize
+    storage = torch.empty(n + 128 // size, dtype=dtype)
+    start = (-storage.data_ptr() % 64 + offset) // size
+    return storage[start : start + n]
+
+
+def guarded(n, dtype, at_end):
+    """[n] uninitialised with an inaccessible page right behind (or right before) it."""
+    page, size = mmap.PAGESIZE, n * dtype.itemsize
+    inner = -(-max(size, 1) // page) * page
+    memory = mmap.mmap(-1, inner + 2 * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for fence in (base, base + page + inner):
+        assert libc.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), 0) == 0
+    offset = page + (inner - size if at_end else 0)
+    return torch.frombuffer(memory, dtype=dtype, count=n, offset=offset)
+
+
+def values(n, dtype, seed):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def copied(like, source):
+    like.copy_(source)
+    return like
+
+
+def bucket_of(params, option, states=0.0, spread=1):
+    """A bucket over 1-D parameters; group i % 3. `spread` stretches the positions, as of so many more elements."""
+    n, dtype, rule = len(params), params[0].dtype, OPTIONS[option][0]
+    bucket = SimpleNamespace(params=params, dtype=dtype, rule=rule, slot=1, rows=rows_of(option))
+    bucket.backups = [torch.full_like(p, float("nan")) for p in params]
+    bucket.states = [[torch.full_like(p, states) for p in params] for _ in range(3)]
+    bucket.steps = torch.zeros(n)
+    bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
+    bucket.grad_table = torch.zeros(n, dtype=torch.int64)
+    bucket.perturbed = torch.zeros(n, dtype=torch.bool)
+    chunks = [(i, s, min(CHUNK, len(p) - s)) for i, p in enumerate(params) for s in range(0, len(p), CHUNK)]
+    starts = np.cumsum([0] + [-(-length // 64) for _, _, length in chunks])
+    table = [(i, s // 64, length, spread * at) for (i, s, length), at in zip(chunks, starts.tolist(), strict=False)]
+    bucket.chunk_table = torch.tensor(table, dtype=torch.int32).reshape(-1, 4)
+    bucket.partials = torch.full((len(chunks),), float("nan"), dtype=torch.float64)
+    point(bucket)
+    return bucket
+
+
+def point(bucket):
+    owned = [bucket.params, bucket.backups, *bucket.states]
+    table = [
+        [*(tensors[i].data_ptr() for tensors in owned), 0, bucket.steps[i : i + 1].data_ptr(), i % 3]
+        for i in range(len(bucket.params))
+    ]
+    bucket.segment_table = torch.tensor(table, dtype=torch.int64)
+
+
+def fresh_bucket(option, dtype, make=shifted, spread=1):
+    """Weights as `expected` has them; states that are not to be read are NaN."""
+    params = [copied(make(n, dtype), values(n, dtype, i)) for i, n in enumerate(SIZES)]
+    bucket = bucket_of(params, option, float("nan"), spread)
+    for state in bucket.states[: 0 if bucket.rule is SGD else 3 if bucket.rows[0].flags & AMSGRAD else 2]:
+        for s in state:
+            s.zero_()
+    return bucket
+
+
+def gradients(dtype, step, which):
+    """Pass 1 lacks every fifth gradient, pass 2 every seventh."""
+    missing = (5, 1) if which == 1 else (7, 2)
+    seed = 1000 * step + 100 * which
+    return [None if i % missing[0] == missing[1] else values(n, dtype, seed + i) for i, n in enumerate(SIZES)]
+
+
+def run(bucket, grads1, grads2, **options):
+    sums = torch.full((3,), float("nan"), dtype=torch.float64)
+    sums[0], sums[2] = 0.25, 0.5  # other buckets
+    native.grad_norm(bucket, grads1, sums)
+    native.perturb_(bucket, grads1, sums)
+    perturbed = [p.clone() for p in bucket.params]
+    native.update_(bucket, grads2, **options)
+    return sums[1].clone(), perturbed
+
+
+@cache
+def expected(option, dtype):
+    """What the plan makes of `STEPS` steps: each one's sum and perturbed weights; then weights, states, counts."""
+    rule, rows = OPTIONS[option][0], rows_of(option)
+    formula, counting = (sgd if rule is SGD else adam), rows[0].beta1 != 0 or rule is ADAM
+    weights = [widened(values(n, dtype, i)) for i, n in enumerate(SIZES)]
+    states = [[np.zeros_like(w)] * 3 for w in weights]
+    counts, sums, climbs = np.zeros(len(SIZES), np.float32), [], []
+    for step in range(STEPS):
+        g1, g2 = ([None if g is None else widened(g) for g in gradients(dtype, step, which)] for which in (1, 2))
+        pass1 = [(w, g, rows[i % 3]) for i, (w, g) in enumerate(zip(weights, g1, strict=True))]
+        sums.append(canonical_sum(np.zeros_like(w) if g is None else steepest(w, g, row) for w, g, row in pass1))
+        total = 0.25 + sums[-1] + 0.5
+        climbed = [w if g is None else climb(w, g, row, total) for w, g, row in pass1]
+        climbs.append([narrowed(w, dtype) for w in climbed])
+        for i, g in enumerate(g2):
+            if g is not None:
+                counts[i] += counting
+                w, new = formula(weights[i], g, states[i], int(counts[i]), rows[i % 3])
+                weights[i] = widened(narrowed(w, dtype))
+                states[i] = [widened(narrowed(s, dtype)) for s in new]
+    weights, *states = ([narrowed(x, dtype) for x in xs] for xs in (weights, *zip(*states, strict=True)))
+    return sums, climbs, weights, states, counts

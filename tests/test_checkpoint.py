@@ -1,0 +1,285 @@
+"""Promise 7: exact resume, torch.optim's own layout, checkpoints of the 63-line file."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import defaultdict
+
+import cases
+import oracle
+import pytest
+import torch
+from cases import NAMES
+from oracle import assert_same
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW
+
+import fastsam
+from fastsam import FusedSAM
+
+pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+CONFIGS = [
+    c for c in cases.CONFIGS if c.name in ("plain", "dampening", "groups", "adamw", "adamw_amsgrad", "adamw_groups")
+]
+each_config = pytest.mark.parametrize("config", **cases.ids(CONFIGS))
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+
+def through_a_file(saved: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def train(opt, params, steps) -> None:
+    for step in steps:
+        opt.step(cases.closure_of(params, step))
+
+
+def twin(params: list[Parameter]) -> list[Parameter]:
+    """Other Parameter objects with the same values in the same layout."""
+    return [Parameter(torch.empty_like(p).copy_(p.detach())) for p in params]
+
+
+def check_same(a_params, b_params) -> None:
+    for name, a, b in zip(NAMES, a_params, b_params, strict=True):
+        assert_same(a, b, what=name)
+
+
+@each_dtype
+@each_config
+def test_save_and_resume_half_way(backend, device, config, dtype):
+    params = cases.make_params(dtype, device=device)
+    opt = cases.fused(params, config, backend)
+    train(opt, params, range(4))
+    resumed_params = twin(params)
+    resumed = cases.fused(resumed_params, config, backend)
+    resumed.load_state_dict(through_a_file(opt.state_dict()))
+    train(opt, params, range(4, 8))
+    train(resumed, resumed_params, range(4, 8))
+    check_same(params, resumed_params)
+    oracle.assert_same_state(opt, resumed)
+
+
+@each_config
+def test_load_into_an_optimizer_that_has_run(backend, device, config):
+    params, others = cases.make_params(device=device), cases.make_params(device=device, seed=9)
+    opt, other = cases.fused(params, config, backend), cases.fused(others, config, backend)
+    train(opt, params, range(4))
+    train(other, others, range(2))
+    addresses = [t.data_ptr() for entry in other.state.values() for t in entry.values()]
+    oracle.hand_over(params, others)
+    other.load_state_dict(opt.state_dict())
+    now = [t.data_ptr() for entry in other.state.values() for t in entry.values()]
+    assert set(addresses) <= set(now), "state moved, captured graphs would go stale"
+    train(opt, params, range(4, 8))
+    train(other, others, range(4, 8))
+    check_same(params, others)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@each_config
+def test_copies_continue_alike(backend, device, config, way):
+    params = cases.make_params(device=device)
+    opt = cases.fused(params, config, backend)
+    train(opt, params, range(3))
+    other = copy.deepcopy(opt) if way == "deepcopy" else pickle.loads(pickle.dumps(opt))
+    in_groups = [p for group in other.param_groups for p in group["params"]]
+    place = {id(p): i for i, p in enumerate(p for group in opt.param_groups for p in group["params"])}
+    others = [in_groups[place[id(p)]] for p in params]
+    assert not {id(p) for p in params} & {id(p) for p in others}
+    train(opt, params, range(3, 6))
+    train(other, others, range(3, 6))
+    check_same(params, others)
+    assert all(p.data_ptr() != q.data_ptr() for p, q in zip(params, others, strict=True) if p.numel())
+
+
+@each_config
+def test_the_layout_is_torch_s(backend, device, config):
+    ours, theirs = cases.make_params(device=device), cases.make_params()
+    opt, hand = cases.fused(ours, config, backend), cases.by_hand(theirs, config)
+    train(opt, ours, range(3)), train(hand, theirs, range(3))
+    saved, expected = opt.state_dict(), hand.base.state_dict()
+    assert set(saved) == set(expected)
+    shapes = lambda s: {  # noqa: E731
+        k: {n: (t.shape, t.dtype, t.device.type) if n == "step" else (t.shape, t.dtype) for n, t in e.items()}
+        for k, e in s["state"].items()
+    }
+    assert shapes(saved) == shapes(expected)
+    for a, b in zip(saved["param_groups"], expected["param_groups"], strict=True):
+        assert set(a) - set(b) == {"rho", "adaptive", "eta", "perturb"} and a["params"] == b["params"]
+
+
+@each_config
+def test_into_torch_and_back(backend, device, config):
+    """FusedSAM, then SAM by hand around torch.optim with its checkpoint, then FusedSAM again."""
+    ours, theirs = cases.make_params(device=device), cases.make_params()
+    opt = cases.fused(ours, config, backend)
+    train(opt, ours, range(3))
+    hand = cases.by_hand(theirs, config)
+    oracle.hand_over(ours, theirs)
+    hand.base.load_state_dict(through_a_file(opt.state_dict()))  # torch itself would share the tensors
+    train(opt, ours, range(3, 5)), train(hand, theirs, range(3, 5))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b.detach())
+    others = cases.make_params(device=device)
+    oracle.hand_over(theirs, others)
+    other = cases.fused(others, config, backend)
+    plain = through_a_file(hand.base.state_dict())
+    for group in plain["param_groups"]:  # a checkpoint of torch.optim does not know them
+        for key in ("rho", "adaptive", "eta", "perturb"):
+            group.pop(key, None)
+    other.load_state_dict(plain)
+    assert [g["rho"] for g in other.param_groups] == [g["rho"] for g in opt.param_groups]
+    train(other, others, range(5, 7)), train(hand, theirs, range(5, 7))
+    for a, b in zip(others, theirs, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b.detach())
+
+
+class SixtyThreeLines(torch.optim.Optimizer):
+    """A stand-in for the file that everybody uses: old weights in `state`, a base whose state is elsewhere."""
+
+    def __init__(self, params, base, rho=0.05, adaptive=False, **kwargs):
+        super().__init__(params, dict(rho=rho, adaptive=adaptive, **kwargs))
+        self.base_optimizer = base(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["old_p"] = p.clone()
+        self.base_optimizer.step()
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW])
+def test_checkpoints_of_the_63_line_file(backend, device, base):
+    options = dict(momentum=0.9) if base is SGD else {}
+    params = cases.make_params(names=["matrix", "63"], device=device)
+    file = SixtyThreeLines(params, base, rho=0.7, adaptive=True, lr=0.02, **options)
+    for i, p in enumerate(params):
+        p.grad = cases.gradient(p, i)
+    file.step()
+    checkpoint = through_a_file(file.state_dict())
+    opt = FusedSAM(params, base, rho=0.1, lr=0.5, backend=backend, **options)
+    with pytest.warns(UserWarning, match="old_p") as caught:
+        opt.load_state_dict(checkpoint)
+    assert len(caught) == 1
+    group = opt.param_groups[0]
+    assert (group["rho"], group["adaptive"], group["lr"]) == (0.7, True, 0.02)
+    assert (group["eta"], group["perturb"]) == (0.0, True)
+    assert oracle.saved_state(opt) == {}
+    opt.step(cases.closure_of(params, 0, ["matrix", "63"]))
+    assert all("old_p" not in entry for entry in opt.state.values())
+
+
+@pytest.mark.parametrize("base", [SGD, Adam, AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_distributed_checkpoint_state_dict(backend, device, base, fresh):
+    options = dict(momentum=0.9) if base is SGD else {}
+    model, other = cases.small_model(0).to(device), cases.small_model(1).to(device)
+    make = lambda m: FusedSAM(m.parameters(), base, rho=0.2, lr=0.05, backend=backend, **options)  # noqa: E731
+    opt, loaded = make(model), make(other)
+    if not fresh:
+        for seed in range(3):
+            opt.step(cases.model_closure(model, opt, seed)) if device == "cpu" else None
+    weights = [p.detach().clone() for p in model.parameters()]
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    for p, w in zip(model.parameters(), weights, strict=True):
+        assert_same(p, w, what="saving changes no weight")
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, loaded, saved)
+    if device == "cpu":
+        for seed in range(3, 6):
+            opt.step(cases.model_closure(model, opt, seed))
+            loaded.step(cases.model_closure(other, loaded, seed))
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert_same(p, q)
+
+
+@each_config
+def test_a_reset_state_is_followed(backend, device, config):
+    params, others = cases.make_params(device=device), cases.make_params(device=device)
+    opt, fresh = cases.fused(params, config, backend), cases.fused(others, config, backend)
+    train(opt, params, range(3))
+    opt.state = defaultdict(dict)
+    oracle.hand_over(params, others)
+    train(opt, params, range(3, 6))
+    train(fresh, others, range(3, 6))
+    check_same(params, others)
+    oracle.assert_same_state(opt, fresh)
+
+
+@each_config
+def test_a_checkpoint_loaded_into_the_base_optimizer_counts(backend, device, config):
+    params, others = cases.make_params(device=device), cases.make_params(device=device, seed=9)
+    opt, other = cases.fused(params, config, backend), cases.fused(others, config, backend)
+    train(opt, params, range(3))
+    train(other, others, range(1))
+    oracle.hand_over(params, others)
+    other.base_optimizer.load_state_dict(copy.deepcopy(opt.base_optimizer.state_dict()))
+    train(opt, params, range(3, 6))
+    train(other, others, range(3, 6))
+    check_same(params, others)
+    oracle.assert_same_state(opt, other)
+
+
+@pytest.mark.parametrize("base, key", [(SGD, "momentum_buffer"), (AdamW, "exp_avg"), (AdamW, "exp_avg_sq")])
+def test_a_replaced_state_tensor_is_absorbed_when_saving(backend, device, base, key):
+    options = dict(momentum=0.9) if base is SGD else {}
+    p = Parameter(torch.ones(5, device=device))
+    opt = FusedSAM([p], base, lr=0.1, backend=backend, **options)
+
+    def closure():
+        p.grad = torch.full_like(p, 2.0)
+
+    opt.step(closure)
+    opt.state[p][key] = torch.full((5,), 7.0, device=device)
+    assert_same(oracle.saved_state(opt)[0][key], torch.full((5,), 7.0))
+    opt.step(closure)
+    assert not torch.equal(oracle.saved_state(opt)[0][key].cpu(), torch.full((5,), 7.0))
+    buffer = oracle.saved_state(opt)[0][key].cpu()
+    expected = {"momentum_buffer": 0.9 * 7 + 2, "exp_avg": 0.9 * 7 + 0.1 * 2, "exp_avg_sq": 0.999 * 7 + 0.001 * 4}[key]
+    torch.testing.assert_close(buffer, torch.full((5,), expected))
+
+
+@each_config
+def test_the_file_is_not_larger_than_torch_s(backend, device, config):
+    ours, theirs = cases.make_params(device=device), cases.make_params()
+    opt, hand = cases.fused(ours, config, backend), cases.by_hand(theirs, config)
+    train(opt, ours, range(2)), train(hand, theirs, range(2))
+
+    def size(saved):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        return file.tell()
+
+    # Padding to 64 elements, four keys a group, and the backup not at all.
+    padding = 64 * 4 * 4 * len(ours)
+    assert size(opt.state_dict()) <= size(hand.base.state_dict()) + padding + 4096
+
+
+def test_state_of_wrong_shape_is_refused(backend, device):
+    def make(n):
+        p = Parameter(torch.ones(n, device=device))
+        opt = FusedSAM([p], SGD, lr=0.1, momentum=0.9, backend=backend)
+
+        def closure():
+            p.grad = torch.ones_like(p)
+
+        return opt, closure
+
+    opt, closure = make(5)
+    opt.step(closure)
+    other, other_closure = make(6)
+    with pytest.raises(ValueError, match="shape"):
+        other.load_state_dict(opt.state_dict())
+        other.step(other_closure)
+
+
+def test_version_is_public():
+    assert fastsam.__version__.count(".") == 2

@@ -1,0 +1,337 @@
+"""The native CPU library, table by table, against the rounding plan; and its reader of tensors."""
+
+import numpy as np
+import pytest
+import torch
+from rounding import (
+    DTYPES,
+    OPTIONS,
+    SIZES,
+    STEPS,
+    bucket_of,
+    copied,
+    expected,
+    fma,
+    fresh_bucket,
+    gradients,
+    guarded,
+    narrowed,
+    point,
+    run,
+    shifted,
+    values,
+    widened,
+)
+
+from fastsam.ops import native
+from fastsam.rules import AMSGRAD, SGD
+
+pytestmark = pytest.mark.skipif(native.reason() is not None, reason=f"no native library: {native.reason()}")
+ISAS = native.reader.cpu_isas() if native.reader else []
+
+
+def assert_same(actual, plan, what):
+    """Bit-equal; float64 to its last places, because the plan's fma rounds twice there."""
+    if plan.dtype == torch.float64:
+        torch.testing.assert_close(actual, plan, rtol=1e-14, atol=1e-16, msg=lambda text: f"{what}: {text}")
+    else:
+        assert torch.equal(actual, plan), f"{what}: {(actual != plan).sum()} of {plan.numel()} differ"
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    previous = native.reader.use_cpu_isa(request.param)
+    yield request.param
+    native.reader.use_cpu_isa(previous)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    previous = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(previous)
+
+
+def check_steps(bucket, option, dtype, place=lambda grad: grad):
+    sums, climbs, weights, states, counts = expected(option, dtype)
+    for step in range(STEPS):
+        grads = [[g if g is None else place(g) for g in gradients(dtype, step, which)] for which in (1, 2)]
+        total, perturbed = run(bucket, *grads)
+        if dtype == torch.float64:
+            assert total == pytest.approx(sums[step], rel=1e-14)
+        else:
+            assert total == sums[step]
+        for i, (p, plan) in enumerate(zip(perturbed, climbs[step], strict=True)):
+            assert_same(p, plan, f"perturbed weights of segment {i} in step {step}")
+        assert not bucket.perturbed.any()
+    used = 0 if bucket.rows[0].beta1 == 0 else 1 if bucket.rule is SGD else 3 if bucket.rows[0].flags & AMSGRAD else 2
+    for i, plan in enumerate(weights):
+        assert_same(bucket.params[i], plan, f"weights of segment {i}")
+        for k in range(used):
+            if counts[i]:
+                assert_same(bucket.states[k][i], states[k][i], f"state {k} of segment {i}")
+        for k in range(used, 3):
+            assert bucket.states[k][i].isnan().all(), f"unused state {k} of segment {i} was written"
+    assert bucket.steps.tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_three_sam_steps_follow_the_plan(isa, threads, dtype, option):
+    check_steps(fresh_bucket(option, dtype), option, dtype)
+
+
+@pytest.mark.parametrize("spread", [1, 2000], ids=["cached", "streamed"])
+@pytest.mark.parametrize("offsets", [(2, 6), (4, 8), (8, 4), (12, 12), (60, 32)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_alignment_and_kind_of_store(isa, dtype, offsets, spread):
+    at_p, at_g = (max(dtype.itemsize, offset // dtype.itemsize * dtype.itemsize) for offset in offsets)
+    bucket = fresh_bucket("sgd-dampening", dtype, lambda n, dtype: shifted(n, dtype, at_p), spread)
+    check_steps(bucket, "sgd-dampening", dtype, lambda g: copied(shifted(len(g), dtype, at_g), g))
+
+
+@pytest.mark.parametrize("spread", [1, 2000], ids=["cached", "streamed"])
+@pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_access_beyond_weights_and_gradients(isa, dtype, at_end, spread):
+    def make(n, dtype):
+        return guarded(n, dtype, at_end) if n else shifted(n, dtype)
+
+    bucket = fresh_bucket("adamw-amsgrad-maximize", dtype, make, spread)
+    bucket.backups = [torch.full_like(make(len(p), dtype), float("nan")) for p in bucket.params]
+    bucket.states = [[copied(make(len(s), dtype), s) for s in state] for state in bucket.states]
+    point(bucket)
+    check_steps(bucket, "adamw-amsgrad-maximize", dtype, lambda g: copied(make(len(g), dtype), g))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_that_is_not_finite_perturbs_nothing(isa, dtype, bad):
+    bucket = fresh_bucket("sgd-dampening", dtype)
+    before = [p.clone() for p in bucket.params]
+    grads = [values(n, dtype, i) for i, n in enumerate(SIZES)]
+    grads[-1][-1] = bad
+    total, perturbed = run(bucket, grads, [None] * len(SIZES))
+    assert not total.isfinite()
+    for p, b, q, old in zip(perturbed, bucket.backups, bucket.params, before, strict=True):
+        assert torch.equal(p, old) and torch.equal(b, old) and torch.equal(q, old)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rho_0_writes_the_backup_and_keeps_the_weights(isa, dtype):
+    bucket = fresh_bucket("adamw", dtype)
+    bucket.row_table[:, 5] = 0.0
+    grads = [torch.full((n,), float("inf"), dtype=dtype) for n in SIZES]  # 0 * inf would show
+    native.perturb_(bucket, grads, torch.ones(1, dtype=torch.float64))
+    for p, b, n, i in zip(bucket.params, bucket.backups, SIZES, range(len(SIZES)), strict=True):
+        assert torch.equal(p, values(n, dtype, i)) and torch.equal(b, p)
+    assert bucket.perturbed.all()
+
+
+@pytest.mark.parametrize("option", ["sgd", "sgd-dampening", "adamw-amsgrad-maximize"])
+def test_found_inf_restores_and_updates_nothing(isa, option):
+    bucket, dtype = fresh_bucket(option, torch.float32), torch.float32
+    check_steps(bucket, option, dtype)
+    before = [t.clone() for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]]
+    g1 = gradients(dtype, 7, 1)
+    infinite = [torch.full((n,), float("inf")) for n in SIZES]
+    run(bucket, g1, infinite, found_inf=torch.ones(1), grad_scale=torch.tensor([8.0]))
+    after = [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("option", ["sgd-nesterov-maximize", "adam"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_scale_and_clip_factor(isa, dtype, option):
+    plain, scaled = fresh_bucket(option, dtype), fresh_bucket(option, dtype)
+    cast = torch.float64 if dtype == torch.float64 else torch.float32
+    for step in range(STEPS):
+        g1, g2 = (gradients(dtype, step, which) for which in (1, 2))
+        inverse, clip = (torch.tensor(x, dtype=torch.float64).to(cast) for x in (1 / 3.0, 0.37))
+        exact = [None if g is None else (g.to(cast) * inverse) * clip for g in g2]
+        if dtype == cast:  # the product would be rounded to low precision on its way to the other bucket
+            run(plain, g1, exact)
+            run(scaled, g1, g2, grad_scale=torch.tensor([3.0]), clip=torch.tensor(0.37, dtype=torch.float64))
+        else:
+            halves = [None if g is None else g * 0.5 for g in g2]
+            run(plain, g1, halves)
+            run(scaled, g1, g2, grad_scale=torch.tensor(4.0), clip=torch.tensor([2.0], dtype=torch.float64))
+    for a, b in zip(plain.params, scaled.params, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_clip_factor_of_0_clears_infinite_gradients(isa):
+    bucket = fresh_bucket("sgd", torch.float32)
+    infinite = [torch.full((n,), float("inf")) for n in SIZES]
+    bucket.row_table[:, 1] = 0.0  # no weight decay: nothing is left to move the weights
+    run(bucket, [None] * len(SIZES), infinite, clip=torch.zeros(1, dtype=torch.float64))
+    for i, (p, n) in enumerate(zip(bucket.params, SIZES, strict=True)):
+        assert torch.equal(p, values(n, torch.float32, i))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_rounds_to_nearest_even_at_every_magnitude(isa, dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()]
+    w = torch.cat([finite, finite])
+    g = torch.cat([finite.flip(0), torch.full_like(finite, 0.75)])
+    bucket = bucket_of([w.clone()], "sgd")
+    bucket.row_table[:, 1] = 0.0
+    run(bucket, [None], [g])
+    plan = narrowed(fma(np.float32(-0.07), widened(g), widened(w)), dtype)
+    assert torch.equal(bucket.params[0], plan)
+
+
+def test_a_bucket_without_a_rule_only_restores(isa):
+    bucket = fresh_bucket("sgd", torch.float32)
+    bucket.rule = None
+    g1, g2 = (gradients(torch.float32, 0, which) for which in (1, 2))
+    run(bucket, g1, g2)
+    for i, (p, n) in enumerate(zip(bucket.params, SIZES, strict=True)):
+        assert torch.equal(p, values(n, torch.float32, i))
+
+
+def test_tables_are_checked():
+    bucket = fresh_bucket("sgd", torch.float32)
+    grads, sums = [None] * len(SIZES), torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"perturb_: sums must have dtype Double, got Float"):
+        native.perturb_(bucket, grads, sums.float())
+    with pytest.raises(RuntimeError, match=r"update_: clip must be one element of dtype Double"):
+        native.update_(bucket, grads, clip=torch.ones(1))
+    bucket.slot = 2
+    with pytest.raises(RuntimeError, match=r"grad_norm: slot must be in \[0, 2\), got 2"):
+        native.grad_norm(bucket, grads, sums)
+    bucket.chunk_table = bucket.chunk_table[:, :3]
+    with pytest.raises(RuntimeError, match=r"grad_norm: chunks must be contiguous, on the CPU"):
+        native.grad_norm(bucket, grads, sums)
+
+
+# ---- The reader.
+
+
+def recorded(params):
+    """The segment table and the signatures that `gather` compares with."""
+    described = [native.reader.describe(p) for p in params]
+    segments = torch.zeros(len(params), 8, dtype=torch.int64)
+    segments[:, 0] = torch.tensor([address for address, _ in described])
+    return segments, torch.tensor([signature for _, signature in described])
+
+
+def gather(params, segments, signatures, skip=None):
+    grads, mask = torch.full((len(params),), -1), torch.full((len(params),), 7, dtype=torch.uint8)
+    where = (0 if skip is None else skip.data_ptr(), grads.data_ptr(), mask.data_ptr())
+    found, moved, foreign = native.reader.gather(params, segments.data_ptr(), signatures.data_ptr(), *where)
+    assert mask.tolist() == [g is not None for g in found]
+    return found, grads.tolist(), moved, foreign
+
+
+def parameter(*shape, grad=None, dtype=None):
+    param = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+    param.grad = grad
+    return param
+
+
+def test_gather_reads_addresses_and_leaves_out_what_is_skipped():
+    params = [parameter(3, 2, grad=torch.ones(3, 2)), parameter(5), parameter(0, 4, grad=torch.ones(0, 4)), parameter()]
+    params[3].grad = torch.ones(())
+    tables = recorded(params)
+    found, grads, moved, foreign = gather(params, *tables)
+    assert [a is p.grad for a, p in zip(found, params, strict=True)] == [True] * 4
+    assert (grads[0], grads[1], grads[3]) == (params[0].grad.data_ptr(), 0, params[3].grad.data_ptr())
+    assert grads[2] != 0  # an empty gradient is a gradient
+    assert (moved, foreign) == (None, None)
+    found, grads, *_ = gather(params, *tables, skip=torch.tensor([1, 0, 1, 0], dtype=torch.uint8))
+    assert found[0] is None and found[2] is None and grads[0] == grads[2] == 0 != grads[3]
+
+
+def test_gather_names_parameters_that_moved():
+    params = [parameter(4, 3) for _ in range(5)]
+    tables = recorded(params)
+    params[1].data = torch.ones(4, 3)
+    params[2].data = params[2].data.t()
+    params[4].data = params[4].data.to(torch.float64)
+    assert gather(params, *tables)[2] == [1, 2, 4]
+
+
+def test_gather_names_gradients_of_another_layout():
+    params = [parameter(4, 3), parameter(4, 3), parameter(1, 6), parameter(4, 3), parameter(4, 3)]
+    params[0].grad = torch.ones(3, 4).t()
+    params[1].grad = torch.ones(4, 3).to_sparse()
+    params[2].grad = torch.ones(6, 1).t()  # strides of dimensions of size 1 mean nothing
+    params[3].grad = torch.ones(4, 3)
+    params[4].grad = torch.ones(1, 1).expand(4, 3)
+    found, grads, moved, foreign = gather(params, *recorded(params))
+    assert (moved, foreign) == (None, [0, 1, 4])
+    assert found[1] is params[1].grad and grads[1] == 0 and grads[0] == params[0].grad.data_ptr()
+
+
+def test_gather_accepts_no_parameters():
+    assert gather([], *recorded([parameter(1)])) == ([], [], None, None)
+
+
+@pytest.mark.parametrize("wrong", [("name", torch.ones(2)), None, 3.0, [torch.ones(2)]], ids=str)
+def test_gather_rejects_what_is_no_tensor(wrong):
+    params = [parameter(2), parameter(2)]
+    tables = recorded(params)
+    with pytest.raises(TypeError, match="gather: expected a torch.Tensor, got <class"):
+        gather([params[0], wrong], *tables)
+    with pytest.raises(TypeError, match="gather: params must be a list, got <class 'tuple'>"):
+        native.reader.gather(tuple(params), 0, 0, 0, 0, 0)
+
+
+def test_same_params_compares_objects_in_order():
+    a, b, c = parameter(2), parameter(2), parameter(2)
+    same = native.reader.same_params
+    assert same([{"params": [a, b]}, {"params": []}, {"params": [c]}], [a, b, c])
+    for other in ([a, c, b], [a, b], [a, b, c, c], [a, b, torch.ones(2)]):
+        assert not same([{"params": [a, b]}, {"params": [c]}], other)
+    assert not same([{"params": [("a", a)]}], [a])
+    with pytest.raises(TypeError, match=r"same_params: param_groups\[1\] must be a dict"):
+        same([{"params": [a]}, (b,)], [a, b])
+    with pytest.raises(KeyError, match=r"param_groups\[0\] has no 'params'"):
+        same([{}], [])
+    with pytest.raises(TypeError, match="a group's 'params' must be a list"):
+        same([{"params": (a,)}], [a])
+
+
+def test_a_signature_tells_layouts_apart():
+    describe = native.reader.describe
+    x = torch.ones(4, 6)
+    assert describe(x) == (x.data_ptr(), describe(torch.zeros(4, 6))[1])
+    assert describe(x[1:])[0] == x.data_ptr() + 24
+    others = [
+        x.t(),
+        x.double(),
+        x.half(),
+        x.bfloat16(),
+        x.int(),
+        x[:, :5],
+        x[None],
+        x.flatten(),
+        x[::2],
+        torch.ones(6, 4),
+    ]
+    assert len({describe(other)[1] for other in [x, *others]}) == 1 + len(others)
+    assert describe(torch.ones(1, 6))[1] == describe(torch.ones(6, 1).t())[1]
+    for wrong in (x.to_sparse(), "x", None):
+        with pytest.raises((TypeError, RuntimeError, BufferError)):
+            describe(wrong)
+
+
+def test_fill_writes_addresses():
+    grads = [torch.ones(3), None, torch.ones(0), torch.ones(4)[1:]]
+    table = torch.full((4,), -1)
+    native.reader.fill(grads, table.data_ptr())
+    assert table.tolist() == [grads[0].data_ptr(), 0, 64, grads[3].data_ptr()]
+    for wrong in (3, "g", ("g", grads[0])):
+        with pytest.raises(TypeError, match="fill: expected a torch.Tensor"):
+            native.reader.fill([wrong], table.data_ptr())
+
+
+def test_instruction_sets():
+    assert native.reader.cpu_isas()[0] == "baseline" and native.reader.cpu_isa() in native.reader.cpu_isas()
+    with pytest.raises(ValueError, match="use_cpu_isa: this processor has .*'baseline'.*, not 'mmx'"):
+        native.reader.use_cpu_isa("mmx")
+    assert native.reader.current_work_stream(1, 0) == 0  # a CPU has no streams

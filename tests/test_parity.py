@@ -1,0 +1,281 @@
+"""Promise 2: the same numbers as SAM by hand around torch.optim, and the same bits on every backend."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+
+import cases
+import oracle
+import pytest
+import torch
+from cases import ADAM_CONFIGS, CONFIGS, MATRICES, NAMES, SGD_CONFIGS, STEPS, UNFUSED, Config
+from oracle import assert_same, assert_same_state, assert_within_ulp
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastsam
+
+pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+# ATen fuses multiply and add only on CPUs with AVX2; elsewhere torch.optim itself is a rounding away from the plan.
+FUSES = oracle.torch_fuses()
+
+
+def close(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    torch.testing.assert_close(actual.detach().cpu(), expected.detach().cpu(), msg=lambda m: f"{what}: {m}")
+
+
+def exact(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    (assert_same if FUSES else close)(actual, expected, what=what)
+
+
+def test_the_oracle_tree_is_the_sum_of_squares():
+    for p in cases.make_params():
+        tree, exact = oracle.tree_sum(p.detach(), p), oracle.float64_sum(p.detach(), p)
+        assert tree == pytest.approx(exact, rel=2e-6)
+
+
+# (1) our norm
+
+
+@pytest.mark.parametrize("adaptive, eta", [(False, 0.0), (True, 0.0), (True, 0.05)])
+def test_norm_against_float64(backend, device, adaptive, eta):
+    # A parameter at 0 with gradient 1 in a group without T lands on the scale itself: rho / norm.
+    probe = Parameter(torch.zeros((), device=device))
+    params = cases.make_params(device=device)
+    groups = [dict(params=params, adaptive=adaptive, eta=eta), dict(params=[probe])]
+    opt = fastsam.FusedSAM(groups, torch.optim.SGD, rho=3.0, lr=0.1, backend=backend)
+    cases.set_gradients([*params, probe], 0, 1, [*NAMES, "probe"])
+    probe.grad.fill_(1.0)
+    sam = dict(adaptive=adaptive, eta=eta)
+    doubles = [(p.detach().double(), p.grad.double()) for p in params if p.grad is not None]
+    squares = sum(float(oracle.steepest(w, g, sam).square().sum()) for w, g in doubles) + 1.0
+    opt.first_step()
+    # 15 roundings of fp32 in the tree bound the sum's error by 9e-7, the norm's by half of it; one more in the scale.
+    assert 3.0 / probe.item() == pytest.approx(math.sqrt(squares), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_norm_of_many_chunks(backend, device, count):
+    # 1,100 chunks are more than the 1,024 slots in which chunks are added.
+    params = [Parameter(torch.zeros(1100 * 8192 // count - 7, device=device)) for _ in range(count)]
+    opt = fastsam.FusedSAM(params, torch.optim.SGD, rho=1.0, lr=0.1, backend=backend)
+    for i, p in enumerate(params):
+        p.grad = cases.gradient(p, i, 0.0)
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in params))
+    opt.first_step()
+    climbed = math.sqrt(sum(float(p.detach().double().square().sum()) for p in params))
+    assert climbed == pytest.approx(1.0, rel=2e-6)
+    torch.testing.assert_close(params[-1].detach(), params[-1].grad / norm)
+
+
+@pytest.mark.parametrize("size, share", [(1e-12, 0.5), (0.0, 0.0), (3e-12, 0.75)])
+def test_the_stabiliser_is_1e_12_and_added_to_the_norm(backend, device, size, share):
+    p = Parameter(torch.zeros(1, device=device))
+    opt = fastsam.FusedSAM([p], torch.optim.SGD, rho=2.0, lr=0.1, backend=backend)
+    p.grad = torch.full_like(p, size)
+    opt.first_step()
+    torch.testing.assert_close(p.item(), 2.0 * share, rtol=1e-6, atol=0.0)
+
+
+# (2) given the scale: perturbation, restore, base step
+
+
+def run_beside_oracle(
+    config: Config, backend: str, device: str, dtype: torch.dtype, compare, handover: bool, norm="tree"
+):
+    ours = cases.make_params(dtype, device=device)
+    theirs = cases.make_params(dtype)
+    opt, hand = cases.fused(ours, config, backend), cases.by_hand(theirs, config, norm=norm)
+    for step in range(STEPS):
+        for params in (ours, theirs):
+            cases.set_gradients(params, step, 1)
+        opt.first_step()
+        hand.climb()
+        for name, a, b in zip(NAMES, ours, theirs, strict=True):
+            compare["perturbed"](a, b, what=f"step {step}, {name} at w + e")
+        before = [hand.old.get(p, p).detach().clone() for p in theirs]
+        for params in (ours, theirs):
+            cases.set_gradients(params, step, 2)
+        opt.second_step()
+        hand.descend()
+        for name, a, b, w in zip(NAMES, ours, theirs, before, strict=True):
+            if compare["weights"] is assert_within_ulp:
+                assert_within_ulp(a, b, w, what=f"step {step}, {name}")
+            else:
+                compare["weights"](a, b, what=f"step {step}, {name}")
+        assert_same_state(opt, hand.base, compare["state"])
+        if handover:
+            oracle.hand_over(theirs, ours)
+
+
+@pytest.mark.parametrize("config", **cases.ids(SGD_CONFIGS))
+def test_sgd_has_the_bits_of_torch(backend, device, config):
+    compare = dict(perturbed=exact, weights=exact, state=exact)
+    run_beside_oracle(config, backend, device, torch.float32, compare, handover=False)
+
+
+@pytest.mark.parametrize("config", **cases.ids(ADAM_CONFIGS))
+def test_adam_has_the_bits_of_torch_but_for_its_root(backend, device, config):
+    # torch.sqrt on x86 is one ulp off in 17 % of values; ours is IEEE. Handing over keeps that out of the states.
+    compare = dict(perturbed=exact, weights=assert_within_ulp, state=exact)
+    run_beside_oracle(config, backend, device, torch.float32, compare, handover=True)
+
+
+@pytest.mark.parametrize("config", **cases.ids(CONFIGS))
+def test_float64(backend, device, config):
+    compare = dict(perturbed=close, weights=close, state=close)
+    run_beside_oracle(config, backend, device, torch.float64, compare, handover=False, norm="float64")
+
+
+@pytest.mark.parametrize("config", **cases.ids(CONFIGS))
+def test_float32_against_an_independent_norm(backend, device, config):
+    compare = dict(perturbed=close, weights=close, state=close)
+    run_beside_oracle(config, backend, device, torch.float32, compare, handover=True, norm="float64")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", **cases.ids(CONFIGS))
+def test_low_precision_is_as_close_to_float64_as_torch(backend, device, dtype, config):
+    # Single steps from torch's weights and state: over several, rounding errors are a random walk.
+    values = [torch.randn(1000, 9).to(dtype) for _ in range(5)]
+    ours, torchs, truth = ([Parameter(v.clone()) for v in values] for _ in range(3))
+    ours = [Parameter(p.detach().to(device)) for p in ours]
+    truth = [Parameter(p.detach().double()) for p in truth]
+    opt = cases.fused(ours, config, backend)
+    hand, ideal = cases.by_hand(torchs, config), cases.by_hand(truth, config)
+
+    def gradients(step, pass_):
+        for i, (a, b, c) in enumerate(zip(ours, torchs, truth, strict=True)):
+            b.grad = cases.gradient(b, 1000 * step + 100 * pass_ + i, 0.0)
+            a.grad, c.grad = b.grad.to(device), b.grad.double()
+
+    for step in range(3):
+        gradients(step, 1)
+        opt.first_step(), hand.climb(), ideal.climb()
+        assert_no_farther(ours, torchs, truth, "w + e")
+        gradients(step, 2)
+        opt.second_step(), hand.descend(), ideal.descend()
+        assert_no_farther(ours, torchs, truth, "w")
+        for k, entry in oracle.saved_state(ideal.base).items():
+            for key, value in entry.items():
+                a, b = oracle.saved_state(opt)[k][key], oracle.saved_state(hand.base)[k][key]
+                assert a.dtype == b.dtype
+                assert_no_farther([a], [b], [value], key)
+        oracle.hand_over(torchs, ours), oracle.hand_over(torchs, truth)
+        opt.load_state_dict(copy.deepcopy(hand.base.state_dict()))
+        ideal.base.load_state_dict(copy.deepcopy(hand.base.state_dict()))
+
+
+def assert_no_farther(ours, torchs, truth, what):
+    for i, (a, b, c) in enumerate(zip(ours, torchs, truth, strict=True)):
+        ours_off, torchs_off = ((x.detach().cpu().double() - c).square().mean().sqrt().item() for x in (a, b))
+        assert ours_off <= torchs_off * (1 + 1e-3), f"{what}, tensor {i}: {ours_off} against torch's {torchs_off}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", **cases.ids(CONFIGS))
+@pytest.mark.parametrize("backend", [b for b in cases.BACKENDS if b.values[0] != "reference"])
+def test_whole_steps_have_the_same_bits_on_every_backend(backend, device, config, dtype):
+    # No weights are handed over: 20 steps with their norms, and gradients that depend on the weights.
+    ours, reference = cases.make_params(dtype, device=device), cases.make_params(dtype)
+    opt, other = cases.fused(ours, config, backend), cases.fused(reference, config, "reference")
+    for step in range(20):
+        opt.step(cases.closure_of(ours, step))
+        other.step(cases.closure_of(reference, step))
+    for name, a, b in zip(NAMES, ours, reference, strict=True):
+        assert_same(a, b, what=name)
+    assert_same_state(opt, other)
+
+
+# bases that are not fused
+
+
+@pytest.mark.parametrize("config", **cases.ids(UNFUSED))
+def test_other_bases(backend, device, config):
+    ours, theirs = cases.make_params(names=MATRICES, device=device), cases.make_params(names=MATRICES)
+    opt, hand = cases.fused(ours, config, backend), cases.by_hand(theirs, config)
+    for step in range(STEPS):
+        opt.step(cases.closure_of(ours, step, MATRICES))
+        hand.step(cases.closure_of(theirs, step, MATRICES))
+        for a, b in zip(ours, theirs, strict=True):
+            (assert_same if device == "cpu" else torch.testing.assert_close)(a, b)
+    assert_same_state(opt, hand.base, assert_same if device == "cpu" else close)
+
+
+# Adadelta has a hyper-parameter `rho` of its own, and a group has one key of that name.
+REFUSED = [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Adadelta]
+
+
+def test_every_class_of_torch_optim_is_known():
+    classes = {c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    assert classes - {torch.optim.Optimizer, *REFUSED} == {config.base for config in CONFIGS + UNFUSED}
+
+
+@pytest.mark.parametrize("base", REFUSED)
+def test_refused_by_name(base):
+    with pytest.raises((TypeError, ValueError), match=base.__name__):
+        fastsam.FusedSAM([Parameter(torch.ones(3))], base)
+
+
+def test_a_subclass_of_a_fused_base_is_not_fused(backend, device):
+    class Signed(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.data.sub_(p.grad.sign(), alpha=self.param_groups[0]["lr"])
+
+    p = Parameter(torch.tensor([1.0, 2.0], device=device))
+    opt = fastsam.FusedSAM([p], Signed, lr=0.5, backend=backend)
+
+    def closure():
+        p.grad = torch.tensor([3.0, -4.0], device=device)
+
+    opt.step(closure)
+    assert p.tolist() == [0.5, 2.5]
+
+
+# random histories: missing gradients 35 %, inf or NaN in pass 1 20 %, found_inf 20 %
+
+
+@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize(
+    "config", **cases.ids(c for c in CONFIGS if c.name in ("dampening", "asam_eta", "groups", "adamw", "adamw_groups"))
+)
+def test_random_history(backend, device, config, seed):
+    dice = random.Random(seed)
+    names = ["small 7", "64", "one", "63", "channels_last", "transposed"]
+    ours, theirs = cases.make_params(names=names, seed=seed, device=device), cases.make_params(names=names, seed=seed)
+    opt, hand = cases.fused(ours, config, backend), cases.by_hand(theirs, config)
+
+    def gradients(seed):
+        given = [dice.random() > 0.35 for _ in names]
+        for params in (ours, theirs):
+            for i, p in enumerate(params):
+                p.grad = cases.gradient(p, seed + i) if given[i] else None
+        return [i for i, there in enumerate(given) if there]
+
+    for step in range(12):
+        given = gradients(1000 * step)
+        if given and dice.random() < 0.2:
+            i, bad = dice.choice(given), dice.choice((math.inf, -math.inf, math.nan))
+            for params in (ours, theirs):
+                params[i].grad[(0,) * params[i].dim()] = bad
+        found_inf = dice.random() < 0.2
+        opt.first_step()
+        hand.climb()
+        for name, a, b in zip(names, ours, theirs, strict=True):
+            exact(a, b, what=f"step {step}, {name} at w + e")
+        before = [hand.old.get(p, p).detach().clone() for p in theirs]
+        gradients(1000 * step + 500)
+        opt.grad_scale, opt.found_inf = None, torch.tensor(float(found_inf), device=device)  # as GradScaler does
+        opt.second_step()
+        del opt.grad_scale, opt.found_inf
+        hand.descend(found_inf)
+        for name, a, b, w in zip(names, ours, theirs, before, strict=True):
+            if config.base is torch.optim.SGD:
+                exact(a, b, what=f"step {step}, {name}")
+            else:
+                assert_within_ulp(a, b, w, what=f"step {step}, {name}")
+        assert_same_state(opt, hand.base, exact)
+        oracle.hand_over(theirs, ours)
