@@ -1,0 +1,133 @@
+"""What is stepped: the cases, their bytes, and their weights and gradients.
+
+A case is one set of circumstances (base optimizer, dtype, groups, ...). The bytes that a fused step must move follow
+from it, and so does the time that SGD's measured time predicts for it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from shapes import shapes_of
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+}
+
+# Numbers read or written per element, for gradients that are there. fp32: 4 bytes each, 40 in all for SGD, 48 AdamW.
+NORM = 1  # reads g1
+NORM_ADAPTIVE = 2  # reads g1, w
+PERTURB = 4  # reads w, g1; writes backup, w
+UPDATE = {
+    "sgd": 5,  # reads backup, g2, momentum; writes w, momentum
+    "adamw": 7,  # reads backup, g2, two moments; writes w, two moments
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of circumstances.
+
+    Attributes:
+        base: key of `BASES`.
+        dtype: key of `DTYPES`, of weights, gradients and state.
+        adaptive: ASAM in every group.
+        groups: parameter groups, the parameters dealt out in turn. 8 have all combinations of adaptive, nesterov and
+            two momenta, and eight learning rates. All have weight decay: without it torch's foreach SGD adds nesterov's
+            term to the gradients themselves, which the contenders share.
+        missing: every tenth parameter has no gradient in either pass.
+        misaligned: every gradient starts one element after a 64-byte boundary, as views of one buffer do.
+    """
+
+    base: str = "sgd"
+    dtype: str = "float32"
+    adaptive: bool = False
+    groups: int = 1
+    missing: bool = False
+    misaligned: bool = False
+
+    def flags(self) -> list[str]:
+        """The command-line options of step.py that mean this case."""
+        flags = ["--base", self.base, "--dtype", self.dtype, "--groups", str(self.groups)]
+        return flags + [f"--{name}" for name in ("adaptive", "missing", "misaligned") if getattr(self, name)]
+
+
+CASES = {
+    "SGD": Case(),
+    "AdamW": Case(base="adamw"),
+    "ASAM": Case(adaptive=True),
+    "bfloat16": Case(dtype="bfloat16"),
+    "bfloat16, AdamW": Case(base="adamw", dtype="bfloat16"),
+    "float64": Case(dtype="float64"),
+    "8 groups": Case(groups=8),
+    "10 % without gradient": Case(missing=True),
+    "misaligned gradients": Case(misaligned=True),
+}
+
+
+class Problem:
+    """Starting weights and the gradients of both passes of one case; every contender steps its own copy of the weights.
+
+    Weights have magnitudes between 0.5 and 1.5 and gradients at most 1, so that no step brings a weight near zero,
+    where a relative tolerance means nothing. `rho` makes the perturbation about 1 % of a weight: a wrong one must
+    exceed the tolerance. No time depends on these values.
+    """
+
+    def __init__(self, model: str, case: Case, device: torch.device, seed: int = 0) -> None:
+        """Draw weights and gradients of `model`."""
+        self.case = case
+        self.device = device
+        self.dtype = DTYPES[case.dtype]
+        self.shapes = shapes_of(model)
+        self.elements = sum(map(math.prod, self.shapes))
+        self.rho = 0.01 * math.sqrt(self.elements)
+        generator = torch.Generator(device).manual_seed(seed)
+        self.start = [
+            torch.copysign(0.5 + self._uniform(shape, generator).abs(), self._uniform(shape, generator)).to(self.dtype)
+            for shape in self.shapes
+        ]
+        self.gradients = [self._gradients(generator) for _ in range(2)]  # of pass 1, of pass 2
+
+    def _uniform(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.rand(shape, generator=generator, device=self.device) * 2 - 1
+
+    def _gradients(self, generator: torch.Generator) -> list[Tensor | None]:
+        gradients: list[Tensor | None] = []
+        for index, shape in enumerate(self.shapes):
+            if self.case.missing and index % 10 == 9:
+                gradients.append(None)
+                continue
+            # A tensor of its own each, as autograd leaves them.
+            buffer = torch.empty(math.prod(shape) + self.case.misaligned, dtype=self.dtype, device=self.device)
+            gradient = buffer[int(self.case.misaligned) :].view(shape)
+            gradients.append(gradient.copy_(self._uniform(shape, generator)))
+        return gradients
+
+    def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """Parameter groups for a base optimizer or FusedSAM: the base's options, `rho` and `adaptive`."""
+        groups = []
+        for index in range(self.case.groups):
+            options = {**OPTIONS[self.case.base], "rho": self.rho, "adaptive": self.case.adaptive}
+            if self.case.groups > 1:
+                options["adaptive"] = bool(index & 1)
+                options["lr"] *= 1 + index / 8
+                if self.case.base == "sgd":
+                    options |= {"nesterov": bool(index & 2), "momentum": 0.8 if index & 4 else 0.9}
+            groups.append({**options, "params": params[index :: self.case.groups]})
+        return groups
+
+    def ideal_bytes(self) -> int:
+        """Bytes that a step cannot do without: every operand read once and every result written once per operation."""
+        size = self.dtype.itemsize
+        total = 0
+        # One stand-in per parameter: its number of elements, 0 where no gradient comes.
+        counts: list[Any] = [0 if g is None else g.numel() for g in self.gradients[0]]
+        for group in self.groups(counts):
+            norm = NORM_ADAPTIVE if group["adaptive"] else NORM
+            total += sum(group["params"]) * size * (norm + PERTURB + UPDATE[self.case.base])
+        return total

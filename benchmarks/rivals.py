@@ -1,0 +1,292 @@
+"""The contenders: SAM's optimizer side in several line-ups, each stepping its own copy of the weights.
+
+All do the same arithmetic up to rounding, SAM's first-order step (Foret et al., arXiv 2010.01412) and ASAM's
+(Kwon et al., arXiv 2102.11600, with eta = 0):
+
+    w' = w + rho * t^2 g1 / (||t g1|| + 1e-12),    t = 1 (SAM) or |w| (ASAM)
+    w  = base(w, g2)
+
+Gradients are handed over before each part, outside the timing, and are never written. Nobody zeroes them.
+"""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import BASES, Problem
+from timing import last_level_cache
+from torch import Tensor
+
+EPS = 1e-12
+
+
+class Stepper:
+    """A contender that steps the weights of a `Problem`; `base` is the optimizer that steps with g2."""
+
+    perturbs = True  # whether `first` leaves w' in the weights
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        """Copy the starting weights."""
+        self.name = name
+        self.problem = problem
+        self.params: list[Any] = [torch.nn.Parameter(weight.clone()) for weight in problem.start]
+
+    def base(self, **options: Any) -> torch.optim.Optimizer:
+        """The case's base optimizer on this contender's weights."""
+        return BASES[self.problem.case.base](self.problem.groups(self.params), **options)
+
+    def prepare_first(self) -> None:
+        """Hand over g1."""
+        self._hand_over(self.problem.gradients[0])
+
+    def prepare_second(self) -> None:
+        """Hand over g2."""
+        self._hand_over(self.problem.gradients[1])
+
+    def _hand_over(self, gradients: list[Tensor | None]) -> None:
+        for param, gradient in zip(self.params, gradients, strict=True):
+            param.grad = gradient
+
+    def first(self) -> None:
+        """Nothing between the passes."""
+
+    def second(self) -> None:
+        """To be defined."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """A whole step whose closure is called for either pass."""
+        with torch.enable_grad():
+            loss = closure()
+        self.first()
+        with torch.enable_grad():
+            closure()
+        self.second()
+        return loss
+
+
+class EagerSAM(Stepper):
+    """The formula, one tensor and one operation at a time; the old weights return by rebinding `p.data`."""
+
+    def __init__(self, name: str, problem: Problem, **options: Any) -> None:
+        """`options` (foreach, fused) are the base optimizer's."""
+        super().__init__(name, problem)
+        self.optimizer = self.base(**options)
+        self.old: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def first(self) -> None:
+        """Climb to w'."""
+        groups = self.optimizer.param_groups
+        norms = [
+            ((param.abs() if group["adaptive"] else 1.0) * param.grad).norm()
+            for group in groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        norm = torch.stack(norms).norm()
+        for group in groups:
+            scale = group["rho"] / (norm + EPS)
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                self.old[param] = param.clone()
+                square = param * param if group["adaptive"] else 1.0
+                param.add_(square * param.grad * scale.to(param))
+
+    @torch.no_grad()
+    def second(self) -> None:
+        """Return to w and step."""
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.data = self.old[param]
+        self.optimizer.step()
+
+
+class ForeachSAM(Stepper):
+    """The strongest line-up of what PyTorch has: list operations in place, and a fused base where that works.
+
+    `alpha=False` multiplies by the scale and adds (no host sync); `alpha=True` reads the scale on the host and adds in
+    one operation.
+    """
+
+    def __init__(self, name: str, problem: Problem, alpha: bool) -> None:
+        """Allocate the backup once."""
+        super().__init__(name, problem)
+        self.alpha = alpha
+        self.optimizer = self.base(**{"fused" if fused_base_works(problem) else "foreach": True})
+        self.backup = [torch.empty_like(param.data) for param in self.params]
+        self.backup_of = dict(zip(self.params, self.backup, strict=True))
+
+    def _lists(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        params = [param for param in group["params"] if param.grad is not None]
+        return params, [param.grad for param in params], [self.backup_of[param] for param in params]
+
+    @torch.no_grad()
+    def first(self) -> None:
+        """Climb to w'."""
+        lists = [(group, *self._lists(group)) for group in self.optimizer.param_groups]
+        norms: list[Tensor] = []
+        for group, params, grads, _ in lists:
+            norms += torch._foreach_norm(torch._foreach_mul(params, grads) if group["adaptive"] else grads)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        for group, params, grads, backup in lists:
+            scale = group["rho"] / (norm + EPS)
+            torch._foreach_copy_(backup, params)
+            if group["adaptive"]:
+                grads = torch._foreach_mul(params, grads)
+                torch._foreach_mul_(grads, params)
+            if self.alpha:
+                torch._foreach_add_(params, grads, alpha=scale.item())
+            else:
+                torch._foreach_add_(params, torch._foreach_mul(grads, scale))
+
+    @torch.no_grad()
+    def second(self) -> None:
+        """Return to w and step."""
+        for group in self.optimizer.param_groups:
+            params, _, backup = self._lists(group)
+            torch._foreach_copy_(params, backup)
+        self.optimizer.step()
+
+
+class PlainBase(Stepper):
+    """The base optimizer alone, `fused=True`: a step without SAM."""
+
+    perturbs = False
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        """Make the base."""
+        super().__init__(name, problem)
+        self.optimizer = self.base(fused=True)
+
+    def second(self) -> None:
+        """Step."""
+        self.optimizer.step()
+
+
+def fused_base_works(problem: Problem) -> bool:
+    """Whether this torch's `fused=True` base steps such weights at all.
+
+    Up to torch 2.13 fused SGD on the CPU leaves bfloat16 and float16 weights as they are (pytorch issue 191763), and a
+    rival that does nothing is no rival.
+    """
+    return _fused_base_steps(problem.case.base, problem.dtype, problem.device)
+
+
+@functools.cache
+def _fused_base_steps(base: str, dtype: torch.dtype, device: torch.device) -> bool:
+    param = torch.nn.Parameter(torch.ones(64, dtype=dtype, device=device))
+    param.grad = torch.ones_like(param)
+    BASES[base]([param], lr=0.5, fused=True).step()
+    return bool((param < 0.9).all())
+
+
+class Fastsam(Stepper):
+    """FusedSAM on one backend."""
+
+    def __init__(self, name: str, problem: Problem, backend: str) -> None:
+        """Make the optimizer."""
+        import fastsam  # not needed to time the rivals alone
+
+        super().__init__(name, problem)
+        self.optimizer = fastsam.FusedSAM(
+            problem.groups(self.params), BASES[problem.case.base], rho=problem.rho, backend=backend
+        )
+        self.first = self.optimizer.first_step
+        self.second = self.optimizer.step
+        self.step = self.optimizer.step
+
+
+class Triad:
+    """Streaming triad over 400 MB or 12 caches, whichever is more: the bandwidth that the machine gives right now."""
+
+    name = "triad"
+
+    def __init__(self, threads: int) -> None:
+        """Compile it; RuntimeError with the reason where that is impossible."""
+        self.threads = threads
+        library = _compile(Path(__file__).with_name("triad.cpp"))
+        self.streams = bool(library.triad_streams())
+        self._triad = library.triad
+        pointer = ctypes.c_void_p
+        self._triad.argtypes = [pointer, pointer, pointer, ctypes.c_float, ctypes.c_int64, ctypes.c_int]
+        self.elements = -(-max(2**25, last_level_cache()) // 16) * 16
+        self.bytes = 12 * self.elements
+        self.arrays = [torch.ones(self.elements) for _ in range(3)]
+
+    def prepare_first(self) -> None:
+        """Nothing to hand over."""
+
+    def first(self) -> None:
+        """One triad."""
+        a, b, c = (array.data_ptr() for array in self.arrays)
+        self._triad(a, b, c, 0.5, self.elements, self.threads)
+
+    def prepare_second(self) -> None:
+        """Nothing to hand over."""
+
+    def second(self) -> None:
+        """Nothing to do."""
+
+
+class DeviceCopy(Triad):
+    """Device-to-device copy of 1 GiB: the same yardstick on a GPU, 8 bytes an element."""
+
+    name = "copy"
+
+    def __init__(self, device: torch.device) -> None:
+        """Allocate source and destination."""
+        self.streams = True
+        self.elements = 2**28
+        self.bytes = 8 * self.elements
+        self.arrays = [torch.ones(self.elements, device=device) for _ in range(2)]
+
+    def first(self) -> None:
+        """One copy."""
+        self.arrays[0].copy_(self.arrays[1])
+
+
+def _compile(source: Path) -> ctypes.CDLL:
+    """Compile a C++ file into a library; torch is imported, so it shares torch's OpenMP threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "library.so"
+        for flags in (["-march=native"], []):
+            command = ["g++", "-O3", *flags, "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            except FileNotFoundError:
+                raise RuntimeError("no g++ on PATH") from None
+            if done.returncode == 0:
+                return ctypes.CDLL(str(library))
+        raise RuntimeError(f"g++ failed: {done.stderr.strip().splitlines()[0] if done.stderr else done.returncode}")
+
+
+RIVALS: dict[str, Callable[[Problem], Stepper]] = {
+    "eager": lambda problem: EagerSAM("eager", problem),
+    "eager_foreach": lambda problem: EagerSAM("eager_foreach", problem, foreach=True),
+    "eager_fused": lambda problem: EagerSAM("eager_fused", problem, fused=True),
+    "foreach_mul": lambda problem: ForeachSAM("foreach_mul", problem, alpha=False),
+    "foreach_alpha": lambda problem: ForeachSAM("foreach_alpha", problem, alpha=True),
+    "base_fused": lambda problem: PlainBase("base_fused", problem),
+}
+
+NEED_FUSED_BASE = ("eager_fused", "base_fused")
+
+LABELS = {
+    "eager": "eager SAM + default base",
+    "eager_foreach": "eager SAM + `foreach=True` base",
+    "eager_fused": "eager SAM + `fused=True` base",
+    "foreach_mul": "foreach SAM (`mul`, `add`) + `fused=True` base",
+    "foreach_alpha": "foreach SAM (`add(alpha=)`) + `fused=True` base",
+    "base_fused": "`fused=True` base alone, no SAM",
+    "triad": "streaming triad",
+    "copy": "device-to-device copy",
+}

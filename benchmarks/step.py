@@ -1,0 +1,367 @@
+"""Time of the optimizer part of a SAM step: FusedSAM on every backend, its rivals and the machine's bandwidth.
+
+    python benchmarks/step.py                                     # ResNet-50 shapes, SGD, fp32, CPU, 5 processes
+    python benchmarks/step.py --model vit_b16 --base adamw --threads 8
+    python benchmarks/step.py --model tiny161                     # host time: next to no data in 161 tensors
+    python benchmarks/step.py --all --json                        # every case and host time, kept under results/
+    python benchmarks/step.py --quick --model resnet18            # one process, few rounds: does it work?
+
+Gradients are random and given, there is no backward. Before any time is taken, the weights of all contenders, perturbed
+and stepped, are compared over two steps; a mismatch ends the run and no time is printed. Times are paired (timing.py)
+and come from fresh processes. `--all` compares every case with what its bytes predict from SGD's time.
+"""
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import BASES, CASES, DTYPES, Case, Problem
+from rivals import NEED_FUSED_BASE, RIVALS, DeviceCopy, Fastsam, Stepper, Triad, fused_base_works
+from shapes import MODELS
+from table import ANCHOR, over_prediction, render, share_of_yardstick
+from timing import (
+    ROOT,
+    across,
+    available_memory,
+    clock_for,
+    environment,
+    fresh_processes,
+    interleave,
+    others,
+    paired_ratio,
+)
+from torch import Tensor
+
+HOST_MODEL = "tiny161"
+PROCESSES, ROUNDS, WARMUP = 5, 15, 3
+HOST_ROUNDS, HOST_WARMUP, HOST_BURST = 30, 3, 20
+CASE_RIVALS = ("eager", "foreach_alpha")  # beside every case of --all; SGD's has them all
+# assert_close's defaults but for float16, whose 1e-3 is one step of the format: rivals round after every operation.
+TOLERANCE = {torch.float16: {"rtol": 4e-3, "atol": 1e-5}}
+QUIET = 0.25  # cores that everything else may use; housekeeping of a small virtual machine takes 0.1
+OVER_PREDICTION = 1.15  # no case may take longer than this times what its bytes predict
+
+
+class Closure:
+    """A contender whose whole step, through `step(closure)` with a closure that does nothing, is timed."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        """Hand over gradients once: the closure leaves them as they are."""
+        self.name = stepper.name
+        self.stepper = stepper
+        stepper.prepare_first()
+        self.loss = torch.zeros(())
+
+    def prepare_first(self) -> None:
+        """Nothing: the gradients stay."""
+
+    def first(self) -> None:
+        """The whole step."""
+        self.stepper.step(self._closure)
+
+    def _closure(self) -> Tensor:
+        return self.loss
+
+    def prepare_second(self) -> None:
+        """Nothing: the gradients stay."""
+
+    def second(self) -> None:
+        """Nothing: the step is done."""
+
+
+def backends_for(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """FusedSAM's backends that can serve such parameters here, the reference last."""
+    try:
+        from fastsam import ops
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}; install it: pip install -e .  (or leave it out: --contenders eager ...)") from None
+    usable = [name for name, reason in ops.backends().items() if reason is None]
+    return sorted((name for name in usable if ops.choose(name, device, dtype) == name), key="reference".__eq__)
+
+
+def build(args: argparse.Namespace, problem: Problem) -> list[Stepper]:
+    """FusedSAM on the backends asked for, then the rivals asked for."""
+    wanted = args.contenders or ["fastsam", *RIVALS]
+    if not fused_base_works(problem):
+        print("this torch's fused=True base does not step such weights: foreach=True instead", file=sys.stderr)
+        wanted = [name for name in wanted if name not in NEED_FUSED_BASE]
+    backends = []
+    if "fastsam" in wanted:
+        backends = args.backend or backends_for(problem.device, problem.dtype)
+    count = len(backends) + sum(name in RIVALS for name in wanted)
+    # Weights, backup, state and a temporary each; the problem's start and gradients.
+    words = count * (4 if problem.case.base == "sgd" else 5) + 3
+    needed, available = words * problem.elements * problem.dtype.itemsize, available_memory()
+    if problem.device.type == "cpu" and available is not None and needed > available:
+        raise SystemExit(
+            f"{count} contenders on {args.model} need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} are available: "
+            f"choose fewer with --contenders (of fastsam {' '.join(RIVALS)}) and --backend"
+        )
+    steppers: list[Stepper] = [Fastsam(f"fastsam_{backend}", problem, backend) for backend in backends]
+    steppers += [RIVALS[name](problem) for name in wanted if name in RIVALS]
+    return steppers
+
+
+def check_parity(steppers: Sequence[Stepper], steps: int = 2) -> None:
+    """Two steps of everybody, compared after either part with the first of `steppers`."""
+    for step in range(1, steps + 1):
+        for stepper in steppers:
+            versions = _gradient_versions(stepper)
+            stepper.prepare_first()
+            stepper.first()
+            _expect_untouched(stepper, versions)
+        _compare([stepper for stepper in steppers if stepper.perturbs], f"perturbed weights of step {step}")
+        for stepper in steppers:
+            versions = _gradient_versions(stepper)
+            stepper.prepare_second()
+            stepper.second()
+            _expect_untouched(stepper, versions)
+        _compare(steppers, f"weights after step {step}")
+
+
+def _gradient_versions(stepper: Stepper) -> list[int]:
+    return [grad._version for grads in stepper.problem.gradients for grad in grads if grad is not None]
+
+
+def _expect_untouched(stepper: Stepper, versions: list[int]) -> None:
+    if _gradient_versions(stepper) != versions:
+        raise SystemExit(f"no times: {stepper.name} writes into the gradients, which all contenders share")
+
+
+def _compare(steppers: Sequence[Stepper], what: str) -> None:
+    judge, *others = steppers
+    for other in others:
+        for index, (found, expected) in enumerate(zip(other.params, judge.params, strict=True)):
+            try:
+                torch.testing.assert_close(found.data, expected.data, **TOLERANCE.get(found.dtype, {}))
+            except AssertionError as error:
+                raise SystemExit(
+                    f"no times: {what} of {other.name} differ from those of {judge.name}, "
+                    f"parameter {index} of {len(judge.params)}\n{error}"
+                ) from None
+
+
+def count_operations(stepper: Stepper) -> int:
+    """Operations of one step that Python dispatches; what an operation calls itself is not counted again."""
+    stepper.prepare_first()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        stepper.first()
+        stepper.prepare_second()
+        stepper.second()
+    count = 0
+    for event in profile.events():
+        ancestor = event
+        while ancestor is not None and not (ancestor is not event and _is_operation(ancestor.name)):
+            ancestor = ancestor.cpu_parent
+        count += _is_operation(event.name) and ancestor is None
+    return count
+
+
+def _is_operation(name: str) -> bool:
+    return name.startswith(("aten::", "fastsam::"))
+
+
+def rounded(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Four digits are more than a timing holds, and the result is committed."""
+    return {name: [float(f"{value:.4g}") for value in values] for name, values in times.items()}
+
+
+def work(args: argparse.Namespace, case: Case) -> dict[str, Any]:
+    """What one fresh process measures."""
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    problem = Problem(args.model, case, device)
+    steppers = build(args, problem)
+    problem.start.clear()
+    check_parity(steppers)
+    result: dict[str, Any] = {
+        "elements": problem.elements,
+        "bytes": {stepper.name: problem.ideal_bytes() for stepper in steppers if stepper.perturbs},
+        "fused_base": fused_base_works(problem),
+        "fastsam": [stepper.name for stepper in steppers if isinstance(stepper, Fastsam)],
+        "operations": {stepper.name: count_operations(stepper) for stepper in steppers},
+    }
+    if args.model == HOST_MODEL:
+        clock, rounds = clock_for(torch.device("cpu")), args.rounds or HOST_ROUNDS
+        start, before = time.perf_counter(), others()
+        calls = interleave(steppers, clock, rounds, HOST_WARMUP, HOST_BURST)
+        closures = [Closure(stepper) for stepper in steppers]
+        closure = interleave(closures, clock, rounds, HOST_WARMUP, HOST_BURST)
+        taken = (others() - before) / (time.perf_counter() - start)
+        both = {"calls": rounded(calls), "closure": rounded(closure)}
+        return {**result, "times": both, "cores_taken": round(taken, 2)}
+
+    contenders: list[Any] = list(steppers)
+    if args.against_sgd:
+        plain = Problem(args.model, Case(), device)
+        contenders.append(Fastsam(ANCHOR, plain, (args.backend or backends_for(device, torch.float32))[0]))
+        result["bytes"][ANCHOR] = plain.ideal_bytes()
+    if not args.contenders or "bandwidth" in args.contenders:
+        try:
+            yardstick = DeviceCopy(device) if device.type == "cuda" else Triad(args.threads)
+        except RuntimeError as error:
+            print(f"no streaming triad: {error}", file=sys.stderr)
+        else:
+            if not yardstick.streams:
+                print("the triad's stores are plain ones on this processor", file=sys.stderr)
+            contenders.append(yardstick)
+            result["bytes"][yardstick.name] = yardstick.bytes
+    start, before = time.perf_counter(), others()
+    times = interleave(contenders, clock_for(device), args.rounds or ROUNDS, WARMUP)
+    taken = (others() - before) / (time.perf_counter() - start)
+    return {**result, "times": rounded(times), "cores_taken": round(taken, 2)}
+
+
+def measure(args: argparse.Namespace, case: Case, model: str, extra: Sequence[str], name: str = "") -> dict[str, Any]:
+    """One result: a case in fresh processes."""
+    arguments = [str(Path(__file__)), "--model", model, *case.flags(), "--device", args.device, *extra]
+    arguments += ["--threads", str(args.threads)]
+    arguments += ["--rounds", str(args.rounds)] if args.rounds else []
+    found = fresh_processes(arguments, args.processes, args.threads)
+    kind = "host" if model == HOST_MODEL else "step"
+    common = {key: value for key, value in found[0].items() if key not in ("times", "cores_taken")}
+    return {
+        "kind": kind,
+        "name": name,
+        "model": model,
+        "case": asdict(case),
+        **common,
+        "cores_taken": [process["cores_taken"] for process in found],
+        "processes": [process["times"] for process in found],
+    }
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every case on FusedSAM's best backend for it, SGD's with all rivals, and host time."""
+    device = torch.device(args.device)
+    results = []
+    for name, case in CASES.items():
+        backend = ["--backend", *(args.backend or backends_for(device, DTYPES[case.dtype])[:1])]
+        few = [] if name == "SGD" else ["--against-sgd", "--contenders", "fastsam", *CASE_RIVALS, "bandwidth"]
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results.append(measure(args, case, args.model, [*backend, *few], name))
+    print("host time ...", file=sys.stderr, flush=True)
+    backend = ["--backend", *(args.backend or backends_for(device, torch.float32)[:1])]
+    return [*results, measure(args, Case(), HOST_MODEL, backend)]
+
+
+def judge_goals(results: Sequence[dict[str, Any]], device: str) -> list[str]:
+    """The goals that these results decide, a line each."""
+    lines = []
+    for result in results:
+        if not result["fastsam"]:
+            continue
+        name, processes = result["fastsam"][0], result["processes"]
+        if result["kind"] == "step" and ANCHOR in processes[0]:
+            over = over_prediction(result)["median"]
+            lines.append(_goal(f"{result['name']}: time / predicted by bytes", over, "at most", OVER_PREDICTION))
+        if result["kind"] == "host":
+            micros = 1e6 * across([process["calls"] for process in processes], name)["median"]
+            lines.append(_goal("host time of first_step and step, us", micros, "at most", 120))
+        if (result["kind"], result["model"], Case(**result["case"]), device) != ("step", "resnet50", Case(), "cpu"):
+            continue
+        for rival, goal in (("eager", 2.5), ("foreach_mul", 1.8), ("foreach_alpha", 1.4)):
+            if rival in processes[0]:
+                ratio = paired_ratio(processes, rival, name)["median"]
+                lines.append(_goal(f"{rival} / {name}", ratio, "at least", goal))
+        if "base_fused" in processes[0]:
+            ratio = paired_ratio(processes, name, "base_fused")["median"]
+            lines.append(_goal(f"{name} / base_fused", ratio, "at most", 2.25))
+        if "triad" in result["bytes"]:
+            lines.append(_goal("share of triad", share_of_yardstick(result, name)["median"], "at least", 0.85))
+    return lines
+
+
+def _goal(what: str, found: float, bound: str, goal: float) -> str:
+    reached = found >= goal if bound == "at least" else found <= goal
+    return f"{'reached ' if reached else 'MISSED  '} {what}: {found:.2f}, goal {bound} {goal}"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="resnet50")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--all", action="store_true", help="every case of cases.py on --model's shapes, and host time")
+    parser.add_argument("--backend", nargs="+", help="FusedSAM's backends [all available]; the first is compared")
+    names = ["fastsam", *RIVALS, "bandwidth"]
+    known = f"some of {', '.join(names)} [all]"
+    parser.add_argument("--contenders", nargs="+", choices=names, metavar="NAME", help=known)
+    parser.add_argument("--processes", type=int, help=f"fresh processes [{PROCESSES}]")
+    parser.add_argument("--rounds", type=int, help=f"rounds in a process [{ROUNDS}; host time {HOST_ROUNDS}]")
+    parser.add_argument("--quick", action="store_true", help="one process and three rounds")
+    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="keep the result [benchmarks/results/...]")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # one process's result goes to this file
+    parser.add_argument("--against-sgd", action="store_true", help=argparse.SUPPRESS)  # time plain SGD beside the case
+    case = parser.add_argument_group("case")
+    case.add_argument("--base", choices=BASES, default="sgd")
+    case.add_argument("--dtype", choices=DTYPES, default="float32")
+    case.add_argument("--adaptive", action="store_true", help="ASAM")
+    case.add_argument("--groups", type=int, default=1, help="parameter groups; more than 1: with different options")
+    case.add_argument("--missing", action="store_true", help="a tenth of the parameters has no gradient")
+    case.add_argument("--misaligned", action="store_true", help="gradients off the 16-byte grid by one element")
+    args = parser.parse_args()
+    args.processes = args.processes or (1 if args.quick else PROCESSES)
+    args.rounds = args.rounds or (3 if args.quick else None)
+    return args
+
+
+def main() -> None:
+    """Measure, print the tables, keep the result."""
+    args = arguments()
+    case = Case(args.base, args.dtype, args.adaptive, args.groups, args.missing, args.misaligned)
+    if args.worker:
+        args.worker.write_text(json.dumps(work(args, case)))
+        return
+
+    device = torch.device(args.device)
+    document: dict[str, Any] = {
+        "format": 1,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
+        "device": device.type,
+        "environment": {**environment(device, args.threads), **fastsam_environment()},
+    }
+    if args.all:
+        document["results"] = measure_all(args)
+    else:
+        extra = ["--backend", *args.backend] if args.backend else []
+        extra += ["--contenders", *args.contenders] if args.contenders else []
+        document["results"] = [measure(args, case, args.model, extra)]
+    print(render(document))
+    busiest = max(rate for result in document["results"] for rate in result["cores_taken"])
+    if busiest > QUIET:
+        print(f"\nThis machine is busy, others took {busiest:.2f} cores: do not use these times.", file=sys.stderr)
+    else:
+        print("\n" + "\n".join(judge_goals(document["results"], device.type)), file=sys.stderr)
+    if args.json is not None:
+        name = "all" if args.all else "-".join([args.model, args.base, args.dtype])
+        file = Path(args.json or ROOT / "benchmarks" / "results" / f"{document['date']}-{device.type}-{name}.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def fastsam_environment() -> dict[str, Any]:
+    """What of fastsam a number depends on."""
+    try:
+        import fastsam
+    except ModuleNotFoundError:
+        return {"fastsam": None}
+    try:
+        from fastsam import _C
+    except ImportError:
+        return {"fastsam": fastsam.__version__, "cpu_isa": None}
+    return {"fastsam": fastsam.__version__, "cpu_isa": _C.cpu_isa(), "source_hash": _C.source_hash}
+
+
+if __name__ == "__main__":
+    main()

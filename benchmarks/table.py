@@ -1,0 +1,203 @@
+"""Markdown tables of a benchmark's JSON; as a command, the tables of the README.
+
+    python benchmarks/table.py benchmarks/results/FILE.json          # between the README's markers of that device
+    python benchmarks/table.py benchmarks/results/FILE.json --print  # to the screen only
+
+The README holds `<!-- benchmarks:cpu -->` and `<!-- /benchmarks:cpu -->` (or `cuda`) on lines of their own; what is
+between them is replaced, so running it twice changes nothing.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rivals import LABELS
+from timing import ROOT, across, paired_ratio
+
+YARDSTICKS = ("triad", "copy")
+ANCHOR = "anchor"  # FusedSAM with SGD in fp32, timed beside every other case
+MISSING = "-"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def label(result: Mapping[str, Any], name: str) -> str:
+    """What a table calls a contender."""
+    if name.startswith("fastsam_"):
+        return f"**FusedSAM**, `{name.removeprefix('fastsam_')}`"
+    return LABELS[name] if result["fused_base"] else LABELS[name].replace("`fused=True`", "`foreach=True`")
+
+
+def spread(found: Mapping[str, float], digits: int = 2, times: float = 1) -> str:
+    """The median and, where there are several processes, the quartiles."""
+    median, q1, q3 = (f"{found[key] * times:.{digits}f}" for key in ("median", "q1", "q3"))
+    return median if found["n"] == 1 else f"{median} ({q1} to {q3})"
+
+
+def yardstick_of(result: Mapping[str, Any]) -> str | None:
+    """The bandwidth contender that the result holds."""
+    return next((name for name in YARDSTICKS if name in result["bytes"]), None)
+
+
+def share_of_yardstick(result: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Bandwidth by ideal bytes over the yardstick's of the same round."""
+    yardstick = yardstick_of(result)
+    assert yardstick is not None
+    times = result["bytes"][name] / result["bytes"][yardstick]
+    ratio = paired_ratio(result["processes"], yardstick, name)
+    return {key: value if key == "n" else value * times for key, value in ratio.items()}
+
+
+def over_prediction(result: Mapping[str, Any]) -> dict[str, float]:
+    """FusedSAM's time over what SGD's time of the same round and the bytes of both predict."""
+    name = result["fastsam"][0]
+    expected = result["bytes"][name] / result["bytes"][ANCHOR]
+    ratio = paired_ratio(result["processes"], name, ANCHOR)
+    return {key: value if key == "n" else value / expected for key, value in ratio.items()}
+
+
+def step_table(result: Mapping[str, Any]) -> str:
+    """One model and case: a row per contender."""
+    processes, yardstick = result["processes"], yardstick_of(result)
+    rows = []
+    for name in processes[0]:
+        if name == ANCHOR:
+            continue
+        seconds = across(processes, name)
+        count = result["operations"].get(name)
+        bandwidth = share = faster = MISSING
+        if name in result["bytes"]:
+            bandwidth = f"{result['bytes'][name] / seconds['median'] / 1e9:.1f}"
+            share = f"{100 * share_of_yardstick(result, name)['median']:.0f}" if yardstick else MISSING
+        if result["fastsam"] and name not in YARDSTICKS and name != result["fastsam"][0]:
+            faster = spread(paired_ratio(processes, name, result["fastsam"][0]))
+        row = [
+            label(result, name),
+            spread(seconds, 2, 1e3),
+            bandwidth,
+            share,
+            faster,
+            MISSING if count is None else str(count),
+        ]
+        rows.append(row)
+    columns = [f"{_title(result)}", "ms", "GB/s", f"% of {yardstick or 'triad'}", "its time / FusedSAM's", "ops"]
+    return markdown(columns, rows)
+
+
+def cases_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Every case, a row each: FusedSAM's time, against what its bytes predict and against two rivals."""
+    rows = []
+    for result in results:
+        name, processes = result["fastsam"][0], result["processes"]
+        seconds = across(processes, name)
+        row = [
+            result["name"],
+            f"{result['bytes'][name] / result['elements']:.1f}",
+            spread(seconds, 2, 1e3),
+            f"{result['bytes'][name] / seconds['median'] / 1e9:.1f}",
+            spread(over_prediction(result)) if ANCHOR in processes[0] else MISSING,
+        ]
+        for rival in ("eager", "foreach_alpha"):
+            row.append(spread(paired_ratio(processes, rival, name)) if rival in processes[0] else MISSING)
+        rows.append(row)
+    first = results[0]
+    columns = [f"FusedSAM, {first['model']} shapes", "bytes a parameter", "ms", "GB/s", "time / predicted by bytes"]
+    return markdown([*columns, "eager SAM / FusedSAM", "foreach SAM / FusedSAM"], rows)
+
+
+def host_table(result: Mapping[str, Any]) -> str:
+    """Host time of a step whose tensors hold next to nothing."""
+    rows = []
+    for name in result["processes"][0]["calls"]:
+        row = [label(result, name)]
+        for how in ("calls", "closure"):
+            processes = [process[how] for process in result["processes"]]
+            row.append(spread(across(processes, name), 0, 1e6))
+            same = not result["fastsam"] or name == result["fastsam"][0]
+            row.append(MISSING if same else spread(paired_ratio(processes, name, result["fastsam"][0]), 1))
+        count = result["operations"].get(name)
+        rows.append([*row, MISSING if count is None else str(count)])
+    ratio = "its time / FusedSAM's"
+    columns = [_title(result), "two calls, us", ratio, "step(closure), us", ratio, "ops"]
+    return markdown(columns, rows)
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    case = result["case"]
+    extra = [name for name in ("adaptive", "missing", "misaligned") if case[name]]
+    extra += [f"{case['groups']} groups"] if case["groups"] > 1 else []
+    return ", ".join([f"{result['model']} shapes", case["base"], case["dtype"], *extra])
+
+
+def environment_line(document: Mapping[str, Any]) -> str:
+    """One sentence: where and when, with what."""
+    env = document["environment"]
+    caches = ", ".join(
+        f"L{cache['level']} {cache['bytes'] / 2**20:g} MiB"
+        for cache in env["caches"]
+        if cache["type"] != "Instruction" and cache["level"] > 1
+    )
+    where = f"{env['gpu']}, driver {env['driver']}" if "gpu" in env else f"{env['cpu']}, {caches}"
+    commit = (env["commit"] or "none")[:12] + (" with uncommitted changes" if env["dirty"] else "")
+    threads = f"{env['threads']} thread" + "s" * (env["threads"] != 1)
+    versions = f"{threads}, torch {env['torch']}, Python {env['python']}, fastsam {env['fastsam']}"
+    isa = f" ({env['cpu_isa']})" if env.get("cpu_isa") else ""
+    return f"{where}; {versions}{isa}, commit {commit}, {document['date']}."
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """Everything that a JSON holds, as Markdown."""
+    results = document["results"]
+    steps = [result for result in results if result["kind"] == "step"]
+    parts = []
+    cases = [result for result in steps if result["name"]]
+    parts += [step_table(result) for result in steps if not result["name"] or result["name"] == "SGD"]
+    parts += [cases_table(cases)] if cases and cases[0]["fastsam"] else []
+    parts += [host_table(result) for result in results if result["kind"] == "host"]
+    counts = {len(result["processes"]) for result in results}
+    count = "one process" if counts == {1} else f"{'/'.join(map(str, sorted(counts)))} fresh processes"
+    parts.append(
+        f"Optimizer part only, gradients given, parity checked first; medians of {count}, quartiles in brackets; "
+        "ratios are of times in the same round. GB/s counts the bytes that the step cannot do without. "
+        + environment_line(document)
+    )
+    parts.append(f"To repeat: `{document['command']}`")
+    return "\n\n".join(parts)
+
+
+def replace_between_markers(text: str, device: str, body: str) -> str:
+    """`text` with what stands between the markers of `device` replaced by `body`."""
+    opening, closing = f"<!-- benchmarks:{device} -->", f"<!-- /benchmarks:{device} -->"
+    if text.count(opening) != 1 or text.count(closing) != 1 or text.index(opening) > text.index(closing):
+        raise SystemExit(f"expected {opening} and then {closing}, once each")
+    before, rest = text.split(opening)
+    after = rest.split(closing)[1]
+    return f"{before}{opening}\n{body}\n{closing}{after}"
+
+
+def main() -> None:
+    """Rewrite the README's tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--print", action="store_true", help="print the tables and change nothing")
+    args = parser.parse_args()
+    document = json.loads(args.json.read_text())
+    body = render(document)
+    if args.print:
+        print(body)
+        return
+    file = args.json.resolve()
+    source = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
+    body += f"\n\nGenerated from `{source}` by `python benchmarks/table.py {source}`."
+    args.readme.write_text(replace_between_markers(args.readme.read_text(), document["device"], body))
+
+
+if __name__ == "__main__":
+    main()
