@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <ATen/dlpack.h>
 
 #include "cpu/launch.h"
@@ -257,6 +261,19 @@ PyObject* current_work_stream(PyObject*, PyObject* args) {
   return PyLong_FromVoidPtr(stream);
 }
 
+// Ask for huge pages, before the memory is first written: streams through many flat tensors otherwise wait for address
+// translation. A wish only, so nothing is reported.
+PyObject* use_huge_pages(PyObject*, PyObject* args) {
+  unsigned long long address, bytes;
+  if (!PyArg_ParseTuple(args, "KK", &address, &bytes)) return nullptr;
+#if defined(MADV_HUGEPAGE)
+  constexpr unsigned long long kPage = 4096, kWorthIt = 4 << 20;
+  const unsigned long long begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (bytes >= kWorthIt) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  Py_RETURN_NONE;
+}
+
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::kernels().isa); }
 
 PyObject* cpu_isas(PyObject*, PyObject*) {
@@ -292,6 +309,7 @@ PyMethodDef methods[] = {
     {"fill", fill, METH_VARARGS, "fill(grads, table): write the gradients' addresses."},
     {"current_work_stream", current_work_stream, METH_VARARGS,
      "current_work_stream(device_type, device_index) -> int."},
+    {"use_huge_pages", use_huge_pages, METH_VARARGS, "use_huge_pages(address, bytes): ask for them, before the first write."},
     {"cpu_isa", cpu_isa, METH_NOARGS, "cpu_isa() -> the instruction set in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "cpu_isas() -> those that this processor has, slowest first."},
     {"use_cpu_isa", use_cpu_isa, METH_VARARGS, "use_cpu_isa(name) -> the previous one."},

@@ -82,7 +82,7 @@ class Bucket:
     def append(self, members: Sequence[Member], state: State) -> None:
         """Give the bucket a page for more parameters; existing pages stay where they are."""
         sizes = [real_numel(param) for param, _ in members]
-        backups = self._page(sizes, torch.empty)
+        backups = self._page(sizes)
         steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
         chunk = self.segments[-1].chunks.stop if self.segments else 0
         for i, (param, group) in enumerate(members):
@@ -107,15 +107,17 @@ class Bucket:
         grown = False
         for slot in range(STATE_SLOTS):
             bare = [segment for segment, count in needs if slot < count and segment.states[slot] is None]
-            for segment, flat in zip(bare, self._page([s.numel for s in bare], torch.zeros), strict=True):
-                segment.states[slot] = flat
+            for segment, flat in zip(bare, self._page([s.numel for s in bare]), strict=True):
+                segment.states[slot] = flat.zero_()
             grown = grown or bool(bare)
         return grown
 
-    def _page(self, sizes: Sequence[int], create: Any) -> list[Tensor]:
-        """One new flat tensor cut into pieces of these sizes that start at multiples of ALIGN."""
+    def _page(self, sizes: Sequence[int]) -> list[Tensor]:
+        """One new flat tensor, not initialised, cut into pieces of these sizes that start at multiples of ALIGN."""
         rooms = [-(-n // ALIGN) * ALIGN for n in sizes]
-        flat = create(sum(rooms), dtype=self.dtype, device=self.device)
+        flat = torch.empty(sum(rooms), dtype=self.dtype, device=self.device)
+        if reader is not None and self.device.type == "cpu":
+            reader.use_huge_pages(flat.data_ptr(), flat.nbytes)
         return [piece[:n] for piece, n in zip(flat.split(rooms), sizes, strict=True)] if sizes else []
 
     def _build_tables(self) -> None:
