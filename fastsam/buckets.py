@@ -118,7 +118,7 @@ class Bucket:
         flat = torch.empty(sum(rooms), dtype=self.dtype, device=self.device)
         if reader is not None and self.device.type == "cpu":
             reader.use_huge_pages(flat.data_ptr(), flat.nbytes)
-        return [piece[:n] for piece, n in zip(flat.split(rooms), sizes, strict=True)] if sizes else []
+        return [piece[:n] for piece, n in zip(torch.split(flat, rooms), sizes, strict=True)] if sizes else []
 
     def _build_tables(self) -> None:
         chunks: list[tuple[int, int, int, int]] = []
