@@ -123,6 +123,18 @@ def test_adam_has_the_bits_of_torch_but_for_its_root(backend, device, config):
     run_beside_oracle(config, backend, device, torch.float32, compare, handover=True)
 
 
+@pytest.mark.parametrize("lr, weight_decay", [(0.6, 0.7), (0.9, 0.8)])
+def test_the_decoupled_decay_is_rounded_once(backend, device, lr, weight_decay):
+    """A zero gradient leaves w * (1 - lr * weight_decay): here another float32 than 1 - float32(lr * weight_decay)."""
+    w = Parameter(torch.ones(65, device=device))
+    opt = fastsam.FusedSAM([w], torch.optim.AdamW, lr=lr, weight_decay=weight_decay, backend=backend)
+    w.grad = torch.zeros_like(w)
+    opt.first_step()
+    opt.step()
+    expected = torch.tensor(1 - lr * weight_decay, dtype=torch.float64).float()
+    exact(w.detach().cpu(), expected.expand(65))
+
+
 @pytest.mark.parametrize("config", **cases.ids(CONFIGS))
 def test_float64(backend, device, config):
     compare = dict(perturbed=close, weights=close, state=close)
