@@ -109,6 +109,8 @@ def jobs(cxx: list[str], nvcc: str | None, torch_include: Path) -> list[Job]:
     command = [*cxx, *CXX_FLAGS, *MATH_FLAGS, *sanitizers(), f"-isystem{torch_include}", "-c"]
     result = []
     for source in sorted(CSRC.rglob("*.cpp")):
+        if source.parent.name == "cuda" and nvcc is None:
+            continue
         extra = [TORCH_TARGET]
         if source.name == "reader.cpp":  # dlpack.h refuses to stand beside the stable ABI, which this file does not use
             extra = [f"-I{sysconfig.get_path('include')}", f"-DFASTSAM_SOURCE_HASH={source_hash()}"]

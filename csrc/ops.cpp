@@ -2,45 +2,12 @@
 //
 // The operations write through addresses in tables, which no schema can show: they are private to fastsam.ops.native
 // and never traced.
-#include <optional>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include "checks.h"
 #include "cpu/launch.h"
 
 namespace fastsam {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// The data of a tensor that must be contiguous, on the CPU, of `dtype`, with `rows` rows (-1: any) of `columns` (0: of
-// one dimension).
-void* checked(const char* operation, const char* name, const Tensor& tensor, ScalarType dtype, int64_t rows,
-              int64_t columns) {
-  using torch::headeronly::toString;
-  const int64_t dim = columns > 0 ? 2 : 1;
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), operation, ": ", name, " must be contiguous, on the CPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, operation, ": ", name, " must have dtype ", toString(dtype), ", got ",
-                  toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.dim() == dim, operation, ": ", name, " must have ", dim, " dimension(s), got ", tensor.dim());
-  STD_TORCH_CHECK(rows < 0 || tensor.size(0) == rows, operation, ": ", name, " must have ", rows, " rows, got ",
-                  tensor.size(0));
-  STD_TORCH_CHECK(columns == 0 || tensor.size(1) == columns, operation, ": ", name, " must have ", columns,
-                  " columns, got ", tensor.size(1));
-  return tensor.data_ptr();
-}
-
-template <class T>
-const T* scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType dtype) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == dtype && tensor->numel() == 1, "update_: ", name,
-                  " must be one element of dtype ", torch::headeronly::toString(dtype), " on the CPU, got ",
-                  tensor->numel(), " of ", torch::headeronly::toString(tensor->scalar_type()));
-  return static_cast<const T*>(tensor->data_ptr());
-}
 
 cpu::Launch tables(const char* operation, int64_t dtype, const Tensor& segments, const Tensor& chunks,
                    const Tensor& grads, const Tensor& rows) {
@@ -48,13 +15,13 @@ cpu::Launch tables(const char* operation, int64_t dtype, const Tensor& segments,
                   "), got ", dtype);
   cpu::Launch launch{};
   launch.dtype = static_cast<Dtype>(dtype);
-  launch.segments = static_cast<const Segment*>(checked(operation, "segments", segments, ScalarType::Long, -1, 8));
+  launch.segments = static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCpu, ScalarType::Long, -1, 8));
   launch.n_segments = segments.size(0);
-  launch.chunks = static_cast<const Chunk*>(checked(operation, "chunks", chunks, ScalarType::Int, -1, 4));
+  launch.chunks = static_cast<const Chunk*>(checked(operation, "chunks", chunks, Place::kCpu, ScalarType::Int, -1, 4));
   launch.n_chunks = chunks.size(0);
   launch.grads =
-      static_cast<const int64_t*>(checked(operation, "grads", grads, ScalarType::Long, launch.n_segments, 0));
-  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, ScalarType::Double, -1, 8));
+      static_cast<const int64_t*>(checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, launch.n_segments, 0));
+  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, 8));
   return launch;
 }
 
@@ -62,8 +29,8 @@ void grad_norm(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tens
                int64_t slot) {
   cpu::Launch launch = tables("grad_norm", dtype, segments, chunks, grads, rows);
   launch.partials =
-      static_cast<double*>(checked("grad_norm", "partials", partials, ScalarType::Double, launch.n_chunks, 0));
-  double* const sums = static_cast<double*>(checked("grad_norm", "out", out, ScalarType::Double, -1, 0));
+      static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCpu, ScalarType::Double, launch.n_chunks, 0));
+  double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCpu, ScalarType::Double, -1, 0));
   STD_TORCH_CHECK(0 <= slot && slot < out.size(0), "grad_norm: slot must be in [0, ", out.size(0), "), got ", slot);
   sums[slot] = cpu::grad_norm(launch);
 }
@@ -71,8 +38,8 @@ void grad_norm(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tens
 void perturb_(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
   cpu::Launch launch = tables("perturb_", dtype, segments, chunks, grads, rows);
   launch.perturbed =
-      static_cast<bool*>(checked("perturb_", "perturbed", perturbed, ScalarType::Bool, launch.n_segments, 0));
-  const double* const slots = static_cast<const double*>(checked("perturb_", "sums", sums, ScalarType::Double, -1, 0));
+      static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  const double* const slots = static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
   for (int64_t i = 0; i < sums.size(0); i++) launch.sum += slots[i];
   cpu::perturb(launch);
 }
@@ -84,10 +51,10 @@ void update_(int64_t dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor
   cpu::Launch launch = tables("update_", dtype, segments, chunks, grads, rows);
   launch.rule = static_cast<Rule>(rule);
   launch.perturbed =
-      static_cast<bool*>(checked("update_", "perturbed", perturbed, ScalarType::Bool, launch.n_segments, 0));
-  launch.grad_scale = scalar<float>("grad_scale", grad_scale, ScalarType::Float);
-  launch.found_inf = scalar<float>("found_inf", found_inf, ScalarType::Float);
-  launch.clip = scalar<double>("clip", clip, ScalarType::Double);
+      static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  launch.grad_scale = scalar<float>("grad_scale", grad_scale, Place::kCpu, ScalarType::Float);
+  launch.found_inf = scalar<float>("found_inf", found_inf, Place::kCpu, ScalarType::Float);
+  launch.clip = scalar<double>("clip", clip, Place::kCpu, ScalarType::Double);
   cpu::update(launch);
 }
 

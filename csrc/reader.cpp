@@ -14,6 +14,7 @@
 #include <ATen/dlpack.h>
 
 #include "cpu/launch.h"
+#include "reader.h"
 #include "tables.h"
 
 #define FASTSAM_QUOTE_(text) #text
@@ -320,6 +321,15 @@ PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "fastsam._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+
+bool work_stream(int device, void** stream) {
+  if (!table) return false;
+  const PyGILState_STATE state = PyGILState_Ensure();  // operations run without it, but a failure sets a Python error
+  const bool found = table->current_work_stream(kDLCUDA, device, stream) == 0;
+  if (!found) PyErr_Clear();
+  PyGILState_Release(state);
+  return found;
+}
 
 }  // namespace fastsam
 

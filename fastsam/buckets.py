@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsam import ops, rules
 from fastsam.checks import check_param
+from fastsam.ops import native
 from fastsam.ops.native import reader
 from fastsam.rules import Group, Row, Rule
 from fastsam.segments import STATE_SLOTS, Segment, is_dense, layout, overlapping, place_of, real_dtype, real_numel
@@ -41,6 +42,7 @@ class Bucket:
         slot: the bucket's place in `sums`.
         segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and step count; the
             group.
+            For the CUDA kernels rows of their own follow.
         chunk_table: [n_chunks, 4] int32: segment, start / 64, length, and the padded lengths of all chunks before / 64.
         grad_table: [n_segments] int64 on the host: addresses of this pass's gradients, 0 for none.
         perturbed: [n_segments] bool on the host: the backup holds the weights; `perturb_` sets it, `update_` clears it.
@@ -56,6 +58,8 @@ class Bucket:
         self.silent: list[int] = []  # segments whose state is not in optimizer.state yet
         self.perturbed = torch.zeros(0, dtype=torch.bool)
         self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
+        self.uploaded: list[Row] | None = None  # what the CUDA kernels' table holds of the groups, for captured graphs
+        self.kept: Any = None  # what the backend keeps beside the tables
 
     @property
     def rule(self) -> Rule | None:
@@ -81,6 +85,7 @@ class Bucket:
 
     def append(self, members: Sequence[Member], state: State) -> None:
         """Give the bucket a page for more parameters; existing pages stay where they are."""
+        self._refuse_capture()
         sizes = [real_numel(param) for param, _ in members]
         backups = self._page(sizes)
         steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
@@ -107,6 +112,8 @@ class Bucket:
         grown = False
         for slot in range(STATE_SLOTS):
             bare = [segment for segment, count in needs if slot < count and segment.states[slot] is None]
+            if bare:
+                self._refuse_capture()
             for segment, flat in zip(bare, self._page([s.numel for s in bare]), strict=True):
                 segment.states[slot] = flat.zero_()
             grown = grown or bool(bare)
@@ -149,10 +156,41 @@ class Bucket:
             segment.layout = layout(segment.param)
             owned = (segment.backup, *segment.states, None, segment.step)
             rows.append([segment.layout.address, *(0 if t is None else t.data_ptr() for t in owned), segment.group])
-        self.segment_table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8).to(self.device)
+        self.places = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8)  # on the host, for the reader
+        own = native.own_rows(len(rows), len(self.owner.groups)) if self.backend == "cuda" else 0
+        self.segment_table = torch.cat([self.places, self.places.new_zeros(own, 8)]).to(self.device)
+        self.uploaded = None
         if reader is not None:
             signatures = [reader.describe(param)[1] for param in self.params]
             self.signatures = torch.tensor(signatures, dtype=torch.int64)
+
+    def settle(self) -> None:
+        """See to it that a captured graph finds the groups' values on the device."""
+        if self.backend != "cuda":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            if self.uploaded != self.rows:
+                raise RuntimeError(
+                    "FusedSAM: a captured step reads lr, rho and the other values of the groups from the device: call "
+                    "optimizer.refresh() after changing them, before the capture and before each replay"
+                )
+        elif self.uploaded is None:
+            self.upload()
+
+    def upload(self) -> None:
+        """Bring the groups' values to the device, where captured graphs read them."""
+        if self.backend == "cuda":
+            if len(self.segment_table) != len(self.segments) + native.own_rows(len(self.segments), len(self.rows)):
+                self.point()  # groups were added
+            native.upload_rows(self)
+            self.uploaded = self.rows
+
+    def _refuse_capture(self) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "FusedSAM: memory for the step must be allocated before a CUDA graph is captured: call "
+                "optimizer.prepare(), or take a step, first"
+            )
 
     # Gradients.
 
@@ -165,7 +203,7 @@ class Bucket:
         if reader is not None and self.backend != "reference":
             found, moved, foreign = reader.gather(
                 self.params,
-                self.segment_table.data_ptr(),
+                self.places.data_ptr(),
                 self.signatures.data_ptr(),
                 self.skip.data_ptr() if ascent and self.owner.partial else 0,
                 self.grad_table.data_ptr(),
@@ -211,8 +249,12 @@ class Bucket:
         """Restore and take the base step. Bumped version counters let autograd notice stale graphs."""
         written = self._written(grads)
         self.watched = []
-        self.ops.update_(self, grads, grad_scale=grad_scale, found_inf=found_inf)
+        self.ops.update_(self, grads, grad_scale=self._here(grad_scale), found_inf=self._here(found_inf))
         torch.autograd.graph.increment_version(written)
+
+    def _here(self, scalar: Tensor | None) -> Tensor | None:
+        """A number for this device; a GradScaler keeps its own on one of them."""
+        return None if scalar is None else scalar.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _written(self, grads: Gradients) -> list[Tensor]:
         """The parameters that an operation given these gradients writes to."""
@@ -349,17 +391,27 @@ class Buckets:
             self.state = state
             for bucket in self.items:
                 bucket.absorb(state, bucket.segments)
-        self.refresh()
+        self._read_values()
         thawed = [member for member in self.frozen if member[0].grad is not None]
         if thawed:
             self.frozen = [member for member in self.frozen if member[0].grad is None]
             self._append(thawed)
+        for bucket in self.items:
+            bucket.settle()
 
     def refresh(self) -> None:
+        """Read the groups' values, and bring them to where captured graphs find them."""
+        self._read_values()
+        for bucket in self.items:
+            bucket.upload()
+
+    def _read_values(self) -> None:
         """Read the groups' values: schedulers change them, momentum and betas too."""
         rows = [rules.row(group, self.rule) for group in self.groups]
         if rows != self.rows:
             if len(rows) != len(self.rows):
+                for bucket in self.items:
+                    bucket.uploaded = None
                 self._values = array("d", bytes(8 * len(Row._fields) * len(rows)))
                 self.row_table = torch.frombuffer(self._values, dtype=torch.float64).view(len(rows), -1)
             self._values[:] = array("d", [value for row in rows for value in row])
@@ -497,7 +549,8 @@ class Buckets:
             for bucket in self.items:
                 for device, sums in self.sums.items():
                     if device != bucket.device:
-                        sums[bucket.slot].copy_(self.sums[bucket.device][bucket.slot], non_blocking=True)
+                        own = self.sums[bucket.device][bucket.slot]
+                        sums[bucket.slot].copy_(own, non_blocking=device.type == "cuda")  # the host waits for its copy
 
 
 def serve(param: Tensor, backend: str) -> tuple[torch.dtype, str]:

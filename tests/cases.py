@@ -202,14 +202,18 @@ def model_closure(model: torch.nn.Module, opt: torch.optim.Optimizer, seed: int 
 
 def available_backends() -> list[Any]:
     """Those of this machine; test_contract.py::test_backend_is_available says why others are not."""
-    marks = {"cuda": [pytest.mark.cuda]}
+    marks = {"cuda": [pytest.mark.cuda], "triton": [] if interpreted() else [pytest.mark.cuda]}
     return [pytest.param(name, marks=marks.get(name, [])) for name, why in ops.backends().items() if why is None]
 
 
 def device_of(backend: str) -> str:
     """Where tests of a backend put their tensors."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "cuda" if backend == "cuda" or (backend == "triton" and not interpreted) else "cpu"
+    return "cuda" if backend == "cuda" or (backend == "triton" and not interpreted()) else "cpu"
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run on the CPU: decided before Triton is imported, for the whole process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 BACKENDS = available_backends()

@@ -6,9 +6,11 @@ clip)` stand in `reference.py` with their formulas; every other backend is a twi
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -43,17 +45,38 @@ class Operations(Protocol):
         """Restore the weights and take the base optimizer's step."""
 
 
-_OPERATIONS: dict[str, Operations] = {"reference": reference, "cpu": native}
+_OPERATIONS: dict[str, Operations] = {"reference": reference, "cpu": native, "cuda": native}
+
+
+def _triton_reason() -> str | None:
+    """Why the Triton kernels cannot be used here and what to do, or None; Triton is imported only if it may serve."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed; there is one for Linux: pip install 'fastsam[triton]'"
+    if not _interpreted() and not torch.cuda.is_available():
+        return "torch can use no GPU here; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, for tests"
+    try:
+        reason: str | None = importlib.import_module("fastsam.ops.triton").reason()
+    except Exception as error:  # whatever a broken installation raises
+        reason = f"triton does not load: {type(error).__name__}: {error}"
+    return reason
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors, instead of compiling them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_REASONS: dict[str, Callable[[], str | None]] = {
+    "reference": lambda: None,
+    "cpu": native.reason,
+    "cuda": native.cuda_reason,
+    "triton": _triton_reason,
+}
 
 
 def backends() -> dict[str, str | None]:
     """Every backend's name, with None where it can be used and else the reason why not and what to do."""
-    return {
-        "reference": None,
-        "cpu": native.reason(),
-        "cuda": "the CUDA kernels are not part of this version; use backend='reference' for CUDA tensors",
-        "triton": "the Triton kernels are not part of this version; use backend='reference' for CUDA tensors",
-    }
+    return {name: _REASONS[name]() for name in NAMES}
 
 
 def resolve(backend: str) -> str:
@@ -68,19 +91,25 @@ def resolve(backend: str) -> str:
         source = f"FASTSAM_BACKEND={backend}"
     if backend not in ("auto", *NAMES):
         raise ValueError(f"FusedSAM: backend must be one of {('auto', *NAMES)}, got {source}")
-    if backend != "auto" and (reason := backends()[backend]) is not None:
+    if backend != "auto" and (reason := _REASONS[backend]()) is not None:
         raise ValueError(f"FusedSAM: {source} is not available here: {reason}")
     return backend
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The backend that serves such parameters; None where the one asked for by name cannot."""
-    kernels = {"cpu": "cpu", "cuda": "cuda"}.get(device.type)
+    kernels = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())  # the first that is available
+    if _interpreted():
+        kernels = {"cpu": ("cpu", "triton"), "cuda": ("cuda",)}.get(device.type, ())
+    if dtype not in KERNEL_DTYPES:
+        kernels = ()
     if backend == "auto":
-        return kernels if kernels and dtype in KERNEL_DTYPES and backends()[kernels] is None else "reference"
-    return backend if backend == "reference" or (backend == kernels and dtype in KERNEL_DTYPES) else None
+        return next((name for name in kernels if _REASONS[name]() is None), "reference")
+    return backend if backend in ("reference", *kernels) else None
 
 
 def operations(backend: str) -> Operations:
     """The three operations of a backend."""
+    if backend == "triton":  # imported when first used: Triton takes as long to load as all of fastsam
+        return cast(Operations, importlib.import_module("fastsam.ops.triton"))
     return _OPERATIONS[backend]

@@ -31,6 +31,20 @@ def reason() -> str | None:
     return _REASON
 
 
+@cache
+def cuda_reason() -> str | None:
+    """Why the library's CUDA kernels cannot be used here and what to do, or None if they can."""
+    if (why := reason()) is not None:
+        return why
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::grad_norm", "CUDA"):
+        return "the library was built without them; install a CUDA toolkit (nvcc) and rebuild: pip install -e ."
+    if reader is None:
+        return "torch does not tell the current stream by its DLPack exchange table; they need torch >= 2.11"
+    if not torch.cuda.is_available():
+        return "they are compiled, but torch.cuda.is_available() is False"
+    return None
+
+
 def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> None:
     """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64."""
     _operations().grad_norm(
@@ -82,6 +96,16 @@ def update_(
         found_inf,
         clip,
     )
+
+
+def upload_rows(bucket: Bucket) -> None:
+    """Write the groups' values to the device, where captured graphs read them; for buckets of the CUDA kernels."""
+    torch.ops.fastsam.upload_rows(bucket.segment_table, bucket.row_table, len(bucket.segments))
+
+
+def own_rows(n_segments: int, n_groups: int) -> int:
+    """Rows behind the segments in a CUDA bucket's table that are the kernels' own, as in csrc/cuda/launch.h."""
+    return 1 + n_groups + -(-n_segments // 8)
 
 
 def _addresses(bucket: Bucket, grads: Sequence[Tensor | None]) -> Tensor:

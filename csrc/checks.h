@@ -1,0 +1,49 @@
+// Checks of an operation's tensors: who, what must hold, what came.
+#pragma once
+
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace fastsam {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Place { kCpu, kCuda };
+
+inline bool is_on(const Tensor& tensor, Place place) {
+  return place == Place::kCpu ? tensor.is_cpu() : tensor.is_cuda();
+}
+inline const char* name_of(Place place) { return place == Place::kCpu ? "on the CPU" : "on a CUDA device"; }
+
+// The data of a tensor that must be contiguous, at `place`, of `dtype`, with `rows` rows (-1: any) of `columns` (0: of
+// one dimension).
+inline void* checked(const char* operation, const char* name, const Tensor& tensor, Place place, ScalarType dtype,
+                     int64_t rows, int64_t columns) {
+  using torch::headeronly::toString;
+  const int64_t dim = columns > 0 ? 2 : 1;
+  STD_TORCH_CHECK(is_on(tensor, place) && tensor.is_contiguous(), operation, ": ", name, " must be contiguous, ",
+                  name_of(place));
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, operation, ": ", name, " must have dtype ", toString(dtype), ", got ",
+                  toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == dim, operation, ": ", name, " must have ", dim, " dimension(s), got ", tensor.dim());
+  STD_TORCH_CHECK(rows < 0 || tensor.size(0) == rows, operation, ": ", name, " must have ", rows, " rows, got ",
+                  tensor.size(0));
+  STD_TORCH_CHECK(columns == 0 || tensor.size(1) == columns, operation, ": ", name, " must have ", columns,
+                  " columns, got ", tensor.size(1));
+  return tensor.data_ptr();
+}
+
+// A number that update_ reads itself, or null.
+template <class T>
+const T* scalar(const char* name, const std::optional<Tensor>& tensor, Place place, ScalarType dtype) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(is_on(*tensor, place) && tensor->scalar_type() == dtype && tensor->numel() == 1, "update_: ", name,
+                  " must be one element of dtype ", torch::headeronly::toString(dtype), " ", name_of(place), ", got ",
+                  tensor->numel(), " of ", torch::headeronly::toString(tensor->scalar_type()));
+  return static_cast<const T*>(tensor->data_ptr());
+}
+
+}  // namespace fastsam

@@ -1,0 +1,52 @@
+// The context in which the GPU runs the kernels' phases.
+#pragma once
+
+#include "kernels.h"
+
+namespace fastsam::FASTSAM_ISA {
+
+struct DeviceContext {
+  template <class R>
+  struct PerThread {
+    R own;
+    __device__ __forceinline__ R& operator[](int) { return own; }
+  };
+
+  __device__ __forceinline__ int block() const { return static_cast<int>(blockIdx.x); }
+  __device__ __forceinline__ int blocks() const { return static_cast<int>(gridDim.x); }
+  template <class F>
+  __device__ __forceinline__ void threads(const F& phase) const {
+    phase(static_cast<int>(threadIdx.x));
+  }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+
+  // The adjacent pairs of the canonical tree, 5 levels.
+  template <class T, int n>
+  __device__ __forceinline__ void warp_sums(PerThread<Several<T, n>>& sums) const {
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+#pragma unroll
+      for (int j = 0; j < n; j++) sums.own.each[j] += __shfl_xor_sync(~0u, sums.own.each[j], offset);
+    }
+  }
+
+  // True for the last of the grid's blocks. What the calling thread did before is visible to the thread that is told so. The counter
+  // wraps to 0 by itself, so that the next launch finds it as this one did.
+  __device__ __forceinline__ bool arrive(uint32_t* ticket) const {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(ticket)), "r"(gridDim.x - 1)
+                 : "memory");
+    return before == gridDim.x - 1;
+  }
+
+  // What another block wrote: past this processor's own cache.
+  __device__ __forceinline__ double load_other(const double* from) const {
+    double x;
+    asm volatile("ld.global.cg.f64 %0, [%1];" : "=d"(x) : "l"(__cvta_generic_to_global(from)) : "memory");
+    return x;
+  }
+};
+
+}  // namespace fastsam::FASTSAM_ISA

@@ -1,0 +1,543 @@
+// The three kernels, one thread block at a time, in phases: `ctx.threads` runs a phase for each thread, `ctx.sync` lies between two.
+// The GPU runs them with DeviceContext, the tests on a CPU with a context of their own. All arithmetic is math.h's.
+//
+// A block issues its first loads before the barrier behind which the scalars are ready: about a hundred dependent float64 operations
+// of one thread, a microsecond or more.
+#pragma once
+
+#include "../walk.h"
+
+namespace fastsam::FASTSAM_ISA {
+
+// What a launch is told by value.
+struct Header {
+  const Chunk* chunks;
+  const Segment* segments;
+  const Row* rows;       // null: the rows are in the arguments' words, those of a capturing stream never
+  const int64_t* grads;  // null: so are the gradients
+  uint32_t* ticket;      // 0 before and after
+  int32_t n_chunks, n_segments, n_groups;
+  int32_t split_bits;  // a chunk has 2^split_bits blocks, one for the norm
+  int32_t adaptive;  // grad_norm: whether any group may be
+  int32_t n_sums;    // perturb_
+  double* partials;  // grad_norm: [n_chunks]
+  double* sums;      // grad_norm: where the sum goes; perturb_: [n_sums], the squared norm in parts
+  const float* grad_scale;  // update_: [1] or null, as the two below
+  const float* found_inf;
+  const double* clip;
+};
+
+// Rows of 8 words each, then one word a segment: the address of its gradient, 0 for none, plus 1 if the backup holds the weights.
+// Addresses of numbers are even.
+constexpr int64_t kPerturbed = 1;
+
+template <int kWords>
+struct Arguments : Header {
+  int64_t words[kWords];
+
+  FASTSAM_DEVICE Row row(int64_t group) const {
+    if (rows) return rows[group];
+    const int64_t* const w = words + 8 * group;
+    const auto number = [&](int i) { return from_bits(static_cast<uint64_t>(w[i])); };
+    return {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7)};
+  }
+  FASTSAM_DEVICE int64_t grad(int64_t segment) const {
+    return grads ? grads[segment] : words[(rows ? 0 : 8 * n_groups) + segment];
+  }
+};
+
+template <class T, int n>
+struct Several {
+  T each[n];
+};
+
+// In adjacent pairs; n is a power of two.
+template <int n, class T>
+FASTSAM_DEVICE T pair_sum(const T* x) {
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    return pair_sum<n / 2>(x) + pair_sum<n / 2>(x + n / 2);
+  }
+}
+
+// Copy n elements: thread t's share. Up to 4 loads are under way.
+template <class S>
+FASTSAM_DEVICE void copy_part(S* to, const S* from, int n, int t) {
+  constexpr int kElements = Pack<S>::kElements, kStride = kThreads * kElements, kUnroll = 4;
+  const int full = n - n % kElements, to_width = width_at(to), from_width = width_at(from);
+  int i = t * kElements;
+  if (to_width == kVector && from_width == kVector) {
+    FASTSAM_ROLLED
+    for (; i < full; i += kUnroll * kStride) {
+      Vector tile[kUnroll];
+      FASTSAM_UNROLL
+      for (int u = 0; u < kUnroll; u++) {
+        if (i + u * kStride < full) tile[u] = load_vector<Hint::kOnce>(from + i + u * kStride);
+      }
+      FASTSAM_UNROLL
+      for (int u = 0; u < kUnroll; u++) {
+        if (i + u * kStride < full) store_vector<Hint::kKeep>(to + i + u * kStride, tile[u]);
+      }
+    }
+  } else {
+    FASTSAM_ROLLED
+    for (; i < full; i += kStride) {
+      store_vector<Hint::kKeep>(to + i, load_vector<Hint::kOnce>(from + i, from_width), to_width);
+    }
+  }
+  if (full + t < n) store_bits<S, Hint::kKeep>(to + full + t, load_bits<S, Hint::kOnce>(from + full + t));
+}
+
+// ---- grad_norm: reads n (2n adaptive) elements; ascending, as backward wrote the first layers' gradients last.
+// Thread t has of every group of 256 vectors the t-th; the group of a 16-bit type is a whole row of the canonical tree, that of float a
+// half, that of double a quarter.
+
+template <class S>
+struct NormShared {
+  using T = typename Compute<S>::type;
+  static constexpr int kGroups = kLanes / (kThreads * Pack<S>::kElements);
+  T warps[kGroups][kWarps];
+  double slots[kWarps];
+  bool last;
+};
+
+// Thread t's lanes, folded to one value a group.
+template <class S, bool kTimesWeight>
+FASTSAM_DEVICE auto lane_sums(const S* w, const S* g, int n, const Steepest<typename Compute<S>::type>& steepest, int t) {
+  using P = Pack<S>;
+  using T = typename Compute<S>::type;
+  constexpr int kGroups = NormShared<S>::kGroups, kElements = P::kElements, kStride = kThreads * kElements;
+  constexpr int kRows = kChunk / kLanes;
+  const int full = n - n % kElements, w_width = kTimesWeight ? width_at(w) : kVector, g_width = width_at(g);
+  T acc[kGroups][kElements] = {};
+  const auto add = [&](int j, const Vector& wv, const Vector& gv) {
+    FASTSAM_UNROLL
+    for (int e = 0; e < kElements; e++) {
+      const T x = kTimesWeight ? steepest(P::get(wv, e), P::get(gv, e)) : P::get(gv, e);
+      acc[j][e] = fma(x, x, acc[j][e]);
+    }
+  };
+  if (!kTimesWeight && g_width == kVector) {
+    FASTSAM_UNROLL
+    for (int i = 0; i < kRows * kGroups; i++) {
+      const int at = i * kStride + t * kElements;
+      Vector gv{};
+      if (at < full) gv = load_vector<Hint::kKeep>(g + at);
+      add(i % kGroups, gv, gv);
+    }
+  } else if (kTimesWeight && g_width == kVector && w_width == kVector) {
+    constexpr int kRowsAtOnce = kGroups == 1 ? 2 : 1;
+    FASTSAM_ROLLED
+    for (int k = 0; k < kRows * kLanes; k += kRowsAtOnce * kLanes) {
+      Vector wv[kRowsAtOnce * kGroups] = {}, gv[kRowsAtOnce * kGroups] = {};
+      FASTSAM_UNROLL
+      for (int i = 0; i < kRowsAtOnce * kGroups; i++) {
+        const int at = k + i * kStride + t * kElements;
+        if (at < full) {
+          wv[i] = load_vector<Hint::kKeep>(w + at);
+          gv[i] = load_vector<Hint::kKeep>(g + at);
+        }
+      }
+      FASTSAM_UNROLL
+      for (int i = 0; i < kRowsAtOnce * kGroups; i++) add(i % kGroups, wv[i], gv[i]);
+    }
+  } else {
+    FASTSAM_ROLLED
+    for (int k = 0; k < kRows * kLanes; k += kLanes) {
+      FASTSAM_UNROLL
+      for (int j = 0; j < kGroups; j++) {
+        const int at = k + j * kStride + t * kElements;
+        if (at < full) {
+          const Vector gv = load_vector<Hint::kKeep>(g + at, g_width);
+          add(j, kTimesWeight ? load_vector<Hint::kKeep>(w + at, w_width) : gv, gv);
+        }
+      }
+    }
+  }
+  const int lane = full % kLanes;  // of the vector that n cuts
+  if (full < n && lane % kStride == t * kElements) {
+    FASTSAM_UNROLL
+    for (int e = 0; e < kElements - 1; e++) {
+      T x = 0;
+      if (full + e < n) x = P::widened(load_bits<S, Hint::kKeep>(g + full + e));
+      if (kTimesWeight && full + e < n) x = steepest(P::widened(load_bits<S, Hint::kKeep>(w + full + e)), x);
+      FASTSAM_UNROLL
+      for (int j = 0; j < kGroups; j++) {  // indexed by constants only: registers have no addresses
+        const T own = j == lane / kStride ? x : T(0);
+        acc[j][e] = fma(own, own, acc[j][e]);
+      }
+    }
+  }
+  Several<T, kGroups> sums;
+  FASTSAM_UNROLL
+  for (int j = 0; j < kGroups; j++) sums.each[j] = pair_sum<kElements>(acc[j]);
+  return sums;
+}
+
+// Before: a sum a thread. After and a barrier: one a warp in `warps`.
+template <class Ctx, class T, int kGroups, class PerThread>
+FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& sums, T (&warps)[kGroups][kWarps]) {
+  ctx.warp_sums(sums);
+  ctx.threads([&](int t) {
+    FASTSAM_UNROLL
+    for (int j = 0; j < kGroups; j++) {
+      if (t % kWarp == 0) warps[j][t / kWarp] = sums[t].each[j];
+    }
+  });
+  ctx.sync();
+}
+
+template <class S, class Ctx, class A>
+FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<S>& shared) {
+  using T = typename Compute<S>::type;
+  using Shared = NormShared<S>;
+  const int index = ctx.block();
+  int64_t address = 0;
+  if (index < args.n_chunks) {
+    const Chunk chunk = args.chunks[index];
+    address = args.grad(chunk.segment);
+    if (address) {
+      const S* const g = element_of<const S>(address, chunk, 0);
+      const Segment* const segment = args.segments + chunk.segment;
+      typename Ctx::template PerThread<Several<T, Shared::kGroups>> sums;
+      Row row{};
+      if (args.adaptive) row = args.row(segment->group);  // spares the others the wait for two dependent reads
+      const Steepest<T> steepest(row);
+      if (has(row, kAdaptive)) {
+        const S* const w = element_of<const S>(segment->weight, chunk, 0);
+        ctx.threads([&](int t) { sums[t] = lane_sums<S, true>(w, g, chunk.length, steepest, t); });
+      } else {
+        ctx.threads([&](int t) { sums[t] = lane_sums<S, false>(nullptr, g, chunk.length, steepest, t); });
+      }
+      fold_warps(ctx, sums, shared.warps);
+    }
+  }
+  ctx.threads([&](int t) {
+    if (t != 0) return;
+    if (index < args.n_chunks) {
+      T groups[Shared::kGroups];
+      FASTSAM_UNROLL
+      for (int j = 0; j < Shared::kGroups; j++) groups[j] = address ? pair_sum<kWarps>(shared.warps[j]) : T(0);
+      args.partials[index] = static_cast<double>(pair_sum<Shared::kGroups>(groups));
+    }
+    shared.last = ctx.arrive(args.ticket);
+  });
+  ctx.sync();
+  if (!shared.last) return;
+
+  // The last block to arrive sees the partial sums of all: lane i mod 1024 takes them in order.
+  constexpr int kEach = kSlots / kThreads;
+  typename Ctx::template PerThread<Several<double, 1>> sums;
+  ctx.threads([&](int t) {
+    double acc[kEach] = {};
+    FASTSAM_ROLLED
+    for (int i = kEach * t; i < args.n_chunks; i += kSlots) {
+      FASTSAM_UNROLL
+      for (int e = 0; e < kEach; e++) {
+        if (i + e < args.n_chunks) acc[e] += ctx.load_other(args.partials + i + e);
+      }
+    }
+    sums[t].each[0] = pair_sum<kEach>(acc);
+  });
+  double(&slots)[1][kWarps] = reinterpret_cast<double(&)[1][kWarps]>(shared.slots);
+  fold_warps(ctx, sums, slots);
+  ctx.threads([&](int t) {
+    if (t == 0) *args.sums = pair_sum<kWarps>(shared.slots);
+  });
+}
+
+// ---- perturb_: reads 2n, writes 2n elements; descending: starts on what grad_norm read last and ends on what the next forward reads
+// first.
+
+template <class S>
+using PerturbShared = Slot<Perturb<typename Compute<S>::type>>;
+
+template <class S>
+constexpr int kPerturbUnroll = 2;
+
+template <int n>
+struct PerturbTile {
+  Vector w[n], g[n];
+};
+
+template <class S, class Ctx, class A>
+FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& shared) {
+  using P = Pack<S>;
+  using T = typename Compute<S>::type;
+  constexpr int kElements = P::kElements, kStride = kThreads * kElements, kUnroll = kPerturbUnroll<S>;
+  const Part part = part_of(ctx.blocks() - 1 - ctx.block(), args.split_bits);
+  const Chunk chunk = args.chunks[part.chunk];
+  const int64_t address = args.grad(chunk.segment);
+  const int n = part_length(part, chunk), full = n - n % kElements;
+  if (!address || n == 0) return;
+  const Segment* const segment = args.segments + chunk.segment;
+  S* const w = element_of<S>(segment->weight, chunk, part.begin);
+  S* const backup = element_of<S>(segment->backup, chunk, part.begin);
+  const S* const g = element_of<const S>(address, chunk, part.begin);
+  const int w_width = width_at(w), g_width = width_at(g);
+  const bool aligned = w_width == kVector && g_width == kVector;
+
+  typename Ctx::template PerThread<PerturbTile<kUnroll>> tiles;
+  const auto load_tile = [&](PerturbTile<kUnroll>& tile, int i) {
+    FASTSAM_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      if (i + u * kStride < full) {
+        tile.w[u] = load_vector<Hint::kOnce>(w + i + u * kStride);
+        tile.g[u] = load_vector<Hint::kOnce>(g + i + u * kStride);
+      }
+    }
+  };
+  ctx.threads([&](int t) {
+    if (t == 0) {
+      double sum = 0;
+      FASTSAM_ROLLED
+      for (int i = 0; i < args.n_sums; i++) sum += args.sums[i];
+      shared.put(Perturb<T>(args.row(segment->group), sum));
+    }
+    if (aligned) load_tile(tiles[t], t * kElements);
+  });
+  ctx.sync();
+  ctx.threads([&](int t) {
+    const Perturb<T> perturb = shared.get();
+    if (perturb.scale == 0) {  // the weights stay; the backup is written whatever the norm is
+      copy_part(backup, w, n, t);
+      return;
+    }
+    const auto climb = [&](Vector& wv, const Vector& gv) {  // in place, which spares registers
+      FASTSAM_UNROLL
+      for (int piece = 0; piece < kElements / P::kPiece; piece++) {
+        T x[P::kPiece];
+        FASTSAM_UNROLL
+        for (int e = 0; e < P::kPiece; e++) {
+          x[e] = perturb(P::get(wv, piece * P::kPiece + e), P::get(gv, piece * P::kPiece + e));
+        }
+        P::set(wv, piece, x);
+      }
+    };
+    int i = t * kElements;
+    if (aligned) {
+      PerturbTile<kUnroll>& tile = tiles[t];
+      FASTSAM_ROLLED
+      while (i < full) {
+        FASTSAM_UNROLL
+        for (int u = 0; u < kUnroll; u++) {
+          if (i + u * kStride < full) {
+            store_vector<Hint::kOnce>(backup + i + u * kStride, tile.w[u]);
+            climb(tile.w[u], tile.g[u]);
+            store_vector<Hint::kKeep>(w + i + u * kStride, tile.w[u]);
+          }
+        }
+        i += kUnroll * kStride;
+        load_tile(tile, i);
+      }
+    } else {
+      FASTSAM_ROLLED
+      for (; i < full; i += kStride) {
+        Vector wv = load_vector<Hint::kOnce>(w + i, w_width);
+        const Vector gv = load_vector<Hint::kOnce>(g + i, g_width);
+        store_vector<Hint::kOnce>(backup + i, wv);
+        climb(wv, gv);
+        store_vector<Hint::kKeep>(w + i, wv, w_width);
+      }
+    }
+    if (full + t < n) {
+      const uint64_t old = load_bits<S, Hint::kOnce>(w + full + t);
+      const T x = perturb(P::widened(old), P::widened(load_bits<S, Hint::kOnce>(g + full + t)));
+      store_bits<S, Hint::kOnce>(backup + full + t, old);
+      store_bits<S, Hint::kKeep>(w + full + t, P::narrowed(x));
+    }
+  });
+}
+
+// ---- update_: reads 2n and the states, writes n and the states; ascending, as grad_norm.
+
+// Which code a kernel holds: launches differ in it, groups of one launch do not.
+enum class Kernel { kRestore, kSgd, kAdam, kAdamAmsgrad };
+
+FASTSAM_DEVICE constexpr Rule rule_of(Kernel kernel) {
+  return kernel == Kernel::kRestore ? kNoRule : kernel == Kernel::kSgd ? kSgd : kAdam;
+}
+
+template <class S>
+struct UpdateShared {
+  using T = typename Compute<S>::type;
+  Slot<Gradient<T>> gradient;
+  union {
+    Slot<Sgd<T, 1>> sgd;
+    Slot<Adam<T, 3>> adam;
+  };
+  bool last;
+
+  template <class R>
+  FASTSAM_DEVICE Slot<R>& rule() {
+    static_assert(sizeof(R) <= sizeof(sgd) || sizeof(R) <= sizeof(adam), "the functor fits");
+    return reinterpret_cast<Slot<R>&>(adam);
+  }
+};
+
+struct UpdatePart {  // of one chunk
+  const Segment* segment;
+  Chunk chunk;
+  int begin, n;
+  int64_t source, grad;  // addresses
+  float step;
+};
+
+template <int kStates>
+struct UpdateTile {
+  Vector w, g, state[kStates > 0 ? kStates : 1];
+};
+template <int kStates>
+constexpr int kUpdateUnroll = kStates < 2 ? 2 : 1;
+
+template <template <class, int> class RuleOf, int kStates, class S, class Ctx, class A>
+FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row, UpdateShared<S>& shared) {
+  using P = Pack<S>;
+  using T = typename Compute<S>::type;
+  using R = RuleOf<T, kStates>;
+  using Tile = UpdateTile<kStates>;
+  constexpr int kElements = P::kElements, kStride = kThreads * kElements, kUnroll = kUpdateUnroll<kStates>;
+  const int n = part.n, full = n - n % kElements;
+  S* const w = element_of<S>(part.segment->weight, part.chunk, part.begin);
+  const S* const source = element_of<const S>(part.source, part.chunk, part.begin);
+  const S* const g = element_of<const S>(part.grad, part.chunk, part.begin);
+  S* state[kMaxStates];
+  FASTSAM_UNROLL
+  for (int k = 0; k < kStates; k++) state[k] = element_of<S>(part.segment->state[k], part.chunk, part.begin);
+  const int w_width = width_at(w), source_width = width_at(source), g_width = width_at(g);
+  const bool aligned = w_width == kVector && source_width == kVector && g_width == kVector;
+
+  typename Ctx::template PerThread<Several<Tile, kUnroll>> tiles;
+  const auto load_tile = [&](Tile& tile, int i, int w_bytes, int g_bytes) {
+    if (i >= full) return;
+    tile.w = load_vector<Hint::kOnce>(source + i, w_bytes);
+    tile.g = load_vector<Hint::kOnce>(g + i, g_bytes);
+    FASTSAM_UNROLL
+    for (int k = 0; k < kStates; k++) tile.state[k] = load_vector<Hint::kKeep>(state[k] + i);
+  };
+  ctx.threads([&](int t) {
+    if (t == 0) {
+      shared.gradient.put(Gradient<T>(row, args.grad_scale, args.clip));
+      shared.template rule<R>().put(R(row, part.step));
+    }
+    FASTSAM_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, kVector, kVector);
+    }
+  });
+  ctx.sync();
+  ctx.threads([&](int t) {
+    const Gradient<T> gradient = shared.gradient.get();
+    const R rule = shared.template rule<R>().get();
+    const auto step_and_store = [&](Tile& tile, int i, int width) {
+      if (i >= full) return;
+      FASTSAM_UNROLL
+      for (int piece = 0; piece < kElements / P::kPiece; piece++) {  // in place, which spares registers
+        T x[P::kPiece], states[kMaxStates][P::kPiece];
+        FASTSAM_UNROLL
+        for (int e = 0; e < P::kPiece; e++) {
+          const int at = piece * P::kPiece + e;
+          T each[kMaxStates];
+          FASTSAM_UNROLL
+          for (int k = 0; k < kStates; k++) each[k] = P::get(tile.state[k], at);
+          x[e] = rule(P::get(tile.w, at), gradient(P::get(tile.g, at)), each);
+          FASTSAM_UNROLL
+          for (int k = 0; k < kStates; k++) states[k][e] = each[k];
+        }
+        P::set(tile.w, piece, x);
+        FASTSAM_UNROLL
+        for (int k = 0; k < kStates; k++) P::set(tile.state[k], piece, states[k]);
+      }
+      store_vector<Hint::kKeep>(w + i, tile.w, width);
+      FASTSAM_UNROLL
+      for (int k = 0; k < kStates; k++) store_vector<Hint::kKeep>(state[k] + i, tile.state[k]);
+    };
+    int i = t * kElements;
+    if (aligned) {
+      FASTSAM_ROLLED
+      while (i < full) {
+        FASTSAM_UNROLL
+        for (int u = 0; u < kUnroll; u++) step_and_store(tiles[t].each[u], i + u * kStride, kVector);
+        i += kUnroll * kStride;
+        FASTSAM_UNROLL
+        for (int u = 0; u < kUnroll; u++) load_tile(tiles[t].each[u], i + u * kStride, kVector, kVector);
+      }
+    } else {
+      FASTSAM_ROLLED
+      for (; i < full; i += kStride) {
+        Tile tile;
+        load_tile(tile, i, source_width, g_width);
+        step_and_store(tile, i, w_width);
+      }
+    }
+    if (full + t < n) {
+      const int at = full + t;
+      T each[kMaxStates];
+      FASTSAM_UNROLL
+      for (int k = 0; k < kStates; k++) each[k] = P::widened(load_bits<S, Hint::kKeep>(state[k] + at));
+      const T x = rule(P::widened(load_bits<S, Hint::kOnce>(source + at)),
+                       gradient(P::widened(load_bits<S, Hint::kOnce>(g + at))), each);
+      store_bits<S, Hint::kKeep>(w + at, P::narrowed(x));
+      FASTSAM_UNROLL
+      for (int k = 0; k < kStates; k++) store_bits<S, Hint::kKeep>(state[k] + at, P::narrowed(each[k]));
+    }
+  });
+}
+
+template <Kernel kKernel, class S, class Ctx, class A>
+FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<S>& shared) {
+  const Part share = part_of(ctx.block(), args.split_bits);
+  const bool found_inf = args.found_inf && *args.found_inf != 0;
+  UpdatePart part{};
+  Decision decision{};
+  if (share.chunk < args.n_chunks) {
+    part.chunk = args.chunks[share.chunk];
+    part.segment = args.segments + part.chunk.segment;
+    part.begin = share.begin;
+    part.n = part_length(share, part.chunk);
+    const int64_t word = args.grad(part.chunk.segment);
+    part.grad = word & ~kPerturbed;
+    decision = decide(word & kPerturbed, part.grad != 0, found_inf);
+    part.source = decision.source == Source::kBackup ? part.segment->backup : part.segment->weight;
+  }
+  if (kKernel != Kernel::kRestore) {
+    // Whoever arrives last knows that all have read their segment's step count, and may change the counts.
+    ctx.threads([&](int t) {
+      if (t != 0) return;
+      if (part.n > 0) part.step = *reinterpret_cast<const float*>(part.segment->step);
+      shared.last = ctx.arrive(args.ticket);
+    });
+  }
+  if (kKernel != Kernel::kRestore && decision.rule && part.n > 0) {
+    const Row row = args.row(part.segment->group);
+    if (kKernel == Kernel::kSgd && sgd_states(row) == 0) {
+      update_part<Sgd, 0>(ctx, args, part, row, shared);
+    } else if (kKernel == Kernel::kSgd) {
+      update_part<Sgd, 1>(ctx, args, part, row, shared);
+    } else if (kKernel == Kernel::kAdam || adam_states(row) == 2) {
+      update_part<Adam, 2>(ctx, args, part, row, shared);
+    } else {
+      update_part<Adam, 3>(ctx, args, part, row, shared);
+    }
+  } else {
+    ctx.sync();
+    if (decision.source == Source::kBackup && part.n > 0) {
+      S* const w = element_of<S>(part.segment->weight, part.chunk, part.begin);
+      const S* const backup = element_of<const S>(part.source, part.chunk, part.begin);
+      ctx.threads([&](int t) { copy_part(w, backup, part.n, t); });
+    }
+  }
+  if (kKernel == Kernel::kRestore || !shared.last) return;
+  ctx.threads([&](int t) {  // over segments, because an empty parameter has no chunk and counts too
+    FASTSAM_ROLLED
+    for (int i = t; i < args.n_segments; i += kThreads) {
+      const int64_t word = args.grad(i);
+      const Segment* const segment = args.segments + i;
+      const bool count = decide(word & kPerturbed, (word & ~kPerturbed) != 0, found_inf).count;
+      if (count && counts(rule_of(kKernel), args.row(segment->group))) *reinterpret_cast<float*>(segment->step) += 1;
+    }
+  });
+}
+
+}  // namespace fastsam::FASTSAM_ISA

@@ -1,0 +1,174 @@
+// The operations on a GPU: which kernel, how many blocks, and how what changes with every step reaches them. Nothing here waits for
+// the device or allocates.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "kernel_tables.h"
+#include "launch.h"
+
+namespace fastsam::FASTSAM_ISA {
+
+namespace {
+
+constexpr int kMostDevices = 64;
+constexpr int kRowWords = sizeof(Row) / 8;
+
+struct Words {  // to write into a device table
+  int64_t* to;
+  int32_t n;
+  int64_t words[kLargeWords];
+};
+
+__global__ void fill(const __grid_constant__ Words args) {
+  for (int i = threadIdx.x; i < args.n; i += blockDim.x) args.to[i] = args.words[i];
+}
+
+template <class WordAt>
+cudaError_t write_words(int64_t* to, int64_t n, cudaStream_t stream, const WordAt& word_at) {
+  Words args;
+  for (int64_t i = 0; i < n; i += kLargeWords) {
+    args.to = to + i;
+    args.n = static_cast<int32_t>(std::min<int64_t>(n - i, kLargeWords));
+    for (int32_t j = 0; j < args.n; j++) args.words[j] = word_at(i + j);
+    fill<<<1, kThreads, 0, stream>>>(args);
+    if (const cudaError_t error = cudaGetLastError()) return error;
+  }
+  return cudaSuccess;
+}
+
+// The kernels' own memory behind the segments.
+gpu::Control* control_of(const gpu::Launch& launch) {
+  return reinterpret_cast<gpu::Control*>(const_cast<Segment*>(launch.segments) + launch.n_segments);
+}
+Row* row_table_of(const gpu::Launch& launch) { return reinterpret_cast<Row*>(control_of(launch) + 1); }
+int64_t* grad_table_of(const gpu::Launch& launch) { return reinterpret_cast<int64_t*>(row_table_of(launch) + launch.n_groups); }
+
+int64_t row_word(const gpu::Launch& launch, int64_t i) {
+  int64_t word;
+  std::memcpy(&word, reinterpret_cast<const char*>(launch.rows) + 8 * i, 8);
+  return word;
+}
+int64_t grad_word(const gpu::Launch& launch, int64_t i) {
+  return launch.grads[i] | (launch.perturbed && launch.perturbed[i] ? kPerturbed : 0);
+}
+cudaError_t write_rows(const gpu::Launch& launch, cudaStream_t stream) {
+  return write_words(reinterpret_cast<int64_t*>(row_table_of(launch)), launch.n_groups * kRowWords, stream,
+                     [&](int64_t i) { return row_word(launch, i); });
+}
+
+// Small models fill a GPU better with several blocks a chunk: below some waves of blocks, the last one is a large share.
+int split_bits_for(const gpu::Launch& launch) {
+  static std::atomic<int> processors[kMostDevices];
+  std::atomic<int>& known = processors[launch.device % kMostDevices];
+  if (known == 0) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, launch.device);
+    known = std::max(count, 1);
+  }
+  const int64_t blocks_at_once = 5 * known;
+  return launch.n_chunks < 6 * blocks_at_once ? 2 : launch.n_chunks < 12 * blocks_at_once ? 1 : 0;
+}
+
+template <int kWords>
+cudaError_t launch_with(void (*kernel)(const Arguments<kWords>), const Header& header, const gpu::Launch& launch, bool rows,
+                        bool grads, unsigned grid, cudaStream_t stream) {
+  Arguments<kWords> args;
+  static_cast<Header&>(args) = header;
+  int64_t* next = args.words;
+  for (int64_t i = 0; rows && i < launch.n_groups * kRowWords; i++) *next++ = row_word(launch, i);
+  for (int64_t i = 0; grads && i < launch.n_segments; i++) *next++ = grad_word(launch, i);
+  void* pointers[] = {&args};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads), pointers, 0, stream);
+}
+
+// Run a kernel with what it is told by value, or, where that is too much, from the device's tables.
+cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header header, uint32_t* ticket, bool whole_chunks) {
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaError_t error = cudaSetDevice(launch.device);
+  if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &status);
+  if (error != cudaSuccess) return error;
+
+  const bool capturing = status != cudaStreamCaptureStatusNone;
+  const int64_t n = launch.n_segments, row_words = launch.n_groups * kRowWords;
+  const bool grads_fit = n <= kLargeWords, rows_fit = !capturing && row_words + (grads_fit ? n : 0) <= kLargeWords;
+  header.chunks = launch.chunks;
+  header.segments = launch.segments;
+  header.ticket = ticket;
+  header.n_chunks = static_cast<int32_t>(launch.n_chunks);
+  header.n_segments = static_cast<int32_t>(n);
+  header.n_groups = static_cast<int32_t>(launch.n_groups);
+  header.split_bits = whole_chunks ? 0 : split_bits_for(launch);
+  if (!rows_fit) {
+    header.rows = row_table_of(launch);
+    header.adaptive = true;  // in a replay a group may be
+    if (!capturing) error = write_rows(launch, stream);  // a replay is to find what was uploaded since, not these
+  }
+  if (!grads_fit && error == cudaSuccess) {
+    header.grads = grad_table_of(launch);
+    error = write_words(grad_table_of(launch), n, stream, [&](int64_t i) { return grad_word(launch, i); });
+  }
+  if (error != cudaSuccess) return error;
+  // Without a chunk one block still has to sum nothing, or to count the updates of empty parameters.
+  const unsigned grid = static_cast<unsigned>(std::max<int64_t>(launch.n_chunks << header.split_bits, 1));
+  const int64_t words = (rows_fit ? row_words : 0) + (grads_fit ? n : 0);
+  const Variants& variants = kernels[launch.dtype];
+  return words <= kSmallWords ? launch_with(variants.small, header, launch, rows_fit, grads_fit, grid, stream)
+                              : launch_with(variants.large, header, launch, rows_fit, grads_fit, grid, stream);
+}
+
+const char* message(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // the next operation starts without it
+  return cudaGetErrorString(error);
+}
+
+cudaError_t grad_norm(const gpu::Launch& launch) {
+  Header header{};
+  header.partials = launch.partials;
+  header.sums = launch.sums;
+  header.adaptive = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return has(row, kAdaptive); });
+  return run(norm_kernels, launch, header, &control_of(launch)->norm_ticket, true);
+}
+
+cudaError_t perturb(const gpu::Launch& launch) {
+  if (launch.n_chunks == 0) return cudaSuccess;
+  Header header{};
+  header.sums = launch.sums;
+  header.n_sums = static_cast<int32_t>(launch.n_sums);
+  return run(perturb_kernels, launch, header, nullptr, false);
+}
+
+cudaError_t update(const gpu::Launch& launch) {
+  Header header{};
+  header.grad_scale = launch.grad_scale;
+  header.found_inf = launch.found_inf;
+  header.clip = launch.clip;
+  const bool amsgrad = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return adam_states(row) == 3; });
+  const Variants* const kernels = launch.rule == kNoRule ? restore_kernels
+                                  : launch.rule == kSgd  ? sgd_kernels
+                                  : amsgrad              ? amsgrad_kernels
+                                                         : adam_kernels;
+  return run(kernels, launch, header, &control_of(launch)->update_ticket, false);
+}
+
+cudaError_t upload_rows(const gpu::Launch& launch) {
+  if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
+  return write_rows(launch, static_cast<cudaStream_t>(launch.stream));
+}
+
+}  // namespace
+
+}  // namespace fastsam::FASTSAM_ISA
+
+namespace fastsam::gpu {
+
+using namespace fastsam::FASTSAM_ISA;
+
+const char* grad_norm(const Launch& launch) { return message(FASTSAM_ISA::grad_norm(launch)); }
+const char* perturb(const Launch& launch) { return message(FASTSAM_ISA::perturb(launch)); }
+const char* update(const Launch& launch) { return message(FASTSAM_ISA::update(launch)); }
+const char* upload_rows(const Launch& launch) { return message(FASTSAM_ISA::upload_rows(launch)); }
+
+}  // namespace fastsam::gpu

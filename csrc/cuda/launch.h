@@ -1,0 +1,44 @@
+// One operation over one bucket on a GPU: what ops.cpp hands over. No CUDA headers here.
+#pragma once
+
+#include "../tables.h"
+
+namespace fastsam::gpu {
+
+// What follows the segments in their table, on the device: the kernels' own memory.
+struct Control {
+  uint32_t norm_ticket, update_ticket;
+  int64_t unused[7];
+};
+static_assert(sizeof(Control) == sizeof(Segment), "one row of the table");
+// Then a Row for each group, read while a stream is captured, and 8 gradients' addresses a row for buckets of thousands of tensors.
+inline int64_t table_size(int64_t n_segments, int64_t n_groups) { return n_segments + 1 + n_groups + (n_segments + 7) / 8; }
+
+struct Launch {
+  Dtype dtype;
+  int device;
+  void* stream;             // cudaStream_t
+  const Segment* segments;  // [table_size()] on the device
+  const Chunk* chunks;      // [n_chunks] on the device
+  const int64_t* grads;     // [n_segments] addresses, 0 = no gradient
+  const Row* rows;          // [n_groups]
+  int64_t n_segments, n_chunks, n_groups;
+
+  // On the device; see csrc/cpu/launch.h.
+  double* partials = nullptr;
+  double* sums = nullptr;
+  int64_t n_sums = 0;
+  const bool* perturbed = nullptr;  // on the host
+  Rule rule = kNoRule;
+  const float* grad_scale = nullptr;
+  const float* found_inf = nullptr;
+  const double* clip = nullptr;
+};
+
+// Each returns null, or what went wrong.
+const char* grad_norm(const Launch&);
+const char* perturb(const Launch&);
+const char* update(const Launch&);
+const char* upload_rows(const Launch&);  // to the device's table, for captured graphs
+
+}  // namespace fastsam::gpu

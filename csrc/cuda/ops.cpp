@@ -1,0 +1,124 @@
+// torch.ops.fastsam on CUDA: argument checks, device and stream. The schemas are in ../ops.cpp.
+#include "../checks.h"
+
+#include <algorithm>
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../reader.h"
+#include "launch.h"
+
+namespace fastsam {
+
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+gpu::Launch tables(const char* operation, int64_t dtype, const Tensor& segments, const Tensor& chunks, const Tensor& grads,
+                   const Tensor& rows) {
+  STD_TORCH_CHECK(0 <= dtype && dtype < kDtypes, operation, ": dtype must be a code in [0, ", static_cast<int>(kDtypes), "), got ",
+                  dtype);
+  gpu::Launch launch{};
+  launch.dtype = static_cast<Dtype>(dtype);
+  launch.grads = static_cast<const int64_t*>(checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, -1, 0));
+  launch.n_segments = grads.size(0);
+  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, 8));
+  launch.n_groups = rows.size(0);
+  const int64_t size = gpu::table_size(launch.n_segments, launch.n_groups);
+  launch.segments = static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCuda, ScalarType::Long, size, 8));
+  launch.chunks = static_cast<const Chunk*>(checked(operation, "chunks", chunks, Place::kCuda, ScalarType::Int, -1, 4));
+  launch.n_chunks = chunks.size(0);
+  STD_TORCH_CHECK(launch.n_chunks < 1 << 28, operation, ": at most 2^28 chunks, got ", launch.n_chunks);
+  launch.device = segments.get_device_index();
+  STD_TORCH_CHECK(work_stream(launch.device, &launch.stream), operation, ": torch gives no current stream for cuda:",
+                  launch.device);
+  return launch;
+}
+
+void expect_device(const char* operation, const char* name, const Tensor& tensor, int device) {
+  STD_TORCH_CHECK(tensor.get_device_index() == device, operation, ": ", name, " must be on cuda:", device, ", got cuda:",
+                  tensor.get_device_index());
+}
+
+void expect_success(const char* operation, const char* error, int device) {
+  STD_TORCH_CHECK(!error, operation, " on cuda:", device, ": ", error, " (this library's kernels are for compute capability 7.5 ",
+                  "and later; errors of earlier work may show here)");
+}
+
+void grad_norm(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out, int64_t slot) {
+  gpu::Launch launch = tables("grad_norm", dtype, segments, chunks, grads, rows);
+  launch.partials =
+      static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCuda, ScalarType::Double, launch.n_chunks, 0));
+  double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCuda, ScalarType::Double, -1, 0));
+  STD_TORCH_CHECK(0 <= slot && slot < out.size(0), "grad_norm: slot must be in [0, ", out.size(0), "), got ", slot);
+  expect_device("grad_norm", "out", out, launch.device);
+  launch.sums = sums + slot;
+  const DeviceGuard guard(launch.device);
+  expect_success("grad_norm", gpu::grad_norm(launch), launch.device);
+}
+
+void perturb_(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
+  gpu::Launch launch = tables("perturb_", dtype, segments, chunks, grads, rows);
+  bool* const marks =
+      static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  launch.sums = static_cast<double*>(checked("perturb_", "sums", sums, Place::kCuda, ScalarType::Double, -1, 0));
+  launch.n_sums = sums.size(0);
+  expect_device("perturb_", "sums", sums, launch.device);
+  const DeviceGuard guard(launch.device);
+  for (int64_t i = 0; i < launch.n_segments; i++) {  // before the launch: whatever happens, restore() knows
+    if (launch.grads[i]) marks[i] = true;
+  }
+  expect_success("perturb_", gpu::perturb(launch), launch.device);
+}
+
+void update_(int64_t dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
+  STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, "update_: rule must be a code in [-1, ", static_cast<int>(kRules), "), got ",
+                  rule);
+  gpu::Launch launch = tables("update_", dtype, segments, chunks, grads, rows);
+  launch.rule = static_cast<Rule>(rule);
+  bool* const marks =
+      static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  launch.perturbed = marks;
+  launch.grad_scale = scalar<float>("grad_scale", grad_scale, Place::kCuda, ScalarType::Float);
+  launch.found_inf = scalar<float>("found_inf", found_inf, Place::kCuda, ScalarType::Float);
+  launch.clip = scalar<double>("clip", clip, Place::kCuda, ScalarType::Double);
+  if (grad_scale) expect_device("update_", "grad_scale", *grad_scale, launch.device);
+  if (found_inf) expect_device("update_", "found_inf", *found_inf, launch.device);
+  if (clip) expect_device("update_", "clip", *clip, launch.device);
+  for (int64_t i = 0; rule == kNoRule && i < launch.n_segments; i++) {
+    STD_TORCH_CHECK(launch.grads[i] == 0, "update_: without a rule there must be no gradients, got one for segment ", i);
+  }
+  const DeviceGuard guard(launch.device);
+  expect_success("update_", gpu::update(launch), launch.device);
+  std::fill(marks, marks + launch.n_segments, false);
+}
+
+// Captured graphs read the groups' values from the device's table; this writes it, outside the graph.
+void upload_rows(Tensor segments, Tensor rows, int64_t n_segments) {
+  gpu::Launch launch{};
+  launch.rows = static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, 8));
+  launch.n_segments = n_segments;
+  launch.n_groups = rows.size(0);
+  const int64_t size = gpu::table_size(n_segments, launch.n_groups);
+  launch.segments =
+      static_cast<const Segment*>(checked("upload_rows", "segments", segments, Place::kCuda, ScalarType::Long, size, 8));
+  launch.device = segments.get_device_index();
+  STD_TORCH_CHECK(work_stream(launch.device, &launch.stream), "upload_rows: torch gives no current stream for cuda:",
+                  launch.device);
+  const DeviceGuard guard(launch.device);
+  expect_success("upload_rows", gpu::upload_rows(launch), launch.device);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastsam, m) { m.def("upload_rows(Tensor(a!) segments, Tensor rows, int n_segments) -> ()"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {
+  m.impl("grad_norm", TORCH_BOX(&grad_norm));
+  m.impl("perturb_", TORCH_BOX(&perturb_));
+  m.impl("update_", TORCH_BOX(&update_));
+  m.impl("upload_rows", TORCH_BOX(&upload_rows));
+}
+
+}  // namespace fastsam

@@ -1,0 +1,257 @@
+// How a thread block walks the tables: which elements are its own, how vectors of 16 bytes reach the arithmetic, and the step from
+// one phase to the next. Device code when nvcc compiles it, plain C++ for the tests, which run the kernels' own bodies on a CPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "math.h"
+
+#ifdef __CUDACC__
+#define FASTSAM_DEVICE __device__ __forceinline__
+#define FASTSAM_UNROLL _Pragma("unroll")
+#define FASTSAM_ROLLED _Pragma("unroll 1")
+#else
+#define FASTSAM_DEVICE inline
+#define FASTSAM_UNROLL
+#define FASTSAM_ROLLED
+#endif
+
+namespace fastsam::FASTSAM_ISA {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kVector = 16;  // bytes
+
+// ---- Which elements.
+
+// A block's share of the chunk table: a chunk in 2^split_bits parts of `size` elements, of which one begins at `begin`.
+struct Part {
+  int chunk, begin, size;
+};
+FASTSAM_DEVICE Part part_of(int block, int split_bits) {
+  const int size = kChunk >> split_bits;
+  return {block >> split_bits, (block & ((1 << split_bits) - 1)) * size, size};
+}
+FASTSAM_DEVICE int part_length(const Part& part, const Chunk& chunk) {
+  const int left = chunk.length - part.begin;
+  return left < 0 ? 0 : left < part.size ? left : part.size;
+}
+
+// Pointers to a part of a segment. The compiler must not look through them: it would keep their summands in registers.
+template <class S>
+FASTSAM_DEVICE S* element_of(int64_t address, const Chunk& chunk, int begin) {
+  S* element = reinterpret_cast<S*>(address) + (static_cast<int64_t>(chunk.start) * kUnit + begin);
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(element));
+#endif
+  return element;
+}
+
+// How many bytes a load from there may have: 16, 8 or 4, or one element of 2. Parts start at multiples of 16 bytes from their
+// segment's address, so that it holds for all vectors of a part.
+template <class S>
+FASTSAM_DEVICE int width_at(const S* from) {
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  return address % 16 == 0 ? 16 : address % 8 == 0 ? 8 : address % 4 == 0 ? 4 : 2;
+}
+
+// ---- Memory. Hints: kKeep goes through the caches as usual, kOnce is not wanted again soon.
+
+enum class Hint { kKeep, kOnce };
+
+struct alignas(kVector) Vector {
+  uint32_t words[4];
+};
+
+template <class W, Hint hint>
+FASTSAM_DEVICE W load_word(const void* from) {
+#ifdef __CUDA_ARCH__  // the intrinsics say that it is global memory, which an address from a table does not
+  return hint == Hint::kOnce ? __ldcs(static_cast<const W*>(from)) : __ldca(static_cast<const W*>(from));
+#else
+  W word;
+  std::memcpy(&word, from, sizeof(W));
+  return word;
+#endif
+}
+template <class W, Hint hint>
+FASTSAM_DEVICE void store_word(void* to, W word) {
+#ifdef __CUDA_ARCH__
+  if (hint == Hint::kOnce) __stcs(static_cast<W*>(to), word);
+  if (hint == Hint::kKeep) __stwb(static_cast<W*>(to), word);
+#else
+  std::memcpy(to, &word, sizeof(W));
+#endif
+}
+
+#ifdef __CUDACC__
+using Word16 = uint4;
+using Word8 = uint2;
+#else
+struct Word16 {
+  uint32_t x, y, z, w;
+};
+struct Word8 {
+  uint32_t x, y;
+};
+#endif
+
+template <Hint hint>
+FASTSAM_DEVICE Vector load_vector(const void* from) {
+  const Word16 word = load_word<Word16, hint>(from);
+  return {{word.x, word.y, word.z, word.w}};
+}
+template <Hint hint>
+FASTSAM_DEVICE void store_vector(void* to, const Vector& v) {
+  store_word<Word16, hint>(to, Word16{v.words[0], v.words[1], v.words[2], v.words[3]});
+}
+
+// The same for memory that allows no more than `width` bytes at a time.
+template <Hint hint>
+FASTSAM_DEVICE Vector load_vector(const void* from, int width) {
+  const char* const bytes = static_cast<const char*>(from);
+  Vector v;
+  if (width == 16) return load_vector<hint>(from);
+  if (width == 8) {
+    FASTSAM_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+      const Word8 word = load_word<Word8, hint>(bytes + 4 * i);
+      v.words[i] = word.x;
+      v.words[i + 1] = word.y;
+    }
+  } else if (width == 4) {
+    FASTSAM_UNROLL
+    for (int i = 0; i < 4; i++) v.words[i] = load_word<unsigned, hint>(bytes + 4 * i);
+  } else {
+    FASTSAM_UNROLL
+    for (int i = 0; i < 4; i++) {
+      const uint32_t low = load_word<unsigned short, hint>(bytes + 4 * i);
+      v.words[i] = low | static_cast<uint32_t>(load_word<unsigned short, hint>(bytes + 4 * i + 2)) << 16;
+    }
+  }
+  return v;
+}
+template <Hint hint>
+FASTSAM_DEVICE void store_vector(void* to, const Vector& v, int width) {
+  char* const bytes = static_cast<char*>(to);
+  if (width == 16) {
+    store_vector<hint>(to, v);
+  } else if (width == 8) {
+    FASTSAM_UNROLL
+    for (int i = 0; i < 4; i += 2) store_word<Word8, hint>(bytes + 4 * i, Word8{v.words[i], v.words[i + 1]});
+  } else if (width == 4) {
+    FASTSAM_UNROLL
+    for (int i = 0; i < 4; i++) store_word<unsigned, hint>(bytes + 4 * i, v.words[i]);
+  } else {
+    FASTSAM_UNROLL
+    for (int i = 0; i < 4; i++) {
+      store_word<unsigned short, hint>(bytes + 4 * i, static_cast<unsigned short>(v.words[i]));
+      store_word<unsigned short, hint>(bytes + 4 * i + 2, static_cast<unsigned short>(v.words[i] >> 16));
+    }
+  }
+}
+
+// One element, its bits in the low end of a word.
+template <class S, Hint hint>
+FASTSAM_DEVICE uint64_t load_bits(const S* from) {
+  if (sizeof(S) == 2) return load_word<unsigned short, hint>(from);
+  if (sizeof(S) == 4) return load_word<unsigned, hint>(from);
+  return load_word<unsigned long long, hint>(from);
+}
+template <class S, Hint hint>
+FASTSAM_DEVICE void store_bits(S* to, uint64_t bits) {
+  if (sizeof(S) == 2) return store_word<unsigned short, hint>(to, static_cast<unsigned short>(bits));
+  if (sizeof(S) == 4) return store_word<unsigned, hint>(to, static_cast<unsigned>(bits));
+  store_word<unsigned long long, hint>(to, bits);
+}
+
+// ---- Between storage and arithmetic. `Pack<S>`: a vector has kElements values, which are written kPiece at a time, whole words.
+
+template <class S>
+struct Pack;
+
+template <>
+struct Pack<float> {
+  static constexpr int kElements = 4, kPiece = 1;
+  static FASTSAM_DEVICE float get(const Vector& v, int i) { return from_bits(v.words[i]); }
+  static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) { v.words[piece] = to_bits(*x); }
+  static FASTSAM_DEVICE float widened(uint64_t bits) { return from_bits(static_cast<uint32_t>(bits)); }
+  static FASTSAM_DEVICE uint64_t narrowed(float x) { return to_bits(x); }
+};
+
+template <>
+struct Pack<double> {
+  static constexpr int kElements = 2, kPiece = 1;
+  static FASTSAM_DEVICE double get(const Vector& v, int i) {
+    return from_bits(static_cast<uint64_t>(v.words[2 * i + 1]) << 32 | v.words[2 * i]);
+  }
+  static FASTSAM_DEVICE void set(Vector& v, int piece, const double* x) {
+    v.words[2 * piece] = static_cast<uint32_t>(to_bits(*x));
+    v.words[2 * piece + 1] = static_cast<uint32_t>(to_bits(*x) >> 32);
+  }
+  static FASTSAM_DEVICE double widened(uint64_t bits) { return from_bits(bits); }
+  static FASTSAM_DEVICE uint64_t narrowed(double x) { return to_bits(x); }
+};
+
+// The GPU's own conversions have the bits of math.h's but for the payload of a NaN, and are one instruction each.
+FASTSAM_DEVICE uint32_t rounded_pair(float low, float high, bfloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  bfloat16 a, b;
+  narrow(low, a);
+  narrow(high, b);
+  return static_cast<uint32_t>(a) | static_cast<uint32_t>(b) << 16;
+#endif
+}
+FASTSAM_DEVICE uint32_t rounded_pair(float low, float high, float16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  float16 a, b;
+  narrow(low, a);
+  narrow(high, b);
+  return static_cast<uint32_t>(a) | static_cast<uint32_t>(b) << 16;
+#endif
+}
+FASTSAM_DEVICE float widened_half(uint32_t bits, bfloat16) { return from_bits(bits << 16); }
+FASTSAM_DEVICE float widened_half(uint32_t bits, float16) {
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+  return x;
+#else
+  return widen(static_cast<float16>(bits));
+#endif
+}
+
+template <class S>
+struct PackOfHalves {
+  static constexpr int kElements = 8, kPiece = 2;
+  static FASTSAM_DEVICE float get(const Vector& v, int i) {
+    return widened_half(i % 2 ? v.words[i / 2] >> 16 : v.words[i / 2] & 0xffff, S());
+  }
+  static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) { v.words[piece] = rounded_pair(x[0], x[1], S()); }
+  static FASTSAM_DEVICE float widened(uint64_t bits) { return widened_half(static_cast<uint32_t>(bits), S()); }
+  static FASTSAM_DEVICE uint64_t narrowed(float x) { return rounded_pair(x, 0, S()) & 0xffff; }
+};
+template <>
+struct Pack<bfloat16> : PackOfHalves<bfloat16> {};
+template <>
+struct Pack<float16> : PackOfHalves<float16> {};
+
+// ---- Values that one thread computes and all read. Functors have no default constructor, shared memory runs none.
+
+template <class T>
+struct Slot {
+  alignas(8) unsigned char bytes[sizeof(T)];
+  FASTSAM_DEVICE void put(const T& value) { memcpy(bytes, &value, sizeof(T)); }
+  FASTSAM_DEVICE const T& get() const { return *reinterpret_cast<const T*>(bytes); }
+};
+
+}  // namespace fastsam::FASTSAM_ISA

@@ -1,0 +1,280 @@
+// The CUDA kernels' own bodies on a CPU: a grid of blocks in any order, on any number of threads, a block's threads in any order.
+// A library for test_cuda_core.py; with -DFASTSAM_MAIN a program for ThreadSanitizer.
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "../csrc/cuda/kernels.h"
+
+namespace fastsam::FASTSAM_ISA {
+
+class HostContext {
+ public:
+  template <class R>
+  struct PerThread {
+    R own[kThreads];
+    R& operator[](int t) { return own[t]; }
+  };
+
+  HostContext(int block, int blocks, unsigned seed) : block_(block), blocks_(blocks), seed_(seed) {}
+  int block() const { return block_; }
+  int blocks() const { return blocks_; }
+
+  // Between two barriers no order is promised: every phase takes another one.
+  template <class F>
+  void threads(const F& phase) {
+    seed_ = seed_ * 1664525 + 1013904223;
+    const int first = seed_ >> 8 & (kThreads - 1), stride = seed_ >> 16 | 1;
+    for (int i = 0; i < kThreads; i++) phase((first + i * stride) & (kThreads - 1));
+  }
+  void sync() {}
+
+  template <class T, int n>
+  void warp_sums(PerThread<Several<T, n>>& sums) {
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const PerThread<Several<T, n>> before = sums;
+      for (int t = 0; t < kThreads; t++) {
+        for (int j = 0; j < n; j++) sums.own[t].each[j] += before.own[t ^ offset].each[j];
+      }
+    }
+  }
+
+  bool arrive(uint32_t* ticket) {
+    const uint32_t last = blocks_ - 1;
+    uint32_t before = __atomic_load_n(ticket, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(ticket, &before, before >= last ? 0 : before + 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+    }
+    return before == last;
+  }
+  double load_other(const double* from) { return *from; }
+
+ private:
+  int block_, blocks_;
+  unsigned seed_;
+};
+
+struct Launch {  // what the test hands over; the same in test_cuda_core.py
+  const Chunk* chunks;
+  const Segment* segments;
+  const Row* rows;
+  const int64_t* grads;
+  const uint8_t* perturbed;  // or null
+  uint32_t* ticket;
+  double* partials;
+  double* sums;
+  const float* grad_scale;
+  const float* found_inf;
+  const double* clip;
+  int64_t n_chunks, n_segments, n_groups, n_sums;
+  int64_t split_bits, by_value, seed, threads;
+};
+
+template <class Body>
+void run_grid(int blocks, const Launch& launch, const Body& body) {
+  std::vector<int> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::mt19937 random(static_cast<unsigned>(launch.seed));
+  if (launch.seed) std::shuffle(order.begin(), order.end(), random);
+  const int threads = static_cast<int>(launch.threads);
+  const auto work = [&](int first) {
+    for (int i = first; i < blocks; i += threads) {
+      HostContext ctx(order[i], blocks, static_cast<unsigned>(launch.seed) + i);
+      body(ctx);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) others.emplace_back(work, i);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
+template <class Body>
+void run(const Launch& launch, const Body& body) {
+  auto args = std::make_unique<Arguments<4096>>();
+  static_cast<Header&>(*args) = Header{};
+  std::vector<int64_t> words(launch.n_segments);
+  for (int64_t i = 0; i < launch.n_segments; i++) {
+    words[i] = launch.grads[i] | (launch.perturbed && launch.perturbed[i] ? kPerturbed : 0);
+  }
+  args->chunks = launch.chunks;
+  args->segments = launch.segments;
+  args->ticket = launch.ticket;
+  args->n_chunks = static_cast<int32_t>(launch.n_chunks);
+  args->n_segments = static_cast<int32_t>(launch.n_segments);
+  args->n_groups = static_cast<int32_t>(launch.n_groups);
+  args->split_bits = static_cast<int32_t>(launch.split_bits);
+  args->adaptive = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return has(row, kAdaptive); });
+  args->n_sums = static_cast<int32_t>(launch.n_sums);
+  args->partials = launch.partials;
+  args->sums = launch.sums;
+  args->grad_scale = launch.grad_scale;
+  args->found_inf = launch.found_inf;
+  args->clip = launch.clip;
+  int64_t* next = args->words;
+  if (launch.by_value & 1) {
+    std::memcpy(next, launch.rows, launch.n_groups * sizeof(Row));
+    next += launch.n_groups * 8;
+  } else {
+    args->rows = launch.rows;
+  }
+  if (launch.by_value & 2) {
+    std::copy(words.begin(), words.end(), next);
+  } else {
+    args->grads = words.data();
+  }
+  const int blocks = std::max(1, args->n_chunks << args->split_bits);
+  run_grid(blocks, launch, [&](HostContext& ctx) { body(ctx, *args); });
+}
+
+template <class S>
+void grad_norm(const Launch& launch) {
+  run(launch, [](HostContext& ctx, const auto& args) {
+    NormShared<S> shared;
+    norm_block<S>(ctx, args, shared);
+  });
+}
+
+template <class S>
+void perturb(const Launch& launch) {
+  if (launch.n_chunks == 0) return;
+  run(launch, [](HostContext& ctx, const auto& args) {
+    PerturbShared<S> shared;
+    perturb_block<S>(ctx, args, shared);
+  });
+}
+
+template <Kernel kKernel, class S>
+void update(const Launch& launch) {
+  run(launch, [](HostContext& ctx, const auto& args) {
+    UpdateShared<S> shared;
+    update_block<kKernel>(ctx, args, shared);
+  });
+}
+
+template <class S>
+void run_operation(int operation, const Launch& launch) {
+  switch (operation) {
+    case 0: return grad_norm<S>(launch);
+    case 1: return perturb<S>(launch);
+    case 2: return update<Kernel::kRestore, S>(launch);
+    case 3: return update<Kernel::kSgd, S>(launch);
+    case 4: return update<Kernel::kAdam, S>(launch);
+    case 5: return update<Kernel::kAdamAmsgrad, S>(launch);
+  }
+}
+
+}  // namespace fastsam::FASTSAM_ISA
+
+using namespace fastsam;
+using namespace fastsam::FASTSAM_ISA;
+
+extern "C" void fastsam_run(int operation, int dtype, const FASTSAM_ISA::Launch* launch) {
+  switch (dtype) {
+    case kFloat32: return run_operation<float>(operation, *launch);
+    case kFloat64: return run_operation<double>(operation, *launch);
+    case kBFloat16: return run_operation<bfloat16>(operation, *launch);
+    case kFloat16: return run_operation<float16>(operation, *launch);
+  }
+}
+
+extern "C" int fastsam_part(int64_t block, int split_bits, int length, int* begin) {
+  const Part part = part_of(static_cast<int>(block), split_bits);
+  *begin = part.begin;
+  return part_length(part, Chunk{0, 0, length, 0});
+}
+extern "C" int fastsam_width(int64_t address, int itemsize) {
+  return itemsize == 2 ? width_at(reinterpret_cast<const bfloat16*>(address)) : width_at(reinterpret_cast<const float*>(address));
+}
+
+#ifdef FASTSAM_MAIN
+#include <cstdio>
+
+namespace {
+
+// A bucket of many small segments, so that tickets are what the threads fight for.
+struct Problem {
+  static constexpr int kSegments = 60, kMost = 3 * kChunk + 5;
+  std::vector<Segment> segments = std::vector<Segment>(kSegments);
+  std::vector<Chunk> chunks;
+  std::vector<std::vector<float>> memory;
+  std::vector<int64_t> grads = std::vector<int64_t>(kSegments);
+  std::vector<uint8_t> perturbed = std::vector<uint8_t>(kSegments, 1);
+  std::vector<float> steps = std::vector<float>(kSegments);
+  std::vector<double> partials;
+  Row row{0.1, 0.01, 0.9, 0.99, 1e-8, 0.05, 0.0, 0.0};
+  double sum = 0;
+  uint32_t tickets[2] = {};
+
+  Problem() {
+    const int sizes[] = {0, 1, 65, 2047, 8192, 300};
+    for (int i = 0; i < kSegments; i++) {
+      const int n = sizes[i % 6];
+      for (int k = 0; k < 5; k++) {
+        memory.emplace_back(n + 64, 0.5f + 0.001f * i);
+        int64_t address = reinterpret_cast<int64_t>(memory.back().data());
+        address += -address & 63;
+        if (k == 0) segments[i].weight = address;
+        if (k == 1) segments[i].backup = address;
+        if (k == 2) segments[i].state[0] = address;
+        if (k == 3) segments[i].state[1] = address;
+        if (k == 4) grads[i] = i % 7 == 3 ? 0 : address;
+      }
+      segments[i].step = reinterpret_cast<int64_t>(&steps[i]);
+      for (int start = 0; start < n; start += kChunk) chunks.push_back({i, start / kUnit, std::min(n - start, kChunk), 0});
+    }
+    partials.resize(chunks.size());
+  }
+
+  FASTSAM_ISA::Launch launch(unsigned seed, int threads, int split_bits) {
+    FASTSAM_ISA::Launch launch{};
+    launch.chunks = chunks.data();
+    launch.segments = segments.data();
+    launch.rows = &row;
+    launch.grads = grads.data();
+    launch.partials = partials.data();
+    launch.sums = &sum;
+    launch.n_chunks = static_cast<int64_t>(chunks.size());
+    launch.n_segments = kSegments;
+    launch.n_groups = launch.n_sums = 1;
+    launch.by_value = 3;
+    launch.split_bits = split_bits;
+    launch.seed = seed;
+    launch.threads = threads;
+    return launch;
+  }
+
+  bool step(unsigned seed, int threads, int split_bits, int rule) {
+    FASTSAM_ISA::Launch l = launch(seed, threads, 0);
+    l.ticket = &tickets[0];
+    fastsam_run(0, kFloat32, &l);
+    l.split_bits = split_bits;
+    fastsam_run(1, kFloat32, &l);
+    l.ticket = &tickets[1];
+    l.perturbed = perturbed.data();
+    fastsam_run(rule, kFloat32, &l);
+    return tickets[0] == 0 && tickets[1] == 0;
+  }
+};
+
+}  // namespace
+
+int main() {
+  for (const int rule : {3, 4}) {
+    Problem alone, together;
+    for (int round = 0; round < 6; round++) {
+      alone.step(0, 1, 0, rule);
+      if (!together.step(round + 1, 4, round % 3, rule)) return std::puts("a ticket is left"), 1;
+      if (alone.sum != together.sum) return std::puts("sums differ"), 1;
+      if (alone.memory != together.memory) return std::puts("weights or states differ"), 1;
+      for (int i = 0; i < Problem::kSegments; i++) {
+        if (together.steps[i] != (together.grads[i] ? round + 1 : 0)) return std::puts("a count is wrong"), 1;
+      }
+    }
+  }
+  return std::puts("the same bits in every order"), 0;
+}
+#endif

@@ -1,0 +1,223 @@
+"""The CUDA kernels on a GPU, against the reference on copies on the CPU: fp32 to the bit."""
+
+import cases
+import pytest
+import torch
+
+import fastsam
+from fastsam import ops
+
+WHY = ops.backends()["cuda"]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(WHY is not None, reason=f"no CUDA kernels: {WHY}")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def assert_same(ours, theirs, what):
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        # float64: the reference's addcmul may round twice.
+        exact = dict(rtol=1e-13, atol=1e-15) if q.dtype == torch.float64 else dict(rtol=0, atol=0)
+        message = f"{what}, tensor {i}"
+        torch.testing.assert_close(p.cpu(), q, equal_nan=True, msg=lambda text, m=message: f"{m}: {text}", **exact)
+
+
+def hand_over(ours, theirs, step, pass_, offset=0):
+    """The same gradients for both; `offset` elements beyond a 16-byte boundary on the GPU."""
+    cases.set_gradients(theirs, step, pass_)
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad = None
+        if q.grad is not None:
+            memory = torch.empty(q.numel() + offset, dtype=q.dtype, device="cuda")[offset:]
+            p.grad = memory.as_strided(q.size(), q.stride(), offset).copy_(q.grad)
+
+
+def check_steps(config, dtype, offset=0, **values):
+    ours, theirs = cases.make_params(dtype, device="cuda"), cases.make_params(dtype)
+    opt, reference = cases.fused(ours, config, "cuda"), cases.fused(theirs, config)
+    assert set(opt.backend.values()) == {"cuda"}
+    for step in range(cases.STEPS):
+        hand_over(ours, theirs, step, 1, offset)
+        opt.first_step(), reference.first_step()
+        assert_same(ours, theirs, f"perturbed weights of step {step}")
+        hand_over(ours, theirs, step, 2, offset)
+        opt.step(), reference.step()
+        assert_same(ours, theirs, f"weights after step {step}")
+    for p, q in zip(ours, theirs, strict=True):
+        for name, value in reference.state.get(q, {}).items():
+            assert_same([opt.state[p][name]], [value], name)
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", **cases.ids(cases.CONFIGS))
+def test_whole_steps_have_the_references_bits(config, dtype):
+    check_steps(config, dtype)
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize("offset", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_gradients(dtype, offset):
+    check_steps(cases.SGD_CONFIGS[2], dtype, offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions_round_at_every_magnitude(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()]
+    params = [torch.nn.Parameter(finite.to(device)) for device in ("cuda", "cpu")]
+    for p, backend in zip(params, ("cuda", "reference"), strict=True):
+        opt = fastsam.FusedSAM([p], torch.optim.SGD, rho=0.0, lr=0.07, backend=backend)
+        p.grad = finite.flip(0).to(p.device)
+        opt.base_step()
+    assert_same(params[:1], params[1:], "weights")
+
+
+def test_thousands_of_tensors_in_tables_and_many_groups():
+    def build(device, backend):
+        params = [torch.nn.Parameter(torch.full((i % 7 + 1,), 0.5, device=device)) for i in range(9000)]
+        groups = [dict(params=params[k::40], lr=0.01 * (k + 1)) for k in range(40)]
+        return params, fastsam.FusedSAM(groups, torch.optim.SGD, momentum=0.9, lr=0.1, backend=backend)
+
+    both = [build("cuda", "cuda"), build("cpu", "reference")]
+    for params, opt in both:
+        for step in (opt.first_step, opt.step):
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, 0.001 * (i % 100))
+            step()
+    assert_same(both[0][0], both[1][0], "weights")
+
+
+def test_two_dtypes_share_one_norm():
+    def build(device, backend):
+        torch.manual_seed(3)
+        kinds = ((3000, torch.float32), (500, torch.float64))
+        params = [torch.nn.Parameter(torch.randn(n, dtype=d).to(device)) for n, d in kinds]
+        return params, fastsam.FusedSAM(params, torch.optim.SGD, rho=0.5, lr=0.1, backend=backend)
+
+    both = [build("cuda", "cuda"), build("cpu", "reference")]
+    for params, opt in both:
+        for p in params:
+            p.grad = torch.linspace(-1, 1, len(p), dtype=p.dtype).to(p.device)
+        opt.first_step()
+    torch.testing.assert_close([p.cpu() for p in both[0][0]], list(both[1][0]), rtol=1e-6, atol=1e-7)
+
+
+def test_work_is_queued_on_the_current_stream():
+    p = torch.nn.Parameter(torch.zeros(1 << 20, device="cuda"))
+    opt = fastsam.FusedSAM([p], torch.optim.SGD, rho=0.1, lr=1.0, backend="cuda")
+    p.grad = torch.zeros_like(p)
+    opt.prepare()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        p.grad.fill_(1.0)
+        opt.first_step()
+        opt.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert (p == -1).all()  # the sleep's stream had the gradients
+
+
+def test_overflow_under_a_grad_scaler():
+    model = torch.nn.Linear(8, 4, device="cuda")
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = fastsam.FusedSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, backend="cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**4)
+    for factor in (float("inf"), 1.0):
+        x = torch.ones(2, 8, device="cuda")
+        scaler.scale(model(x).square().mean()).backward()
+        opt.first_step(zero_grad=True)
+        scaler.scale(model(x).square().mean() * factor).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        same = all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert same == (factor != 1.0)
+    assert scaler.get_scale() == 2.0**3
+
+
+def test_no_host_sync_and_no_allocation_after_the_first_step():
+    params = cases.make_params(device="cuda")
+    opt = cases.fused(params, cases.ADAM_CONFIGS[3], "cuda")
+    grads = [cases.gradient(p, i) for i, p in enumerate(params)]
+
+    def step():
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        opt.first_step()
+        opt.step()
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+# ---- CUDA graphs.
+
+
+def graph_problem(base, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)).cuda()
+    x, y = torch.randn(8, 16, device="cuda"), torch.randn(8, 4, device="cuda")
+    opt = fastsam.FusedSAM(model.parameters(), base, rho=0.05, backend="cuda", **options)
+
+    def step():
+        for finish in (opt.first_step, opt.step):
+            opt.zero_grad(set_to_none=True)
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            finish()
+
+    return model, opt, step
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(torch.optim.SGD, dict(lr=0.1, momentum=0.9)), (torch.optim.AdamW, dict(lr=0.01))],
+    ids=["sgd", "adamw"],
+)
+def test_a_captured_step_follows_the_groups_values(base, options):
+    torch.use_deterministic_algorithms(False)  # filling new memory with NaN is not for captures
+    changes = [dict(lr=0.02, rho=0.1, weight_decay=0.3), dict(lr=0.3, rho=0.0, weight_decay=0.0), dict(rho=0.7)]
+    results = []
+    for captured in (False, True):
+        model, opt, step = graph_problem(base, **options)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        run = step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            opt.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph):
+                step()
+            run = graph.replay
+        for change in changes:
+            opt.param_groups[0].update(change)
+            opt.refresh()
+            run()
+            run()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_capture_that_would_allocate_or_read_old_values_is_refused():
+    torch.use_deterministic_algorithms(False)
+    p = torch.nn.Parameter(torch.ones(100, device="cuda"))
+    opt = fastsam.FusedSAM([p], torch.optim.SGD, lr=0.1, momentum=0.9, backend="cuda")
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"prepare\(\)"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.first_step()
+    opt.prepare()
+    opt.param_groups[0]["lr"] = 0.7
+    with pytest.raises(RuntimeError, match=r"refresh\(\)"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.first_step()

@@ -1,0 +1,209 @@
+"""The machine code of the CUDA kernels in the built library: wide accesses, no spills, enough loads under way.
+
+`python tests/test_machine_code.py > benchmarks/registers.md` writes the table of registers.
+"""
+
+import importlib.util
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fastsam.ops import native
+
+ARCHS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # and their threads a processor
+READ = [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+THREADS, REGISTERS = 256, 65536  # of a block, of a processor
+TYPES = {"f": "float32", "d": "float64", "NS0_8bfloat16E": "bfloat16", "NS0_7float16E": "float16"}
+UPDATES = ["restore", "sgd", "adam", "adam amsgrad"]
+UNDER_WAY = 64 * 1024  # bytes a processor has to wait for to keep the memory busy
+
+
+class Kernel(NamedTuple):
+    name: str
+    dtype: str
+    words: int
+    arch: int
+
+
+class Resources(NamedTuple):
+    symbol: str
+    registers: int
+    stack: int
+    local: int
+
+    def threads(self, arch):
+        blocks = REGISTERS // (-(-self.registers // 8) * 8 * THREADS)
+        return min(blocks * THREADS, ARCHS[arch])
+
+
+def tool():
+    """Path of cuobjdump, which the triton package brings along."""
+    spec = importlib.util.find_spec("triton")
+    found = spec and Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return found if found and found.is_file() else None
+
+
+def output(*options):
+    library = importlib.util.find_spec("fastsam._C").origin
+    return subprocess.run([tool(), *options, library], check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def resources():
+    found, arch = {}, 0
+    for line in output("-res-usage").splitlines():
+        if line.startswith("arch ="):
+            arch = int(line.split("sm_")[1])
+        elif match := re.match(r"\s*Function (\w+):", line):
+            symbol = match[1]
+        elif "REG:" in line and (key := kernel_of(symbol, arch)):
+            counts = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
+            found[key] = Resources(symbol, counts["REG"], counts["STACK"], counts["LOCAL"])
+    return found
+
+
+def kernel_of(symbol, arch):
+    dtypes = "|".join(TYPES)
+    match = re.search(rf"(grad_norm|perturb|update)I(?:LNS0_6KernelE(\d)E)?({dtypes})Li(\d+)E", symbol)
+    return match and Kernel(UPDATES[int(match[2])] if match[2] else match[1], TYPES[match[3]], int(match[4]), arch)
+
+
+@cache
+def small():
+    """The variants with the small arguments; the others differ in the size of these only."""
+    words = min(kernel.words for kernel in resources())
+    return {kernel._replace(words=0): found for kernel, found in resources().items() if kernel.words == words}
+
+
+@cache
+def code(arch):
+    """Instructions of the kernels that are read, without their addresses."""
+    wanted = {
+        found.symbol: kernel
+        for kernel, found in small().items()
+        if kernel.arch == arch and kernel.dtype in ("float32", "bfloat16") and kernel.name in FIGURES
+    }
+    text = output("-sass", "-arch", f"sm_{arch}", "-fun", ",".join(wanted))
+    pieces = re.split(r"Function : (\w+)", text)[1:]
+    pattern = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);")
+    return {wanted[s]: pattern.findall(body) for s, body in zip(pieces[::2], pieces[1::2], strict=True) if s in wanted}
+
+
+FIGURES = {"grad_norm": 3, "perturb": 4, "sgd": 6, "adam": 4}  # independent loads of 16 bytes, at least
+
+
+def loads_under_way(instructions):
+    """The most 16-byte loads that are issued before anything needs one of them."""
+    most, waiting = 0, []
+    for text in instructions:
+        body = re.sub(r"^@!?U?P\w+\s+", "", text)
+        name, _, operands = body.partition(" ")
+        registers = {int(n) for n in re.findall(r"\bR(\d+)\b", operands)}
+        if re.match(r"LDG\S*\.128", name):
+            target = int(re.search(r"\bR(\d+)", operands)[1])
+            waiting.append(set(range(target, target + 4)))
+            most = max(most, len(waiting))
+        elif name in ("BRA", "EXIT", "RET.REL.NODEC") and not text.startswith("@"):
+            waiting = []
+        elif any(registers & load for load in waiting):
+            waiting = []
+    return most
+
+
+needs_kernels = pytest.mark.skipif(
+    native.reason() is not None
+    or not torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::grad_norm", "CUDA")
+    or tool() is None,
+    reason="the library was built without CUDA kernels, or there is no triton package with cuobjdump",
+)
+
+
+@needs_kernels
+def test_all_architectures_are_built():
+    assert {kernel.arch for kernel in resources()} == set(ARCHS)
+    kernels = {(kernel.name, kernel.dtype) for kernel in resources()}
+    assert kernels == {(name, d) for name in ["grad_norm", "perturb", *UPDATES] for d in TYPES.values()}
+
+
+@needs_kernels
+def test_no_kernel_spills_or_uses_local_memory():
+    guilty = {k: found for k, found in resources().items() if found.stack > 0 or found.local > 0}
+    assert not guilty
+
+
+@needs_kernels
+def test_ptx_rounds_as_the_formulas_say():
+    ptx = output("-ptx")
+    assert "sqrt.rn.f32" in ptx and "div.rn.f32" in ptx
+    assert not re.findall(r"\S*(?:\.ftz|\.approx|div\.full)\S*", ptx)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "dtype", "element", "fixed"),
+    [
+        # `element` fused multiply-adds in the formula, once an element in either loop and once in the tail. SGD holds
+        # a version with and one without momentum.
+        ("perturb", "f", 0, 0),
+        ("sgd", "f", 4 + 2, 0),
+        ("adam", "f", 1 + 2 + 1, 0),
+    ],
+)
+def test_ptx_fuses_only_what_the_formulas_write(name, dtype, element, fixed):
+    symbol = next(f.symbol for k, f in small().items() if (k.name, k.dtype) == (name, TYPES[dtype]))
+    body = output("-ptx").split(f".visible .entry {symbol}(")[1].split(".entry ")[0]
+    fused = len(re.findall(r"fma\.rn\.f32\s", body)) + 2 * len(re.findall(r"fma\.rn\.f32x2\s", body))
+    unrolled = {"perturb": 1, "sgd": 2, "adam": 1}[name]
+    assert fused == element * (4 * unrolled + 4 + 1) + fixed
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", READ)
+def test_accesses_are_16_bytes_wide_and_enough_are_under_way(arch):
+    kernels = code(arch)
+    assert len(kernels) == 2 * len(FIGURES)
+    for kernel, instructions in kernels.items():
+        loads = loads_under_way(instructions)
+        assert loads >= FIGURES[kernel.name], kernel
+        assert small()[kernel].threads(arch) * loads * 16 >= UNDER_WAY, kernel
+        if kernel.name != "grad_norm":
+            assert any(re.search(r"STG\S*\.128", text) for text in instructions), kernel
+
+
+def table():
+    """The table of registers, in Markdown."""
+    archs = sorted(ARCHS)
+    lines = [
+        "# Registers",
+        "",
+        "Registers a thread of the CUDA kernels, by architecture; none uses stack or local memory. Shown is the",
+        "variant with small arguments. Written by `python tests/test_machine_code.py > benchmarks/registers.md`.",
+        "",
+        "| kernel | type | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
+        "| --- | --- |" + " --- |" * len(archs),
+    ]
+    for name in ["grad_norm", "perturb", *UPDATES]:
+        for dtype in TYPES.values():
+            row = [small()[Kernel(name, dtype, 0, arch)].registers for arch in archs]
+            lines.append(f"| {name} | {dtype} | " + " | ".join(map(str, row)) + " |")
+    lines += [
+        "",
+        "Bytes under way on one processor: resident threads times independent 16-byte loads of a thread.",
+        "",
+        "| kernel | type | loads | " + " | ".join(f"sm_{a}" for a in (80, 90, 100)) + " |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for kernel, instructions in sorted(code(90).items()):
+        loads = loads_under_way(instructions)
+        kib = [small()[kernel._replace(arch=a)].threads(a) * loads * 16 // 1024 for a in (80, 90, 100)]
+        lines.append(f"| {kernel.name} | {kernel.dtype} | {loads} | " + " | ".join(f"{k} KiB" for k in kib) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
