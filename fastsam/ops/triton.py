@@ -1,0 +1,794 @@
+"""The operations in Triton, twins of `reference.py`: one launch each over tables of addresses, no compiler at install.
+
+Every line is one rounding, as in `csrc/math.h`: `tl.fma` stands where a product and a sum are rounded once, and nothing
+else is fused (`enable_fp_fusion=False`). Scalars are float64 until one final cast to the type the kernel computes in
+(WIDE: float64 for float64, else float32). bfloat16 is taken as its 16 bits (STORAGE uint16) and rounded by integer
+arithmetic, because Triton's interpreter truncates where a GPU rounds.
+
+No value is baked into a kernel: hyper-parameters stand in a table, and arguments are not specialised on their values or
+alignment. So a kernel is compiled once for its dtype and rule, whatever the numbers and the number of tensors.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from fastsam import rules
+from fastsam.ops import native
+
+if TYPE_CHECKING:
+    from fastsam.buckets import Bucket
+
+CHUNK = tl.constexpr(8192)  # elements a partial sum covers
+LANES = tl.constexpr(2048)  # a chunk is 4 rows of 2048 lanes
+SLOTS = tl.constexpr(1024)  # lanes over which the partial sums of chunks are added
+UNIT = tl.constexpr(64)  # chunk starts are counted in units of 64 elements
+NORM_EPS = tl.constexpr(1e-12)  # added to the norm; the paper's code divides by the bare norm
+COUNTED = tl.constexpr(256)  # segments whose step counts are advanced at once
+
+# Columns of the tables: `Bucket` says what they hold, `rules.Row` what a row has.
+WEIGHT, BACKUP, STATE0, STATE1, STATE2, STEP, GROUP = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 6, 7))
+LR, WEIGHT_DECAY, BETA1, BETA2, EPS, RHO, ETA, FLAGS = (tl.constexpr(i) for i in range(8))
+WIDTH = tl.constexpr(8)  # columns of the segment table and of the row table
+
+ADAPTIVE = tl.constexpr(rules.ADAPTIVE)
+NESTEROV = tl.constexpr(rules.NESTEROV)
+MAXIMIZE = tl.constexpr(rules.MAXIMIZE)
+DECOUPLED = tl.constexpr(rules.DECOUPLED)
+AMSGRAD = tl.constexpr(rules.AMSGRAD)
+NO_RULE = tl.constexpr(-1)
+SGD = tl.constexpr(rules.SGD.code)
+ADAM = tl.constexpr(rules.ADAM.code)
+
+
+# Loads and stores. Low precision is widened exactly and rounded once, to nearest even. NaN payloads are not kept.
+# ALIGN is what the addresses are multiples of, in bytes; 0 where nothing is known, and then accesses are masked, too.
+
+
+@triton.jit
+def _pointer(address, start, STORAGE: tl.constexpr, ALIGN: tl.constexpr):
+    # The hint must follow the cast: on an integer it is lost, and with it the wide accesses.
+    pointer = address.to(tl.pointer_type(STORAGE))
+    if ALIGN > 0:
+        pointer = tl.multiple_of(pointer, ALIGN)
+    return pointer + start
+
+
+@triton.jit
+def _widen(x):
+    if x.dtype == tl.uint16:
+        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif x.dtype == tl.float16:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def _narrow(x, STORAGE: tl.constexpr):
+    if STORAGE == tl.uint16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
+    else:
+        return x.to(STORAGE)
+
+
+@triton.jit
+def _load(pointer, o, length, ALIGN: tl.constexpr):
+    if ALIGN > 0:
+        return tl.load(pointer + o)
+    else:
+        return tl.load(pointer + o, mask=o < length, other=0)
+
+
+@triton.jit
+def _load_once(pointer, o, length, ALIGN: tl.constexpr):  # it leaves the caches first
+    if ALIGN > 0:
+        return tl.load(pointer + o, eviction_policy="evict_first")
+    else:
+        return tl.load(pointer + o, mask=o < length, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _store(pointer, o, x, length, ALIGN: tl.constexpr):
+    if ALIGN > 0:
+        tl.store(pointer + o, x)
+    else:
+        tl.store(pointer + o, x, mask=o < length)
+
+
+@triton.jit
+def _store_once(pointer, o, x, length, ALIGN: tl.constexpr):
+    if ALIGN > 0:
+        tl.store(pointer + o, x, cache_modifier=".cs")
+    else:
+        tl.store(pointer + o, x, mask=o < length, cache_modifier=".cs")
+
+
+# Arithmetic that Triton spells differently for float32 and float64.
+
+
+@triton.jit
+def _fma(a, b, c):
+    # a b + c, rounded once; a may be a scalar.
+    return tl.fma(tl.broadcast_to(a, c.shape), b, c)
+
+
+@triton.jit
+def _sqrt(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _div(a, b):
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, tl.broadcast_to(b, a.shape))
+
+
+@triton.jit
+def _maximum(a, b):
+    # torch.maximum: a NaN on either side stays.
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def _lerp(a, b, weight):
+    # a + weight (b - a), from whichever end is nearer.
+    near = weight < 0.5
+    return _fma(tl.where(near, weight, weight - 1.0), b - a, tl.where(near, a, b))
+
+
+@triton.jit
+def _power(base, n):
+    # base^n by repeated squaring: the same bits on every machine, which `pow` is not.
+    result = tl.full([], 1.0, tl.float64)
+    while n > 0:
+        if n & 1 == 1:
+            result = result * base
+        base = base * base
+        n = n >> 1
+    return result
+
+
+@triton.jit
+def _fold(x, LEVELS: tl.constexpr):
+    # Sum 2^LEVELS lanes in adjacent pairs.
+    for _ in tl.static_range(0, LEVELS):
+        x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1)
+    return tl.sum(x)
+
+
+# Tables.
+
+
+@triton.jit
+def _flag(row, FLAG: tl.constexpr):
+    return tl.load(row + FLAGS).to(tl.int32) & FLAG != 0
+
+
+@triton.jit
+def _chunk(chunks, chunk, n_chunks):
+    # Segment, first element and length; no elements where there is no such chunk (a bucket of empty tensors).
+    there = chunk < n_chunks
+    segment = tl.load(chunks + 4 * chunk.to(tl.int64), mask=there, other=0).to(tl.int64)
+    start = tl.load(chunks + 4 * chunk.to(tl.int64) + 1, mask=there, other=0).to(tl.int64) * UNIT
+    length = tl.load(chunks + 4 * chunk.to(tl.int64) + 2, mask=there, other=0)
+    return segment, start, length
+
+
+@triton.jit
+def _part(chunks, part, split, n_chunks, TILE: tl.constexpr):
+    # The segment, and the span of one part of a chunk: the chunk's first element, the part's first tile, the end of its
+    # full tiles, the end of all (at most one is not full), the chunk's length.
+    segment, start, length = _chunk(chunks, part // split, n_chunks)
+    size = CHUNK // TILE // split
+    first = part % split * size
+    full = tl.maximum(first, tl.minimum(first + size, length // TILE))
+    return segment, (start, first, full, tl.minimum(first + size, (length + TILE - 1) // TILE), length)
+
+
+@triton.jit
+def _arrive(ticket):
+    # True in the program that arrives last; what all others read and wrote before they arrived has happened then. Every
+    # warp executes a scalar load: the barrier keeps all of them before the one thread that arrives.
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.atomic_xchg(ticket, 0)
+    return last
+
+
+# The norm.
+
+
+@triton.jit
+def _steepest(w, g, eta):
+    # T g, whose length is the norm.
+    return tl.where(eta == 0, w * g, (tl.abs(w) + eta) * g)
+
+
+@triton.jit
+def _chunk_sum(weight, grad, start, length, row, STORAGE: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr):
+    # The canonical sum of squares of a chunk.
+    w, g = _pointer(weight, start, STORAGE, ALIGN), _pointer(grad, start, STORAGE, ALIGN)
+    lanes = tl.arange(0, LANES)
+    acc = tl.zeros([LANES], WIDE)
+    if _flag(row, ADAPTIVE):
+        eta = tl.load(row + ETA).to(WIDE)
+        for k in tl.static_range(0, CHUNK // LANES):
+            o = k * LANES + lanes
+            x = _steepest(_widen(_load(w, o, length, ALIGN)), _widen(_load(g, o, length, ALIGN)), eta)
+            acc = _fma(x, x, acc)
+    else:
+        for k in tl.static_range(0, CHUNK // LANES):
+            x = _widen(_load(g, k * LANES + lanes, length, ALIGN))
+            acc = _fma(x, x, acc)
+    return _fold(acc, 11)
+
+
+@triton.jit(do_not_specialize=list(range(9)))
+def _grad_norm_kernel(
+    segments, chunks, grads, rows, partials, ticket, out, slot, n_chunks, STORAGE: tl.constexpr, WIDE: tl.constexpr
+):
+    """Write `sum((T g)^2)` into `out[slot]`; T = 1 (SAM) or abs(w) + eta (ASAM). One program a chunk.
+
+    Reads n (2n adaptive) elements, writes one partial sum a chunk; the last program adds these up.
+    """
+    chunk = tl.program_id(0)
+    segment, start, length = _chunk(chunks, chunk, n_chunks)
+    grad = tl.load(grads + segment)
+    total = tl.full([], 0.0, tl.float64)
+    if (grad != 0) & (length > 0):
+        weight = tl.load(segments + WIDTH * segment + WEIGHT)
+        row = rows + WIDTH * tl.load(segments + WIDTH * segment + GROUP)
+        if ((weight | grad) % 16 == 0) & (length == CHUNK):
+            total = _chunk_sum(weight, grad, start, length, row, STORAGE, WIDE, 16).to(tl.float64)
+        else:
+            total = _chunk_sum(weight, grad, start, length, row, STORAGE, WIDE, 0).to(tl.float64)
+    tl.store(partials + chunk, total, mask=chunk < n_chunks)
+    if _arrive(ticket):
+        lanes = tl.arange(0, SLOTS)
+        acc = tl.zeros([SLOTS], tl.float64)
+        i = 0
+        while i < n_chunks:
+            acc += tl.load(partials + i + lanes, mask=i + lanes < n_chunks, other=0.0, cache_modifier=".cg")
+            i += SLOTS
+        tl.store(out + slot, _fold(acc, 10))
+
+
+# Copies: the backup without a perturbation, the restore without an update. All bits stay.
+
+
+@triton.jit
+def _copy_tiles(to, source, start, tile, end, length, STORAGE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr):
+    to, source = _pointer(to, start, STORAGE, ALIGN), _pointer(source, start, STORAGE, ALIGN)
+    while tile < end:
+        o = tile * TILE + tl.arange(0, TILE)
+        _store(to, o, _load_once(source, o, length, ALIGN), length, ALIGN)
+        tile += 1
+
+
+@triton.jit
+def _copy(to, source, span, STORAGE: tl.constexpr, TILE: tl.constexpr):
+    start, tile, full, end, length = span
+    if (to | source) % 16 == 0:
+        _copy_tiles(to, source, start, tile, full, length, STORAGE, TILE, 16)
+        tile = full
+    _copy_tiles(to, source, start, tile, end, length, STORAGE, TILE, 0)
+
+
+# Perturbation.
+
+
+@triton.jit
+def _perturbation_scale(row, sums, n_sums, WIDE: tl.constexpr):
+    # 0 (no perturbation) where the norm is not finite: such a step is the base optimizer's.
+    total = tl.load(sums)
+    i = 1
+    while i < n_sums:
+        total += tl.load(sums + i)
+        i += 1
+    norm = tl.sqrt(total) + NORM_EPS
+    scale = tl.where(norm < float("inf"), tl.load(row + RHO) / norm, 0.0).to(WIDE)
+    return tl.where(_flag(row, MAXIMIZE), -scale, scale)
+
+
+@triton.jit
+def _climb(w, g, climb):
+    # The perturbation e = T^2 g * scale.
+    scale, eta, adaptive = climb
+    t = tl.abs(w) + eta
+    g = tl.where(adaptive, tl.where(eta == 0, (w * w) * g, t * (t * g)), g)
+    return g * scale
+
+
+@triton.jit
+def _perturb_tiles(
+    weight, backup, grad, start, tile, end, length, climb,
+    STORAGE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    w, g = _pointer(weight, start, STORAGE, ALIGN), _pointer(grad, start, STORAGE, ALIGN)
+    kept = _pointer(backup, start, STORAGE, 16)
+    while tile < end:
+        o = tile * TILE + tl.arange(0, TILE)
+        old, direction = _load_once(w, o, length, ALIGN), _load_once(g, o, length, ALIGN)
+        _store_once(kept, o, old, length, ALIGN)
+        e = _climb(_widen(old), _widen(direction), climb)
+        _store(w, o, _narrow(_widen(old) + e, STORAGE), length, ALIGN)
+        tile += 1
+
+
+@triton.jit(do_not_specialize=list(range(8)))
+def _perturb_kernel(
+    segments, chunks, grads, rows, sums, n_sums, n_chunks, split,
+    STORAGE: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Back the weights up and climb: w <- w + e(w), e = rho T^2 g / (norm + NORM_EPS). `split` programs a chunk.
+
+    Foret et al., arXiv 2010.01412, eq. 2; with T = abs(w) + eta Kwon et al., arXiv 2102.11600.
+
+    Reads 2n elements, writes 2n elements.
+    """
+    part = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the gradients read last are still in the cache
+    index, span = _part(chunks, part, split, n_chunks, TILE)
+    start, tile, full, end, length = span
+    grad = tl.load(grads + index)
+    if (grad != 0) & (tile < end):
+        weight = tl.load(segments + WIDTH * index + WEIGHT)
+        backup = tl.load(segments + WIDTH * index + BACKUP)
+        row = rows + WIDTH * tl.load(segments + WIDTH * index + GROUP)
+        scale = _perturbation_scale(row, sums, n_sums, WIDE)
+        if scale == 0:  # a branch, never a product: 0 * inf is NaN
+            _copy(backup, weight, span, STORAGE, TILE)
+        else:
+            climb = scale, tl.load(row + ETA).to(WIDE), _flag(row, ADAPTIVE)
+            if (weight | grad) % 16 == 0:
+                _perturb_tiles(weight, backup, grad, start, tile, full, length, climb, STORAGE, TILE, 16)
+                tile = full
+            elif (weight | grad) % 8 == 0:
+                _perturb_tiles(weight, backup, grad, start, tile, full, length, climb, STORAGE, TILE, 8)
+                tile = full
+            _perturb_tiles(weight, backup, grad, start, tile, end, length, climb, STORAGE, TILE, 0)
+
+
+# Update.
+
+
+@triton.jit
+def _gradient(g, factors):
+    # Without its loss scale, times the clip factor, uphill if maximized. Factors of 1 and -1 change no bits; a clip
+    # factor of 0 clears the gradient, whatever it was.
+    inverse, clip = factors
+    return tl.where(clip == 0, 0.0, (g * inverse) * clip)
+
+
+@triton.jit
+def _sgd_scalars(row, step, WIDE: tl.constexpr):
+    lr, weight_decay = tl.load(row + LR), tl.load(row + WEIGHT_DECAY)
+    momentum, dampening = tl.load(row + BETA1), tl.load(row + BETA2)
+    return (
+        (-lr).to(WIDE),
+        weight_decay.to(WIDE),
+        momentum.to(WIDE),
+        (1.0 - dampening).to(WIDE),
+        weight_decay != 0,
+        step == 0,
+        _flag(row, NESTEROV),
+    )
+
+
+@triton.jit
+def _sgd(w, g, buf, scalars, STATES: tl.constexpr):
+    # torch.optim.SGD; `first` is true where there is no momentum yet (dampening does not apply there).
+    neg_lr, weight_decay, momentum, one_minus_dampening, decay, first, nesterov = scalars
+    g = tl.where(decay, _fma(weight_decay, w, g), g)
+    if STATES > 0:
+        buf = tl.where(first, g, _fma(one_minus_dampening, g, buf * momentum))
+        g = tl.where(nesterov, _fma(momentum, buf, g), buf)
+    return _fma(neg_lr, g, w), buf
+
+
+@triton.jit
+def _adam_scalars(row, step, WIDE: tl.constexpr):
+    lr, weight_decay = tl.load(row + LR), tl.load(row + WEIGHT_DECAY)
+    beta1, beta2 = tl.load(row + BETA1), tl.load(row + BETA2)
+    t = step.to(tl.int32) + 1  # the count of the step being made
+    correction1, correction2 = 1.0 - _power(beta1, t), 1.0 - _power(beta2, t)
+    return (
+        (-(lr / correction1)).to(WIDE),
+        tl.sqrt(correction2).to(WIDE),
+        (1.0 - lr * weight_decay).to(WIDE),
+        weight_decay.to(WIDE),
+        (1.0 - beta1).to(WIDE),
+        beta2.to(WIDE),
+        (1.0 - beta2).to(WIDE),
+        tl.load(row + EPS).to(WIDE),
+        (weight_decay != 0) & _flag(row, DECOUPLED),
+        (weight_decay != 0) & (_flag(row, DECOUPLED) == 0),
+    )
+
+
+@triton.jit
+def _adam(w, g, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, STATES: tl.constexpr):
+    # torch.optim.Adam and AdamW (arXiv 1412.6980, 1711.05101); STATES = 3 with amsgrad.
+    step_size, correction2_sqrt, decay_factor, weight_decay = scalars[0], scalars[1], scalars[2], scalars[3]
+    one_minus_beta1, beta2, one_minus_beta2, eps = scalars[4], scalars[5], scalars[6], scalars[7]
+    decoupled, coupled = scalars[8], scalars[9]
+    w = tl.where(decoupled, w * decay_factor, w)
+    g = tl.where(coupled, _fma(weight_decay, w, g), g)
+    exp_avg = _lerp(exp_avg, g, one_minus_beta1)
+    exp_avg_sq = _fma(one_minus_beta2 * g, g, exp_avg_sq * beta2)
+    second = exp_avg_sq
+    if STATES > 2:
+        max_exp_avg_sq = _maximum(max_exp_avg_sq, exp_avg_sq)
+        second = max_exp_avg_sq
+    denom = _div(_sqrt(second), correction2_sqrt) + eps
+    return w + _div(step_size * exp_avg, denom), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@triton.jit
+def _update_tiles(
+    segment, source, grad, start, tile, end, length, factors, scalars,
+    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    to = _pointer(tl.load(segment + WEIGHT), start, STORAGE, ALIGN)
+    source, grad = _pointer(source, start, STORAGE, ALIGN), _pointer(grad, start, STORAGE, ALIGN)
+    if STATES > 0:
+        state0 = _pointer(tl.load(segment + STATE0), start, STORAGE, 16)
+    if STATES > 1:
+        state1 = _pointer(tl.load(segment + STATE1), start, STORAGE, 16)
+    if STATES > 2:
+        state2 = _pointer(tl.load(segment + STATE2), start, STORAGE, 16)
+    while tile < end:
+        o = tile * TILE + tl.arange(0, TILE)
+        w = _widen(_load_once(source, o, length, ALIGN))
+        g = _gradient(_widen(_load_once(grad, o, length, ALIGN)), factors)
+        s0, s1, s2 = g, g, g
+        if STATES > 0:
+            s0 = _widen(_load(state0, o, length, ALIGN))
+        if STATES > 1:
+            s1 = _widen(_load(state1, o, length, ALIGN))
+        if STATES > 2:
+            s2 = _widen(_load(state2, o, length, ALIGN))
+        if RULE == SGD:
+            w, s0 = _sgd(w, g, s0, scalars, STATES)
+        else:
+            w, s0, s1, s2 = _adam(w, g, s0, s1, s2, scalars, STATES)
+        _store(to, o, _narrow(w, STORAGE), length, ALIGN)
+        if STATES > 0:
+            _store(state0, o, _narrow(s0, STORAGE), length, ALIGN)
+        if STATES > 1:
+            _store(state1, o, _narrow(s1, STORAGE), length, ALIGN)
+        if STATES > 2:
+            _store(state2, o, _narrow(s2, STORAGE), length, ALIGN)
+        tile += 1
+
+
+@triton.jit
+def _update_part(
+    segment, source, grad, span, factors, scalars,
+    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    start, tile, full, end, length = span
+    bits = tl.load(segment + WEIGHT) | source | grad
+    if bits % 16 == 0:
+        _update_tiles(
+            segment, source, grad, start, tile, full, length, factors, scalars, RULE, STATES, STORAGE, TILE, 16
+        )
+        tile = full
+    elif bits % 8 == 0:
+        _update_tiles(
+            segment, source, grad, start, tile, full, length, factors, scalars, RULE, STATES, STORAGE, TILE, 8
+        )
+        tile = full
+    _update_tiles(segment, source, grad, start, tile, end, length, factors, scalars, RULE, STATES, STORAGE, TILE, 0)
+
+
+@triton.jit
+def _count(segments, grads, rows, n_segments, RULE: tl.constexpr):
+    # Advance the step counts of segments with a gradient, empty ones too; SGD counts the steps with momentum only.
+    i = 0
+    while i < n_segments:
+        segment = (i + tl.arange(0, COUNTED)).to(tl.int64)
+        there = segment < n_segments
+        counts = tl.load(grads + segment, mask=there, other=0) != 0
+        if RULE == SGD:
+            group = tl.load(segments + WIDTH * segment + GROUP, mask=there, other=0)
+            counts = counts & (tl.load(rows + WIDTH * group + BETA1, mask=there, other=0.0) != 0)
+        step = tl.load(segments + WIDTH * segment + STEP, mask=there, other=0).to(tl.pointer_type(tl.float32))
+        tl.store(step, tl.load(step, mask=counts, other=0.0) + 1.0, mask=counts)
+        i += COUNTED
+
+
+@triton.jit(do_not_specialize=list(range(12)))
+def _update_kernel(
+    segments, chunks, grads, rows, perturbed, ticket, grad_scale, found_inf, clip, n_segments, n_chunks, split,
+    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Return to the old weights and take the base optimizer's step from there. `split` programs a chunk.
+
+    | perturbed | gradient | found_inf | weights                | state, step count |
+    | --------- | -------- | --------- | ---------------------- | ----------------- |
+    | yes       | yes      | 0         | rule(backup)           | updated, + 1      |
+    | yes       | yes      | 1         | backup                 | untouched         |
+    | yes       | no       | any       | backup                 | untouched         |
+    | no        | yes      | 0         | rule(w)                | updated, + 1      |
+    | no        | yes      | 1         | untouched              | untouched         |
+
+    Reads 2n elements and the states, writes n elements and the states; STATES is the most that a group here has.
+    """
+    LEAST: tl.constexpr = 0 if RULE == SGD else 2  # what its other groups have
+    part = tl.program_id(0)
+    index, span = _part(chunks, part, split, n_chunks, TILE)
+    segment = segments + WIDTH * index
+    grad = tl.load(grads + index)
+    restores = tl.load(perturbed + index) != 0
+    backup = tl.load(segment + BACKUP)
+    if RULE == NO_RULE:
+        if restores:
+            _copy(tl.load(segment + WEIGHT), backup, span, STORAGE, TILE)
+    else:
+        # All programs read their segment's count before they arrive: the last one may advance the counts.
+        step = tl.load(tl.load(segment + STEP).to(tl.pointer_type(tl.float32)))
+        overflow = tl.load(found_inf) != 0
+        if _arrive(ticket):
+            if overflow == 0:
+                _count(segments, grads, rows, n_segments, RULE)
+        if (grad != 0) & (overflow == 0):
+            row = rows + WIDTH * tl.load(segment + GROUP)
+            source = tl.where(restores, backup, tl.load(segment + WEIGHT))
+            inverse = (1.0 / tl.load(grad_scale).to(tl.float64)).to(WIDE)
+            factors = tl.where(_flag(row, MAXIMIZE), -inverse, inverse), tl.load(clip).to(WIDE)
+            if RULE == SGD:
+                scalars = _sgd_scalars(row, step, WIDE)
+                least = tl.load(row + BETA1) == 0
+            else:
+                scalars = _adam_scalars(row, step, WIDE)
+                least = _flag(row, AMSGRAD) == 0
+            if STATES == LEAST:
+                _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, TILE)
+            elif least:
+                _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, TILE)
+            else:
+                _update_part(segment, source, grad, span, factors, scalars, RULE, STATES, STORAGE, TILE)
+        elif restores:
+            _copy(tl.load(segment + WEIGHT), backup, span, STORAGE, TILE)
+
+
+# ---- The host's side.
+
+_STORAGE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.uint16, torch.float16: tl.float16}
+_TYPES = {  # of the kernels' arguments: tables, and otherwise int32
+    **dict.fromkeys(("segments", "grads"), torch.int64),
+    **dict.fromkeys(("chunks", "ticket"), torch.int32),
+    **dict.fromkeys(("rows", "partials", "out", "sums", "clip"), torch.float64),
+    **dict.fromkeys(("grad_scale", "found_inf"), torch.float32),
+    "perturbed": torch.uint8,
+}
+_PROGRAMS = 2048  # with fewer chunks than this, several programs share a chunk
+
+INTERPRETED = not isinstance(_update_kernel, triton.JITFunction)
+
+
+@cache
+def reason() -> str | None:
+    """Why the kernels cannot be used here and what to do, or None if they can."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"it needs triton >= 3.6, this is {triton.__version__}"
+    if INTERPRETED:
+        late = isinstance(tl.sum, triton.JITFunction)  # Triton's own functions were decorated before
+        return "TRITON_INTERPRET=1 must be set before triton is imported" if late else None
+    try:
+        _ = triton.runtime.driver.active.utils  # compiles Triton's own helper library, once for each user
+    except Exception as error:  # RuntimeError, CalledProcessError, OSError, whatever the compiler raises
+        return f"Triton does not start (it needs a C compiler and Python's headers): {type(error).__name__}: {error}"
+    return None
+
+
+def grad_norm(bucket: "Bucket", grads: Sequence[Tensor | None], out: Tensor) -> None:
+    """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64."""
+    own = _own(bucket)
+    n_chunks = len(bucket.chunk_table)
+    given = own.ascent(native._addresses(bucket, grads)), own.rows(bucket.row_table)
+    tables = bucket.segment_table, bucket.chunk_table, *given, bucket.partials, own.tickets[:1], out
+    _launch(bucket, _grad_norm_kernel, n_chunks, (*tables, bucket.slot, n_chunks), _types(bucket))
+
+
+def perturb_(bucket: "Bucket", grads: Sequence[Tensor | None], sums: Tensor) -> None:
+    """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
+    own = _own(bucket)
+    n_chunks, split = len(bucket.chunk_table), _split(bucket)
+    addresses = native._addresses(bucket, grads)
+    tables = bucket.segment_table, bucket.chunk_table, own.ascent(addresses), own.rows(bucket.row_table), sums
+    bucket.perturbed.logical_or_(addresses)
+    args = (*tables, len(sums), n_chunks, split)
+    _launch(bucket, _perturb_kernel, n_chunks * split, args, (*_types(bucket), _tile(bucket)))
+
+
+def update_(
+    bucket: "Bucket",
+    grads: Sequence[Tensor | None],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> None:
+    """Return to the old weights and take the base optimizer's step.
+
+    grad_scale, found_inf: [] or [1] float32; clip: [] or [1] float64.
+    """
+    own = _own(bucket)
+    n_chunks, split = len(bucket.chunk_table), _split(bucket)
+    tables = (
+        bucket.segment_table,
+        bucket.chunk_table,
+        own.descent(native._addresses(bucket, grads)),
+        own.rows(bucket.row_table),
+        own.perturbed(bucket.perturbed.view(torch.uint8)),
+        own.tickets[1:],
+        _scalar(bucket, "grad_scale", grad_scale, own.one),
+        _scalar(bucket, "found_inf", found_inf, own.zero),
+        _scalar(bucket, "clip", clip, own.clip),
+    )
+    args = (*tables, len(bucket.segment_table), n_chunks, split)
+    _launch(bucket, _update_kernel, n_chunks * split, args, (*_rule(bucket), *_types(bucket), _tile(bucket)))
+    bucket.perturbed.zero_()
+
+
+class _Mirror:
+    """A host table's copy on the device, written only when a value changed.
+
+    Every upload has a staging buffer of its own: a buffer kept for the next upload might be overwritten while the copy
+    is still to come. What a captured graph reads is never written again, but for a `live` table: replays shall see its
+    new values.
+    """
+
+    def __init__(self, table: Tensor, device: torch.device, live: bool = False) -> None:
+        self.device, self.live = device, live
+        self.seen: Tensor | None = None
+        self.copy = torch.empty_like(table, device=device)
+        self.baked: list[Tensor] = []
+        self.spare = self._spare() if device.type == "cuda" else None
+
+    def __call__(self, table: Tensor) -> Tensor:
+        """The copy, holding the table's values."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.seen is None or not torch.equal(self.seen, table):
+            self._upload(table, capturing)
+            self.seen = table.clone()
+        if capturing and not self.live:
+            self.baked.append(self.copy)
+        return self.copy
+
+    def _upload(self, table: Tensor, capturing: bool) -> None:
+        if self.device.type != "cuda":
+            self.copy.copy_(table)
+        elif capturing:
+            self._upload_beside(table)
+        else:
+            if self.baked and self.baked[-1] is self.copy:
+                self.copy = torch.empty_like(self.copy)
+            staging = torch.empty(table.shape, dtype=table.dtype, pin_memory=True).copy_(table)
+            self.copy.copy_(staging, non_blocking=True)
+            self.spare = self.spare or self._spare()
+
+    def _spare(self) -> tuple[Tensor, Tensor, torch.cuda.Stream]:
+        staging = torch.empty(self.copy.shape, dtype=self.copy.dtype, pin_memory=True)
+        return staging, torch.empty_like(self.copy), torch.cuda.Stream(self.device)
+
+    def _upload_beside(self, table: Tensor) -> None:
+        """While a graph is captured: on another stream, so that the graph holds no copy from host memory."""
+        if self.spare is None:
+            raise RuntimeError("FusedSAM: take a step, or call prepare(), before another CUDA graph is captured")
+        (staging, copy, stream), self.spare = self.spare, None
+        self.copy = self.copy if self.live else copy
+        with torch.cuda.stream(stream):
+            self.copy.copy_(staging.copy_(table), non_blocking=True)
+        stream.synchronize()
+
+
+class _Own:
+    """What the kernels need of one bucket beside its tables."""
+
+    def __init__(self, bucket: "Bucket") -> None:
+        device = bucket.device
+        self.tables = bucket.segment_table, bucket.chunk_table, bucket.row_table
+        # Apart for the two passes: each may have addresses of its own, step after step.
+        self.ascent, self.descent = _Mirror(bucket.grad_table, device), _Mirror(bucket.grad_table, device)
+        self.perturbed = _Mirror(bucket.perturbed.view(torch.uint8), device)
+        self.rows = _Mirror(bucket.row_table, device, live=True)
+        self.tickets = torch.zeros(2, dtype=torch.int32, device=device)
+        self.one, self.zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+        self.clip = torch.ones(1, dtype=torch.float64, device=device)
+
+    def serves(self, bucket: "Bucket") -> bool:
+        """Whether the bucket's tables are still the ones this was made for."""
+        tables = bucket.segment_table, bucket.chunk_table, bucket.row_table
+        return all(a is b for a, b in zip(tables, self.tables, strict=True))
+
+
+def _own(bucket: "Bucket") -> _Own:
+    own = bucket.kept
+    if not isinstance(own, _Own) or not own.serves(bucket):
+        own = bucket.kept = _Own(bucket)
+    return own
+
+
+def _scalar(bucket: "Bucket", name: str, value: Tensor | None, neutral: Tensor) -> Tensor:
+    if value is None:
+        return neutral
+    if value.numel() != 1 or value.dtype != neutral.dtype:
+        raise RuntimeError(
+            f"update_: {name} must be one element of {neutral.dtype}, got {list(value.shape)} of {value.dtype}"
+        )
+    return value if value.device == bucket.device else value.to(bucket.device, non_blocking=True)
+
+
+def _types(bucket: "Bucket") -> tuple[tl.dtype, tl.dtype]:
+    """What the tensors hold, and what the kernels compute in."""
+    return _STORAGE[bucket.dtype], tl.float64 if bucket.dtype == torch.float64 else tl.float32
+
+
+def _tile(bucket: "Bucket") -> int:
+    return 512 if bucket.dtype == torch.float64 else 1024
+
+
+def _rule(bucket: "Bucket") -> tuple[int, int]:
+    """The rule's code, and how many states the kernel has to know."""
+    if bucket.rule is None:
+        return NO_RULE.value, 0
+    if bucket.rule is rules.SGD:
+        return SGD.value, int(any(row.beta1 != 0 for row in bucket.rows))
+    return ADAM.value, 2 + any(row.flags & rules.AMSGRAD for row in bucket.rows)
+
+
+def _split(bucket: "Bucket") -> int:
+    """How many programs share a chunk: enough to fill a GPU. No result depends on it."""
+    n = len(bucket.chunk_table)
+    return 4 if 2 * n < _PROGRAMS else 2 if n < _PROGRAMS else 1
+
+
+def _launch(bucket: "Bucket", kernel: Any, programs: int, args: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
+    if INTERPRETED:
+        with numpy.errstate(all="ignore"):  # a GPU does not warn of infinities either
+            kernel[(max(programs, 1),)](*args, *constants)
+        return
+    with _on(bucket.device):
+        compiled = _compiled(kernel, bucket.device, constants)
+        # Addresses as integers: the launcher takes them as they are.
+        plain = (arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
+        compiled[(max(programs, 1), 1, 1)](*plain, *constants)
+
+
+@cache
+def _compiled(kernel: Any, device: torch.device, constants: tuple[Any, ...]) -> Any:
+    """A kernel for the current device, compiled from types alone: no tensor is touched."""
+    types = [_TYPES.get(name, 0) for name in kernel.arg_names[: -len(constants)]]
+    return kernel.warmup(*types, *constants, grid=(1,), **_options(kernel, constants))
+
+
+def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
+    """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand."""
+    options = {"num_warps": 8 if kernel is _grad_norm_kernel else 4, "enable_fp_fusion": False}
+    if kernel is _update_kernel and constants[1] > 2 and tl.float64 not in constants and torch.version.hip is None:
+        options["maxnreg"] = 128  # left alone, ptxas spills a value to get by with 96 registers
+    return options
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,403 @@
+"""The Triton kernels where no GPU is: interpreted in a process of its own, and compiled for three GPUs and read.
+
+Parity on a GPU is what `backend` brings to every other file: its `triton` there is marked `cuda`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import cases
+import pytest
+import rounding
+import torch
+
+import fastsam
+from fastsam import ops
+
+HERE = Path(__file__).parent
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the triton package is not installed", allow_module_level=True)
+compiled_only = pytest.mark.skipif(cases.interpreted(), reason="TRITON_INTERPRET=1: kernels are not compiled here")
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """The interpreter at work, on one core, while the tests below compile on another."""
+    log = tmp_path_factory.mktemp("interpreted") / "log"
+    env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=env, cwd=HERE.parent, stdout=out, stderr=subprocess.STDOUT)
+    yield process, log
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def kernels(interpreted, tmp_path_factory):
+    """The module, with a cache of compiled kernels that starts empty."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    yield ops.operations("triton")
+    del os.environ["TRITON_CACHE_DIR"]
+    if before is not None:
+        os.environ["TRITON_CACHE_DIR"] = before
+
+
+# ---- Compiled without a GPU: what the assembly says.
+
+TARGETS = [80, 90, 100]
+STORED = {torch.float32: (4, False), torch.float64: (8, True), torch.bfloat16: (2, False), torch.float16: (2, False)}
+NO_RULE, SGD, ADAM = -1, 0, 1
+# kernel, its constants, and of each element: fused products and sums, IEEE divisions and roots. The last: the loops
+# over full, aligned tiles, as (tensors read, tensors written); they and nothing else do the work on large tensors.
+VARIANTS = {
+    "grad_norm": ("_grad_norm_kernel", (), (1, 0, 0), []),
+    "perturb_": ("_perturb_kernel", (), (0, 0, 0), [(1, 1), (2, 2)]),
+    "restore": ("_update_kernel", (NO_RULE, 0), (0, 0, 0), [(1, 1)]),
+    "sgd": ("_update_kernel", (SGD, 0), (2, 0, 0), [(1, 1), (2, 1)]),
+    "sgd-momentum": ("_update_kernel", (SGD, 1), (2 + 4, 0, 0), [(1, 1), (2, 1), (3, 2)]),
+    "adam": ("_update_kernel", (ADAM, 2), (3, 2, 1), [(1, 1), (4, 3)]),
+    "adam-amsgrad": ("_update_kernel", (ADAM, 3), (2 * 3, 2 * 2, 2 * 1), [(1, 1), (4, 3), (5, 4)]),
+}
+
+
+def constants_of(kernels, name, dtype):
+    bucket = rounding.bucket_of([torch.zeros(1, dtype=dtype)], "sgd")
+    tile = () if name == "grad_norm" else (kernels._tile(bucket),)
+    return (*VARIANTS[name][1], *kernels._types(bucket), *tile)
+
+
+@pytest.fixture(scope="module")
+def compile_for(kernels):
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+
+    def run(name, dtype, target):
+        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, dtype)
+        n = len(kernel.arg_names) - len(constants)
+        signature = {arg: names.get(kernels._TYPES.get(arg), "*u8") for arg in kernel.arg_names[:n]}
+        signature.update({arg: "i32" for arg in signature if arg not in kernels._TYPES})
+        signature.update(dict.fromkeys(kernel.arg_names[n:], "constexpr"))
+        baked = {(n + i,): value for i, value in enumerate(constants)}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=baked, attrs={})
+        options = kernels._options(kernel, constants)
+        return compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+    return run
+
+
+def loops(ptx):
+    """The accesses to global memory in each loop without a loop inside: Counters of ("ld" or "st", bytes)."""
+    lines, labels, spans = ptx.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\$\w+):", line):
+            labels[label[1]] = i
+        elif (jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)) and jump[1] in labels:
+            spans.append((labels[jump[1]], i))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [Counter(accesses("\n".join(lines[first : last + 1]))) for first, last in inner]
+
+
+def accesses(ptx):
+    for what, vector, bits in re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\b", ptx):
+        yield what, int(vector or 1) * int(bits) // 8
+
+
+def resources(compiled):
+    """What the assembled kernel takes: registers, stack, local memory."""
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout + done.stderr)}
+
+
+@compiled_only
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"sm_{target}")
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled_kernels(kernels, compile_for, name, dtype, target):
+    compiled = compile_for(name, dtype, target)
+    ptx, (size, wide) = compiled.asm["ptx"], STORED[dtype]
+    taken = resources(compiled)
+    assert taken["STACK"] == taken["LOCAL"] == 0, f"spills: {taken}"
+    if dtype == torch.float32 and name not in ("grad_norm", "restore"):
+        # 64 KiB in flight on an SM of 64 Ki registers hide the memory's latency.
+        program = 32 * compiled.metadata.num_warps
+        threads = 2**16 // (taken["REG"] * program) * program
+        assert threads * max(r for r, _ in VARIANTS[name][3]) * 32 >= 2**16, f"{taken}, {threads} threads"
+
+    # Every rounding is written out: nothing approximate, nothing flushed to zero, nothing contracted.
+    assert not re.search(r"\.approx|\.full|\.ftz", ptx)
+    elements = 4 if wide and name != "grad_norm" else 8  # of a thread
+    kind = "f64" if wide else "f32"
+    bodies = 4 * 4 if name == "grad_norm" else 3  # 4 rows in 4 loops; tiles at 16 and at 8 bytes, and tails
+    fmas, divisions, roots = (n * bodies * elements for n in VARIANTS[name][2])
+    assert instructions(ptx, f"fma.rn.{kind}") == fmas
+    scalar = instructions(ptx, "fma.rn.f64") - fmas * wide
+    assert scalar == 0, "the float64 scalars are contracted"
+    assert instructions(ptx, f"div.rn.{kind}") >= divisions and instructions(ptx, f"sqrt.rn.{kind}") >= roots
+    if not wide:
+        assert (instructions(ptx, "div.rn.f32"), instructions(ptx, "sqrt.rn.f32")) == (divisions, roots)
+
+    # Full tiles of aligned tensors are read and written in 16 bytes, and in nothing else.
+    per_tensor = elements * size // 16
+    main = [loop for loop in loops(ptx) if loop and all(width == 16 for _, width in loop)]
+    expected = [{("ld", 16): r * per_tensor, ("st", 16): w * per_tensor} for r, w in VARIANTS[name][3]]
+    assert sorted(map(sorted_items, main)) == sorted(map(sorted_items, expected))
+    if name == "grad_norm":  # no loop: a chunk's 4 rows at once, the gradient alone or with the weights
+        assert Counter(accesses(ptx))["ld", 16] == (1 + 2) * 4 * per_tensor
+        assert "ld.global.cg" in ptx
+    assert ("acq_rel" in ptx) == (name not in ("perturb_", "restore"))
+    if name == "perturb_":
+        assert "0d3D719799812DEA11" in ptx, "NORM_EPS is not the float64 nearest to 1e-12"
+
+
+def sorted_items(counter):
+    return sorted(counter.items())
+
+
+def instructions(ptx, name):
+    """How often; a packed one counts twice."""
+    found = re.findall(rf"\b{re.escape(name)}(x2)?\b", ptx)
+    return len(found) + found.count("x2")
+
+
+# ---- The host's side, with a driver that only takes notes.
+
+
+class Notes:
+    """Triton's driver as far as launches need one; kernels are compiled, not run."""
+
+    def __init__(self):
+        self.launches, self.utils = [], self
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 2**16}
+
+    def load_binary(self, *args):
+        return None, "function", 40, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
+            types = list(source.signature.values())
+            self.launches.append((source.fn.__name__, (x, y, z), args[: types.index("constexpr")], source))
+
+        return launch
+
+
+@pytest.fixture
+def notes(kernels, monkeypatch):
+    from triton.runtime import driver
+
+    kernels._compiled.cache_clear()
+    notes = Notes()
+    monkeypatch.setattr(driver, "_active", notes)
+    yield notes
+    kernels._compiled.cache_clear()
+    for kernel in (kernels._grad_norm_kernel, kernels._perturb_kernel, kernels._update_kernel):
+        kernel.device_caches.clear()
+
+
+def step(kernels, bucket, grads=None):
+    grads = grads or [torch.ones_like(p) for p in bucket.params]
+    sums = torch.zeros(2, dtype=torch.float64)
+    kernels.grad_norm(bucket, grads, sums)
+    kernels.perturb_(bucket, grads, sums)
+    kernels.update_(bucket, grads)
+
+
+def bucket_of(sizes, option="adamw"):
+    bucket = rounding.bucket_of([torch.zeros(n) for n in sizes], option)
+    bucket.device, bucket.kept = torch.device("cpu"), None
+    return bucket
+
+
+@compiled_only
+def test_new_values_and_numbers_of_tensors_compile_nothing(kernels, notes, monkeypatch):
+    compilations = []
+    bucket = bucket_of([5, 8192, 70000])
+    step(kernels, bucket)
+    before = kernels._compiled.cache_info().misses
+    assert before == 3
+    for kernel in (kernels._grad_norm_kernel, kernels._perturb_kernel, kernels._update_kernel):
+        monkeypatch.setattr(kernel, "_do_compile", lambda *a, **k: compilations.append(a))
+    step(kernels, bucket)
+    bucket.row_table[:, :7] *= 0.123  # lr, weight decay, betas, eps, rho, eta
+    bucket.rows = [row._replace(lr=7.0) for row in bucket.rows]
+    bucket.steps += 1000.0
+    step(kernels, bucket)
+    for sizes in ([1], [16] * 16, [1] * 300, [3 * 8192] * 700):
+        step(kernels, bucket_of(sizes))
+    scalar = torch.ones(3)[1:2]  # not at a multiple of 16 bytes
+    kernels.update_(
+        bucket, [None] * 3, grad_scale=scalar, found_inf=scalar, clip=torch.ones(2, dtype=torch.float64)[1:]
+    )
+    assert kernels._compiled.cache_info().misses == before and not compilations
+    # What a launch through `kernel[grid]` would make of these arguments: no value and no alignment of theirs.
+    for name, _, args, source in notes.launches:
+        kinds = list(source.signature.values())[: len(args)]
+        assert not any(source.attrs.values()) and "constexpr" not in kinds, name
+        assert all(kind == "i32" or kind.startswith("*") for kind in kinds), name
+
+
+@compiled_only
+def test_three_launches_a_step_for_all_tensors_and_groups(kernels, notes):
+    bucket = bucket_of([65, 0, 8193] * 40)
+    step(kernels, bucket)
+    chunks = len(bucket.chunk_table)
+    assert chunks == 120 and len(bucket.rows) == 3
+    assert [(name, grid) for name, grid, *_ in notes.launches] == [
+        ("_grad_norm_kernel", (chunks, 1, 1)),
+        ("_perturb_kernel", (4 * chunks, 1, 1)),
+        ("_update_kernel", (4 * chunks, 1, 1)),
+    ]
+    addresses = notes.launches[2][2]
+    own = bucket.kept
+    assert addresses[:5] == tuple(
+        t.data_ptr()
+        for t in (bucket.segment_table, bucket.chunk_table, own.descent.copy, own.rows.copy, own.perturbed.copy)
+    )
+    assert addresses[-3:] == (120, chunks, 4)
+
+
+@compiled_only
+def test_large_buckets_take_a_program_a_chunk(kernels, notes):
+    for chunks, split in ((1023, 4), (1024, 2), (2047, 2), (2048, 1)):
+        bucket = bucket_of([8192])
+        bucket.chunk_table = bucket.chunk_table.repeat(chunks, 1)
+        assert kernels._split(bucket) == split
+
+
+# ---- The choice.
+
+
+@pytest.fixture
+def reasons(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ops.NAMES:
+        monkeypatch.setitem(ops._REASONS, name, lambda: None)
+    return ops._REASONS
+
+
+def test_cuda_tensors_get_the_library_then_triton_then_the_reference(reasons, monkeypatch):
+    gpu, cpu, no = torch.device("cuda", 0), torch.device("cpu"), lambda: "no"
+    assert ops.choose("auto", gpu, torch.float32) == "cuda" and ops.choose("triton", gpu, torch.bfloat16) == "triton"
+    monkeypatch.setitem(reasons, "cuda", no)
+    assert ops.choose("auto", gpu, torch.float32) == "triton"
+    assert ops.choose("auto", gpu, torch.float8_e4m3fn) == "reference"
+    monkeypatch.setitem(reasons, "triton", no)
+    assert ops.choose("auto", gpu, torch.float32) == "reference"
+    assert ops.choose("triton", cpu, torch.float32) is None and ops.choose("auto", cpu, torch.float32) == "cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.choose("triton", cpu, torch.float32) == "triton" and ops.choose("triton", gpu, torch.float32) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_reasons_say_what_to_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert re.search("no GPU here; TRITON_INTERPRET=1", ops.backends()["triton"])
+    with pytest.raises(ValueError, match="backend='triton' is not available here: torch can use no GPU"):
+        fastsam.FusedSAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, backend="triton")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert re.search("not installed; there is one for Linux: pip install", ops.backends()["triton"])
+
+
+@compiled_only
+def test_the_module_says_why_it_cannot_serve(kernels, monkeypatch):
+    import triton
+
+    if not torch.cuda.is_available():
+        kernels.reason.cache_clear()
+        assert re.match("Triton does not start .*C compiler", kernels.reason())
+    kernels.reason.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert kernels.reason() == "it needs triton >= 3.6, this is 3.5.1"
+    kernels.reason.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "INTERPRETED", True)  # the environment was changed after triton's import
+    assert "before triton is imported" in kernels.reason()
+    kernels.reason.cache_clear()
+
+
+def test_fastsam_imports_the_kernels_only_when_asked():
+    code = "import sys, fastsam, torch; fastsam.FusedSAM([torch.nn.Parameter(torch.ones(2))]); print(*sys.modules)"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, check=True)
+    assert "fastsam.ops.reference" in done.stdout and "fastsam.ops.triton" not in done.stdout
+
+
+# ---- On a GPU.
+
+
+@pytest.mark.cuda
+@compiled_only
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_reads_its_own_addresses_and_new_values():
+    params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (3, 8192, 20000)]
+    opt = fastsam.FusedSAM(params, torch.optim.SGD, rho=0.1, lr=0.5, momentum=0.9, backend="triton")
+    grads = [[torch.randn_like(p) for p in params] for _ in range(4)]
+
+    def take(first, second):
+        for p, g in zip(params, first, strict=True):
+            p.grad = g
+        opt.first_step()
+        for p, g in zip(params, second, strict=True):
+            p.grad = g
+        opt.second_step()
+
+    take(*grads[:2])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take(*grads[2:])
+    others = [torch.nn.Parameter(p.detach().cpu()) for p in params]
+    twin = fastsam.FusedSAM(others, torch.optim.SGD, rho=0.1, lr=0.5, momentum=0.9, backend="reference")
+    twin.load_state_dict(opt.state_dict())
+    take(*grads[:2])  # other addresses, eagerly: the graph's tables must stay
+    graph.replay()
+    for first, second in (grads[:2], grads[2:]):
+        for p, g in zip(others, first, strict=True):
+            p.grad = g.cpu()
+        twin.first_step()
+        for p, g in zip(others, second, strict=True):
+            p.grad = g.cpu()
+        twin.second_step()
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p.detach().cpu(), q.detach())
+
+
+# ---- Last, so that it has had the time: the interpreter.
+
+
+@compiled_only
+def test_the_interpreted_kernels_pass(interpreted):
+    process, log = interpreted
+    process.wait(timeout=900)
+    assert process.returncode == 0, log.read_text()[-8000:]
+    assert re.search(r"\b\d+ passed", log.read_text())

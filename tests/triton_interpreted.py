@@ -1,0 +1,259 @@
+"""The Triton kernels on the CPU: what test_triton.py runs in a process with TRITON_INTERPRET=1.
+
+The interpreter takes about 20 ms for each program of a kernel, so tensors are few here. What the C++ library's tests
+ask of a table of addresses is asked of these kernels by the same functions, imported below.
+"""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import rounding
+import test_native
+import torch
+from cases import ADAM_CONFIGS, CONFIGS, Config
+from oracle import assert_same, assert_same_state, bits
+from rounding import OPTIONS, SIZES, copied, fma, fresh_bucket, guarded, point, shifted
+from test_native import (  # noqa: F401
+    check_steps,
+    test_a_bucket_without_a_rule_only_restores,
+    test_a_clip_factor_of_0_clears_infinite_gradients,
+    test_low_precision_rounds_to_nearest_even_at_every_magnitude,
+    test_rho_0_writes_the_backup_and_keeps_the_weights,
+)
+from torch.nn import Parameter
+
+from fastsam import ops
+from fastsam.ops import reference
+
+kernels = ops.operations("triton")
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = rounding.DTYPES
+pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+
+
+def test_these_tests_interpret_the_kernels():
+    assert cases.interpreted() and kernels.INTERPRETED and ops.backends()["triton"] is None
+
+
+def one_rounding() -> bool:
+    """Whether the interpreter's `tl.fma` rounds once: from Triton 3.7 on, asked with values that decide."""
+    bucket = rounding.bucket_of([torch.linspace(1, 2, 1027)], "sgd")
+    bucket.device, bucket.kept = torch.device("cpu"), None
+    bucket.row_table[:, 1] = 0.0
+    w, g = bucket.params[0].numpy().copy(), torch.linspace(2, 3, 1027)
+    kernels.update_(bucket, [g])
+    return bool((fma(g.numpy() * 0 - 0.07, g.numpy(), w).astype("float32") == bucket.params[0].numpy()).all())
+
+
+FUSES = one_rounding()
+
+
+@pytest.fixture(autouse=True)
+def isa(monkeypatch):
+    """The imported tests, and rounding.run, call `native`; their buckets lack what only this backend reads."""
+    plain = rounding.bucket_of
+
+    def bucket_of(*args, **kwargs):
+        bucket = plain(*args, **kwargs)
+        bucket.device, bucket.kept = torch.device("cpu"), None
+        return bucket
+
+    monkeypatch.setattr(kernels, "_PROGRAMS", 0)  # one program a chunk: the fewer, the sooner this is done
+    for module in (rounding, test_native):
+        monkeypatch.setattr(module, "native", kernels)
+        monkeypatch.setattr(module, "bucket_of", bucket_of)
+    if not FUSES:  # an ulp in each sum and product reaches everything after it
+        monkeypatch.setattr(test_native, "assert_same", torch.testing.assert_close)
+
+
+def run_and_check(bucket, option, dtype, place=lambda grad: grad):
+    if not FUSES:
+        pytest.skip("this Triton's interpreter rounds tl.fma twice; test_whole_steps_against_the_reference compares")
+    check_steps(bucket, option, dtype, place)
+
+
+# ---- Tables of addresses, against the rounding plan.
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_three_sam_steps_follow_the_plan(option):
+    run_and_check(fresh_bucket(option, FLOAT32), option, FLOAT32)
+
+
+@pytest.mark.parametrize("option", ["sgd-nesterov-maximize", "adamw-amsgrad-maximize"])
+@pytest.mark.parametrize("dtype", [FLOAT64, BFLOAT16, FLOAT16], ids=str)
+def test_three_sam_steps_in_other_precisions(dtype, option):
+    run_and_check(fresh_bucket(option, dtype), option, dtype)
+
+
+@pytest.mark.parametrize(
+    "dtype, at_p, at_g", [(FLOAT32, 16, 8), (FLOAT32, 12, 12), (BFLOAT16, 8, 24), (BFLOAT16, 2, 6)], ids=str
+)
+def test_any_alignment(dtype, at_p, at_g):
+    bucket = fresh_bucket("sgd-dampening", dtype, lambda n, dtype: shifted(n, dtype, at_p))
+    run_and_check(bucket, "sgd-dampening", dtype, lambda g: copied(shifted(len(g), dtype, at_g), g))
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
+def test_no_access_beyond_any_tensor(at_end):
+    def make(n, dtype):
+        return guarded(n, dtype, at_end) if n else shifted(n, dtype)
+
+    option = "adamw-amsgrad-maximize"
+    bucket = fresh_bucket(option, FLOAT32, make)
+    bucket.backups = [torch.full_like(make(len(p), FLOAT32), float("nan")) for p in bucket.params]
+    bucket.states = [[copied(make(len(s), FLOAT32), s) for s in state] for state in bucket.states]
+    point(bucket)
+    run_and_check(bucket, option, FLOAT32, lambda g: copied(make(len(g), FLOAT32), g))
+
+
+@pytest.mark.parametrize("split", [2, 4])
+def test_any_number_of_programs_a_chunk(monkeypatch, split):
+    bucket = fresh_bucket("adamw", FLOAT32)
+    monkeypatch.setattr(kernels, "_PROGRAMS", split * len(bucket.chunk_table) - 1)
+    assert kernels._split(bucket) == split
+    run_and_check(bucket, "adamw", FLOAT32)
+    assert bucket.kept.tickets.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("bad", [float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_a_norm_that_is_not_finite_perturbs_nothing(dtype, bad):
+    test_native.test_a_norm_that_is_not_finite_perturbs_nothing(None, dtype, bad)
+
+
+@pytest.mark.parametrize("option", ["sgd-dampening", "adamw-amsgrad-maximize"])
+def test_found_inf_restores_and_updates_nothing(option):
+    bucket = fresh_bucket(option, FLOAT32)
+    g1, infinite = rounding.gradients(FLOAT32, 7, 1), [torch.full((n,), float("inf")) for n in SIZES]
+    before = [bits(t) for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]]
+    rounding.run(bucket, g1, infinite, found_inf=torch.ones(1), grad_scale=torch.tensor([8.0]))
+    after = [bits(t) for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]]
+    assert before == after and not bucket.perturbed.any()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_loss_scale_and_clip_factor(dtype):
+    test_native.test_loss_scale_and_clip_factor(None, dtype, "sgd-nesterov-maximize")
+
+
+def test_scalars_are_checked():
+    bucket = fresh_bucket("sgd", FLOAT32)
+    with pytest.raises(RuntimeError, match=r"update_: clip must be one element of torch.float64, got \[1\]"):
+        kernels.update_(bucket, [None] * len(SIZES), clip=torch.ones(1))
+    with pytest.raises(RuntimeError, match=r"update_: found_inf must be one element of torch.float32, got \[2\]"):
+        kernels.update_(bucket, [None] * len(SIZES), found_inf=torch.ones(2))
+
+
+@pytest.mark.parametrize("n_chunks", [1, 1023, 1024, 1025, 2600])
+def test_partial_sums_are_added_in_the_canonical_order(n_chunks):
+    partials = torch.randn(n_chunks, dtype=torch.float64).exp()
+    partials[0] = 0.0  # what the only program here writes: its segment has no gradient
+    bucket, out = fresh_bucket("sgd", FLOAT32), torch.zeros(3, dtype=torch.float64)
+    bucket.chunk_table = bucket.chunk_table[:1].repeat(n_chunks, 1)
+    own = kernels._own(bucket)
+    tables = bucket.segment_table, bucket.chunk_table, torch.zeros_like(bucket.grad_table), bucket.row_table
+    args = *tables, partials, own.tickets[:1], out, 1, n_chunks
+    kernels._launch(bucket, kernels._grad_norm_kernel, 1, args, kernels._types(bucket))
+    assert out.tolist() == [0.0, reference._slot_sum(partials).item(), 0.0]
+
+
+def test_tables_are_uploaded_only_when_a_value_changed(monkeypatch):
+    uploads = []
+    upload = kernels._Mirror._upload
+    monkeypatch.setattr(kernels._Mirror, "_upload", lambda self, *a: (uploads.append(self), upload(self, *a)))
+    bucket = fresh_bucket("adamw", FLOAT32)
+    one, two = grads_of(1), grads_of(2)
+    rounding.run(bucket, one, two)
+    own = bucket.kept
+    assert {id(u) for u in uploads} == {id(m) for m in (own.ascent, own.rows, own.perturbed, own.descent)}
+    uploads.clear()
+    rounding.run(bucket, one, two)
+    assert uploads == []
+    bucket.row_table[:, 0] *= 0.5
+    two[3] = two[3].clone()
+    rounding.run(bucket, one, two)
+    assert uploads == [own.rows, own.descent]
+    assert own.rows.copy.tolist() == bucket.row_table.tolist()
+
+
+def grads_of(seed):
+    return [rounding.values(n, FLOAT32, seed) for n in SIZES]
+
+
+# ---- Whole steps.
+
+NAMES = ["matrix", "empty", "63", "1025", "above a chunk", "transposed", "64"]
+STEPS_TAKEN = 6  # thaws "64" and freezes "matrix"
+
+
+@pytest.mark.parametrize("config, dtype", [
+    *((config, FLOAT32) for config in CONFIGS),
+    *((c, dtype) for c in CONFIGS if c.name in ("groups", "adamw_groups") for dtype in (BFLOAT16, FLOAT16, FLOAT64)),
+], ids=lambda value: getattr(value, "name", str(value)))  # fmt: skip
+def test_whole_steps_against_the_reference(config: Config, dtype):
+    ours, others = cases.make_params(dtype, NAMES), cases.make_params(dtype, NAMES)
+    opt, other = cases.fused(ours, config, "triton"), cases.fused(others, config, "reference")
+    assert set(opt.backend.values()) == {"triton"}
+    for step in range(STEPS_TAKEN):
+        opt.step(cases.closure_of(ours, step, NAMES))
+        other.step(cases.closure_of(others, step, NAMES))
+    # An interpreter that rounds tl.fma twice is an ulp off in every sum; so is float64, whose fma it rounds twice, too.
+    compare = assert_same if FUSES and dtype != FLOAT64 else torch.testing.assert_close
+    for name, a, b in zip(NAMES, ours, others, strict=True):
+        compare(a, b, **(dict(what=name) if compare is assert_same else {}))
+    assert_same_state(opt, other, lambda a, b, what: compare(a, b))
+
+
+@pytest.mark.parametrize("config", **cases.ids([CONFIGS[2], ADAM_CONFIGS[3]]))
+def test_restore_brings_every_bit_back(config):
+    ours = cases.make_params(names=NAMES)
+    with torch.no_grad():
+        ours[0].view(-1)[0], ours[0].view(-1)[1] = -0.0, float("nan")
+    before = [bits(p) for p in ours]
+    opt = cases.fused(ours, config, "triton")
+    cases.set_gradients(ours, 2, 1, NAMES)
+    ours[0].grad = torch.zeros_like(ours[0])
+    opt.first_step()
+    assert [bits(p) for p in ours] != before
+    opt.restore()
+    assert [bits(p) for p in ours] == before and not opt.state_dict()["state"]
+
+
+def test_a_group_may_get_momentum_and_amsgrad_late():
+    for config, late in ((CONFIGS[0], dict(momentum=0.9)), (ADAM_CONFIGS[3], dict(amsgrad=True))):
+        ours, others = cases.make_params(names=NAMES[:4]), cases.make_params(names=NAMES[:4])
+        opts = cases.fused(ours, config, "triton"), cases.fused(others, config, "reference")
+        for step in range(3):
+            for opt, params in zip(opts, (ours, others), strict=True):
+                opt.step(cases.closure_of(params, step, NAMES[:4]))
+                opt.param_groups[0].update(late)
+        for a, b in zip(ours, others, strict=True):
+            (assert_same if FUSES else torch.testing.assert_close)(a, b)
+
+
+def test_a_bucket_of_empty_parameters_counts_its_steps():
+    p = Parameter(torch.zeros(0, 3))
+    opt = cases.fused([p], ADAM_CONFIGS[3], "triton")
+    for _ in range(2):
+        p.grad = torch.zeros(0, 3)
+        opt.first_step()
+        opt.second_step()
+    assert opt.state[p]["step"] == 2
+
+
+def test_an_unfused_base_and_triton_restore_together():
+    config = next(c for c in cases.UNFUSED if c.name == "adagrad")
+    ours, others = cases.make_params(names=["matrix"]), cases.make_params(names=["matrix"])
+    opt, other = cases.fused(ours, config, "triton"), cases.fused(others, config, "reference")
+    for step in range(2):
+        opt.step(cases.closure_of(ours, step, ["matrix"]))
+        other.step(cases.closure_of(others, step, ["matrix"]))
+    (assert_same if FUSES else torch.testing.assert_close)(ours[0], others[0])
+
+
+def test_step_counts_beyond_one_block_of_segments():
+    bucket = rounding.bucket_of([torch.zeros(0) for _ in range(600)], "adam")
+    missing = {0, 255, 256, 599}
+    kernels.update_(bucket, [None if i in missing else torch.zeros(0) for i in range(600)])
+    assert bucket.steps.tolist() == [float(i not in missing) for i in range(600)]
