@@ -4,6 +4,7 @@ What was built, or why not, is written to fastsam/_build.txt, which `python -m f
 
     FASTSAM_NATIVE=1     a library that cannot be built is an error; 0: do not build it
     FASTSAM_CUDA=0/1     never / necessarily compile csrc/cuda (default: if there is an nvcc)
+    TORCH_CUDA_ARCH_LIST="9.0"  only for these compute capabilities, a sixth of the time (default: all that are served)
     FASTSAM_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer. To run the tests with such a library:
                          LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
                          ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 pytest tests/test_native.py
@@ -97,9 +98,14 @@ def find_nvcc() -> str | None:
 
 
 def cuda_targets(nvcc: str) -> list[str]:
-    """Machine code for every architecture this nvcc knows of ours, and PTX of the last for later ones."""
+    """Machine code for every architecture that is wanted and this nvcc knows, and PTX of the last for later ones."""
     known = {int(arch) for arch in re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))}
-    archs = [arch for arch in CUDA_ARCHS if arch in known]
+    wanted = [int(a + b) for a, b in re.findall(r"(\d+)\.(\d)", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))]
+    archs = sorted(known.intersection(wanted or CUDA_ARCHS))
+    if not archs:
+        raise RuntimeError(
+            f"TORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST')}: {nvcc} compiles for none of these"
+        )
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*code, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 

@@ -9,11 +9,10 @@ namespace fastsam {
 
 namespace {
 
-cpu::Launch tables(const char* operation, int64_t dtype, const Tensor& segments, const Tensor& chunks,
+cpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, const Tensor& segments, const Tensor& chunks,
                    const Tensor& grads, const Tensor& rows) {
-  STD_TORCH_CHECK(0 <= dtype && dtype < kDtypes, operation, ": dtype must be a code in [0, ", static_cast<int>(kDtypes),
-                  "), got ", dtype);
   cpu::Launch launch{};
+  launch.pair = pair_of(operation, dtype, grad_dtype);
   launch.dtype = static_cast<Dtype>(dtype);
   launch.segments = static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCpu, ScalarType::Long, -1, 8));
   launch.n_segments = segments.size(0);
@@ -21,13 +20,13 @@ cpu::Launch tables(const char* operation, int64_t dtype, const Tensor& segments,
   launch.n_chunks = chunks.size(0);
   launch.grads =
       static_cast<const int64_t*>(checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, launch.n_segments, 0));
-  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, 8));
+  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
   return launch;
 }
 
-void grad_norm(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
+void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
                int64_t slot) {
-  cpu::Launch launch = tables("grad_norm", dtype, segments, chunks, grads, rows);
+  cpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.partials =
       static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCpu, ScalarType::Double, launch.n_chunks, 0));
   double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCpu, ScalarType::Double, -1, 0));
@@ -35,8 +34,8 @@ void grad_norm(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tens
   sums[slot] = cpu::grad_norm(launch);
 }
 
-void perturb_(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
-  cpu::Launch launch = tables("perturb_", dtype, segments, chunks, grads, rows);
+void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
+  cpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.perturbed =
       static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   const double* const slots = static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
@@ -44,11 +43,11 @@ void perturb_(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tenso
   cpu::perturb(launch);
 }
 
-void update_(int64_t dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
+void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
              std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
   STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, "update_: rule must be a code in [-1, ", static_cast<int>(kRules),
                   "), got ", rule);
-  cpu::Launch launch = tables("update_", dtype, segments, chunks, grads, rows);
+  cpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.rule = static_cast<Rule>(rule);
   launch.perturbed =
       static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
@@ -62,13 +61,13 @@ void update_(int64_t dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor
 
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def(
-      "grad_norm(int dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "grad_norm(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
       "Tensor(a!) partials, Tensor(b!) out, int slot) -> ()");
   m.def(
-      "perturb_(int dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "perturb_(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
       "Tensor(a!) perturbed, Tensor sums) -> ()");
   m.def(
-      "update_(int dtype, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "update_(int dtype, int grad_dtype, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
       "Tensor(a!) perturbed, Tensor? grad_scale, Tensor? found_inf, Tensor? clip) -> ()");
 }
 

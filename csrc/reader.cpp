@@ -96,10 +96,10 @@ int64_t signature_of(const DLTensor& tensor) {
   return static_cast<int64_t>(hash);
 }
 
-// Equal signatures, without computing them.
-bool same_layout(const DLTensor& a, const DLTensor& b) {
-  if (a.ndim != b.ndim || a.dtype.code != b.dtype.code || a.dtype.bits != b.dtype.bits ||
-      a.device.device_type != b.device.device_type || a.device.device_id != b.device.device_id) {
+// Whether a gradient lies like its parameter; `dtype` is what it must hold, type code and bits, 0 for what the parameter does.
+bool same_layout(const DLTensor& a, const DLTensor& b, unsigned dtype) {
+  const DLDataType own{static_cast<uint8_t>(dtype >> 8), static_cast<uint8_t>(dtype), 1}, &expected = dtype ? own : b.dtype;
+  if (a.ndim != b.ndim || a.dtype.code != expected.code || a.dtype.bits != expected.bits || a.device.device_type != b.device.device_type || a.device.device_id != b.device.device_id) {
     return false;
   }
   const bool empty = is_empty(a);
@@ -185,9 +185,9 @@ class Indices {
 
 PyObject* gather(PyObject*, PyObject* args) {
   PyObject* params;
-  unsigned long long segment_address, signature_address, skip_address, grad_address, mask_address;
-  if (!PyArg_ParseTuple(args, "OKKKKK", &params, &segment_address, &signature_address, &skip_address, &grad_address,
-                        &mask_address)) {
+  unsigned long long segment_address, signature_address, skip_address, grad_address;
+  unsigned dtype;
+  if (!PyArg_ParseTuple(args, "OKKKKI", &params, &segment_address, &signature_address, &skip_address, &grad_address, &dtype)) {
     return nullptr;
   }
   if (!is_list(params, "gather", "params")) return nullptr;
@@ -195,7 +195,6 @@ PyObject* gather(PyObject*, PyObject* args) {
   const auto* const signatures = at<const int64_t>(signature_address);
   const auto* const skip = at<const uint8_t>(skip_address);
   auto* const addresses = at<int64_t>(grad_address);
-  auto* const mask = at<uint8_t>(mask_address);
   const Py_ssize_t n = PyList_Size(params);
   Ref grads(PyList_New(n));
   if (!grads.get()) return nullptr;
@@ -218,7 +217,6 @@ PyObject* gather(PyObject*, PyObject* args) {
     const bool present = grad != Py_None;
     if (PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;  // the list owns it now
     addresses[i] = 0;
-    if (mask) mask[i] = present;
     if (!present) continue;
     DLTensor tensor{};
     const bool readable = read(grad, tensor, "gather");
@@ -227,7 +225,7 @@ PyObject* gather(PyObject*, PyObject* args) {
     } else {
       PyErr_Clear();
     }
-    if ((!addresses[i] || !same_layout(tensor, own)) && !foreign.append(i)) return nullptr;
+    if ((!addresses[i] || !same_layout(tensor, own, dtype)) && !foreign.append(i)) return nullptr;
   }
   return Py_BuildValue("(NNN)", grads.release(), moved.release(), foreign.release());
 }
@@ -306,7 +304,7 @@ PyMethodDef methods[] = {
      "same_params(param_groups, params) -> bool: the same objects in the same order."},
     {"describe", describe, METH_O, "describe(tensor) -> (address, signature of dtype, device, shape and strides)."},
     {"gather", gather, METH_VARARGS,
-     "gather(params, segments, signatures, skip, grads, mask) -> (gradients, moved, foreign)."},
+     "gather(params, segments, signatures, skip, grads, dtype) -> (gradients, moved, foreign)."},
     {"fill", fill, METH_VARARGS, "fill(grads, table): write the gradients' addresses."},
     {"current_work_stream", current_work_stream, METH_VARARGS,
      "current_work_stream(device_type, device_index) -> int."},

@@ -15,13 +15,21 @@ constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divid
 
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 enum Rule { kNoRule = -1, kSgd, kAdam, kRules };
-enum Flag { kAdaptive = 1, kNesterov = 2, kMaximize = 4, kDecoupled = 8, kAmsgrad = 16 };
+enum Flag { kAdaptive = 1, kNesterov = 2, kMaximize = 4, kDecoupled = 8, kAmsgrad = 16, kLrFloat64 = 32 };
 
-struct Row {  // one parameter group, 8 float64
+// The dtypes of weights and gradients for which there are loops and kernels: equal ones first, in the order of Dtype.
+constexpr int kMixed = 4;
+constexpr int kPairs = kDtypes + kMixed;
+constexpr Dtype kMixedDtypes[kMixed][2] = {
+    {kFloat32, kBFloat16}, {kFloat32, kFloat16}, {kBFloat16, kFloat32}, {kFloat16, kFloat32}};
+
+struct Row {  // one parameter group, 10 float64
   double lr, weight_decay;
   double beta1, beta2;  // SGD: momentum, dampening
   double eps, rho, eta;
   double flags;  // bits of Flag, as an exact float
+  double extra;  // what else a rule needs
+  double lr_address;  // not 0: lr is read from the device, float32 or with kLrFloat64 float64; exact, as addresses are below 2^53
 };
 
 struct Segment {  // one parameter, 8 int64; the addresses are absolute, 0 where absent
@@ -39,6 +47,8 @@ struct Chunk {  // up to kChunk elements of one segment, 4 int32
   int32_t position;  // in units, within the bucket
 };
 
-static_assert(sizeof(Row) == 64 && sizeof(Segment) == 64 && sizeof(Chunk) == 16, "the tables' row sizes");
+constexpr int kRowColumns = sizeof(Row) / 8;
+
+static_assert(sizeof(Row) == 80 && sizeof(Segment) == 64 && sizeof(Chunk) == 16, "the tables' row sizes");
 
 }  // namespace fastsam

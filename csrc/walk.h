@@ -49,21 +49,26 @@ FASTSAM_DEVICE S* element_of(int64_t address, const Chunk& chunk, int begin) {
   return element;
 }
 
-// How many bytes a load from there may have: 16, 8 or 4, or one element of 2. Parts start at multiples of 16 bytes from their
-// segment's address, so that it holds for all vectors of a part.
+// How many bytes a load from there may have: 16 (at most `most`), 8 or 4, or one element of 2. Parts start at multiples of 16 bytes
+// from their segment's address, so that it holds for all vectors of a part.
 template <class S>
-FASTSAM_DEVICE int width_at(const S* from) {
+FASTSAM_DEVICE int width_at(const S* from, int most = kVector) {
   const auto address = reinterpret_cast<uintptr_t>(from);
-  return address % 16 == 0 ? 16 : address % 8 == 0 ? 8 : address % 4 == 0 ? 4 : 2;
+  const int width = address % 16 == 0 ? 16 : address % 8 == 0 ? 8 : address % 4 == 0 ? 4 : 2;
+  return width < most ? width : most;
 }
 
 // ---- Memory. Hints: kKeep goes through the caches as usual, kOnce is not wanted again soon.
 
 enum class Hint { kKeep, kOnce };
 
-struct alignas(kVector) Vector {
-  uint32_t words[4];
+// Elements as they lie in memory.
+template <int n>
+struct alignas(n < 4 ? 4 * n : kVector) Words {
+  static constexpr int kWords = n, kWidth = n < 4 ? 4 * n : kVector;  // the widest access, in bytes
+  uint32_t words[n];
 };
+using Vector = Words<4>;
 
 template <class W, Hint hint>
 FASTSAM_DEVICE W load_word(const void* from) {
@@ -97,35 +102,33 @@ struct Word8 {
 };
 #endif
 
-template <Hint hint>
-FASTSAM_DEVICE Vector load_vector(const void* from) {
-  const Word16 word = load_word<Word16, hint>(from);
-  return {{word.x, word.y, word.z, word.w}};
-}
-template <Hint hint>
-FASTSAM_DEVICE void store_vector(void* to, const Vector& v) {
-  store_word<Word16, hint>(to, Word16{v.words[0], v.words[1], v.words[2], v.words[3]});
-}
-
-// The same for memory that allows no more than `width` bytes at a time.
-template <Hint hint>
-FASTSAM_DEVICE Vector load_vector(const void* from, int width) {
+// Words from memory that is aligned for accesses of `width` bytes, at most W::kWidth.
+template <class W, Hint hint>
+FASTSAM_DEVICE W load_words(const void* from, int width = W::kWidth) {
   const char* const bytes = static_cast<const char*>(from);
-  Vector v;
-  if (width == 16) return load_vector<hint>(from);
-  if (width == 8) {
+  W v;
+  if (width == 16) {
     FASTSAM_UNROLL
-    for (int i = 0; i < 4; i += 2) {
+    for (int i = 0; i + 4 <= W::kWords; i += 4) {
+      const Word16 word = load_word<Word16, hint>(bytes + 4 * i);
+      v.words[i] = word.x;
+      v.words[i + 1] = word.y;
+      v.words[i + 2] = word.z;
+      v.words[i + 3] = word.w;
+    }
+  } else if (width == 8) {
+    FASTSAM_UNROLL
+    for (int i = 0; i < W::kWords; i += 2) {
       const Word8 word = load_word<Word8, hint>(bytes + 4 * i);
       v.words[i] = word.x;
       v.words[i + 1] = word.y;
     }
   } else if (width == 4) {
     FASTSAM_UNROLL
-    for (int i = 0; i < 4; i++) v.words[i] = load_word<unsigned, hint>(bytes + 4 * i);
+    for (int i = 0; i < W::kWords; i++) v.words[i] = load_word<unsigned, hint>(bytes + 4 * i);
   } else {
     FASTSAM_UNROLL
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < W::kWords; i++) {
       const uint32_t low = load_word<unsigned short, hint>(bytes + 4 * i);
       v.words[i] = low | static_cast<uint32_t>(load_word<unsigned short, hint>(bytes + 4 * i + 2)) << 16;
     }
@@ -133,10 +136,10 @@ FASTSAM_DEVICE Vector load_vector(const void* from, int width) {
   return v;
 }
 template <Hint hint>
-FASTSAM_DEVICE void store_vector(void* to, const Vector& v, int width) {
+FASTSAM_DEVICE void store_vector(void* to, const Vector& v, int width = kVector) {
   char* const bytes = static_cast<char*>(to);
   if (width == 16) {
-    store_vector<hint>(to, v);
+    store_word<Word16, hint>(to, Word16{v.words[0], v.words[1], v.words[2], v.words[3]});
   } else if (width == 8) {
     FASTSAM_UNROLL
     for (int i = 0; i < 4; i += 2) store_word<Word8, hint>(bytes + 4 * i, Word8{v.words[i], v.words[i + 1]});
@@ -166,7 +169,8 @@ FASTSAM_DEVICE void store_bits(S* to, uint64_t bits) {
   store_word<unsigned long long, hint>(to, bits);
 }
 
-// ---- Between storage and arithmetic. `Pack<S>`: a vector has kElements values, which are written kPiece at a time, whole words.
+// ---- Between storage and arithmetic. `Pack<S>`: a vector has kElements values, which are written kPiece at a time, whole words. `Run<S,
+// n>`: n values.
 
 template <class S>
 struct Pack;
@@ -174,7 +178,8 @@ struct Pack;
 template <>
 struct Pack<float> {
   static constexpr int kElements = 4, kPiece = 1;
-  static FASTSAM_DEVICE float get(const Vector& v, int i) { return from_bits(v.words[i]); }
+  template <class W>
+  static FASTSAM_DEVICE float get(const W& v, int i) { return from_bits(v.words[i]); }
   static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) { v.words[piece] = to_bits(*x); }
   static FASTSAM_DEVICE float widened(uint64_t bits) { return from_bits(static_cast<uint32_t>(bits)); }
   static FASTSAM_DEVICE uint64_t narrowed(float x) { return to_bits(x); }
@@ -183,7 +188,8 @@ struct Pack<float> {
 template <>
 struct Pack<double> {
   static constexpr int kElements = 2, kPiece = 1;
-  static FASTSAM_DEVICE double get(const Vector& v, int i) {
+  template <class W>
+  static FASTSAM_DEVICE double get(const W& v, int i) {
     return from_bits(static_cast<uint64_t>(v.words[2 * i + 1]) << 32 | v.words[2 * i]);
   }
   static FASTSAM_DEVICE void set(Vector& v, int piece, const double* x) {
@@ -233,7 +239,8 @@ FASTSAM_DEVICE float widened_half(uint32_t bits, float16) {
 template <class S>
 struct PackOfHalves {
   static constexpr int kElements = 8, kPiece = 2;
-  static FASTSAM_DEVICE float get(const Vector& v, int i) {
+  template <class W>
+  static FASTSAM_DEVICE float get(const W& v, int i) {
     return widened_half(i % 2 ? v.words[i / 2] >> 16 : v.words[i / 2] & 0xffff, S());
   }
   static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) { v.words[piece] = rounded_pair(x[0], x[1], S()); }
@@ -244,6 +251,9 @@ template <>
 struct Pack<bfloat16> : PackOfHalves<bfloat16> {};
 template <>
 struct Pack<float16> : PackOfHalves<float16> {};
+
+template <class S, int n>
+using Run = Words<n * static_cast<int>(sizeof(S)) / 4>;
 
 // ---- Values that one thread computes and all read. Functors have no default constructor, shared memory runs none.
 

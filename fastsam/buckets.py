@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Iterable, MutableMapping, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,8 @@ from fastsam.segments import STATE_SLOTS, Segment, is_dense, layout, overlapping
 
 CHUNK = 8192  # elements a row of the chunk table covers, the unit of the canonical sum
 ALIGN = 64  # a segment starts at a multiple of this many elements
+
+DLPACK_CODES = {torch.float32: 0x220, torch.bfloat16: 0x410, torch.float16: 0x210}  # type code and bits
 
 State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
 Member: TypeAlias = tuple[Tensor, int]  # a parameter and the index of its group
@@ -40,6 +43,7 @@ class Bucket:
 
     Attributes:
         slot: the bucket's place in `sums`.
+        grad_dtype: of this pass's gradients; another than `dtype` only where `ops.MIXED_DTYPES` has both.
         segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and step count; the
             group.
             For the CUDA kernels rows of their own follow.
@@ -52,6 +56,7 @@ class Bucket:
     def __init__(self, owner: Buckets, device: torch.device, dtype: torch.dtype, backend: str, slot: int) -> None:
         """An empty bucket; `append` gives it parameters."""
         self.owner, self.device, self.dtype, self.backend, self.slot = owner, device, dtype, backend, slot
+        self.grad_dtype = dtype  # what this pass's launches read gradients as
         self.ops = ops.operations(backend)
         self.segments: list[Segment] = []
         self.params: list[Tensor] = []
@@ -184,6 +189,8 @@ class Bucket:
                 self.point()  # groups were added
             native.upload_rows(self)
             self.uploaded = self.rows
+        elif self.backend == "triton" and self.kept is not None and self.kept.serves(self):
+            self.kept.rows(self.row_table)
 
     def _refuse_capture(self) -> None:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -207,7 +214,7 @@ class Bucket:
                 self.signatures.data_ptr(),
                 self.skip.data_ptr() if ascent and self.owner.partial else 0,
                 self.grad_table.data_ptr(),
-                0,
+                0 if self.grad_dtype == self.dtype else DLPACK_CODES[self.grad_dtype],
             )
             grads = Gradients(found)
             grads.table = self.grad_table
@@ -215,25 +222,36 @@ class Bucket:
             skip = self.skip.tolist() if ascent else [False] * len(self.params)
             grads = Gradients([None if left_out else p.grad for p, left_out in zip(self.params, skip, strict=True)])
             moved = [i for i, segment in enumerate(self.segments) if layout(segment.param) != segment.layout]
-            foreign = [i for i, g in enumerate(grads) if g is not None and not self.segments[i].accepts(g)]
+            dtypes = [s.layout.dtype if self.grad_dtype == self.dtype else self.grad_dtype for s in self.segments]
+            foreign = [i for i, g in enumerate(grads) if g is not None and not self.segments[i].accepts(g, dtypes[i])]
         if foreign and not moved:
+            if (common := self._common_dtype(grads)) != self.grad_dtype:
+                self.grad_dtype = common
+                return self.gather(ascent=ascent)
             for i in foreign:
                 grads[i] = grad = self._converted(self.segments[i].param)
                 if grads.table is not None:
                     grads.table[i] = grad.data_ptr() or ALIGN  # an empty gradient is a gradient
         return grads, moved or []
 
+    def _common_dtype(self, grads: Gradients) -> torch.dtype:
+        """What one launch reads all these gradients as: the least dtype that holds them all, or the weights' own."""
+        dtypes = {grad.dtype for grad in grads if grad is not None}
+        common = reduce(torch.promote_types, dtypes) if dtypes else self.dtype
+        return common if (self.dtype, common) in ops.MIXED_DTYPES else self.dtype
+
     def _converted(self, param: Tensor) -> Tensor:
         """A copy of a gradient that is sparse, or of other strides or dtype, as the kernels want it."""
         grad = param.grad
         assert grad is not None
-        if grad.dtype != param.dtype:
+        dtype = param.dtype if self.grad_dtype == self.dtype else self.grad_dtype
+        if grad.dtype != dtype:
             self.owner.warn_once(
                 f"FusedSAM: {place_of(param, self.owner.groups)} is {param.dtype}, its gradient {grad.dtype}: it is "
                 "cast in every pass. Let the parameter's grad_dtype be its dtype to avoid that."
             )
         dense = grad if grad.layout == torch.strided else grad.to_dense()
-        return torch.empty_strided(param.size(), param.stride(), dtype=param.dtype, device=param.device).copy_(dense)
+        return torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device).copy_(dense)
 
     # The perturbation, seen from the host. The operations themselves keep `perturbed`, so that no interrupt falls
     # between a write to the weights and the note of it.
@@ -391,11 +409,11 @@ class Buckets:
             self.state = state
             for bucket in self.items:
                 bucket.absorb(state, bucket.segments)
-        self._read_values()
         thawed = [member for member in self.frozen if member[0].grad is not None]
         if thawed:
             self.frozen = [member for member in self.frozen if member[0].grad is None]
             self._append(thawed)
+        self._read_values()
         for bucket in self.items:
             bucket.settle()
 
@@ -405,9 +423,15 @@ class Buckets:
         for bucket in self.items:
             bucket.upload()
 
+    def _kernels_device(self) -> torch.device | None:
+        """The GPU whose kernels serve all parameters and can read a tensor lr there; None if there is none such."""
+        devices = {None if bucket.backend == "reference" else bucket.device for bucket in self.items}
+        device = devices.pop() if len(devices) == 1 else None
+        return device if device is not None and device.type == "cuda" else None
+
     def _read_values(self) -> None:
         """Read the groups' values: schedulers change them, momentum and betas too."""
-        rows = [rules.row(group, self.rule) for group in self.groups]
+        rows = [rules.row(group, self.rule, self._kernels_device()) for group in self.groups]
         if rows != self.rows:
             if len(rows) != len(self.rows):
                 for bucket in self.items:

@@ -18,12 +18,15 @@ NESTEROV = 2
 MAXIMIZE = 4
 DECOUPLED = 8
 AMSGRAD = 16
+LR_FLOAT64 = 32  # lr_address is that of a float64
+
+LR_DTYPES = (torch.float32, torch.float64)
 
 Group = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """What a kernel reads of one parameter group: eight float64, the flags as an exact integer among them.
+    """What a kernel reads of one parameter group: ten float64, the flags and an address as exact integers among them.
 
     float64 because `1 - beta2` taken from a float32 table is off by 1e-5 relative at 0.999.
     """
@@ -36,6 +39,8 @@ class Row(NamedTuple):
     rho: float
     eta: float
     flags: int
+    extra: float = 0.0  # what else a rule needs
+    lr_address: int = 0  # not 0: kernels read lr there, a float32 (or float64: LR_FLOAT64) on their device
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,20 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
 }
 
 
-def row(group: Group, rule: Rule | None) -> Row:
-    """Read one parameter group. Values are read every step: schedulers change `lr`, `momentum` and `betas`."""
+def row(group: Group, rule: Rule | None, device: torch.device | None = None) -> Row:
+    """Read one parameter group. Values are read every step: schedulers change `lr`, `momentum` and `betas`.
+
+    Args:
+        group: the parameter group.
+        rule: the fused base optimizer.
+        device: where kernels can read a tensor lr themselves. Elsewhere it is read here, which waits for a GPU.
+    """
     flags = ADAPTIVE * bool(group["adaptive"]) | MAXIMIZE * bool(group.get("maximize", False))
     beta1, beta2, eps, rule_flags = rule.scalars(group) if rule else (0.0, 0.0, 0.0, 0)
     weight_decay = float(group.get("weight_decay", 0.0))
     rho, eta = float(group["rho"]), float(group["eta"])
-    return Row(float(group["lr"]), weight_decay, beta1, beta2, eps, rho, eta, flags | rule_flags)
+    lr, address = group["lr"], 0
+    if isinstance(lr, torch.Tensor) and lr.device == device and lr.numel() == 1 and lr.dtype in LR_DTYPES:
+        flags |= LR_FLOAT64 * (lr.dtype == torch.float64)
+        lr, address = 0.0, lr.data_ptr()
+    return Row(float(lr), weight_decay, beta1, beta2, eps, rho, eta, flags | rule_flags, extra=0.0, lr_address=address)

@@ -82,9 +82,9 @@ class Segment:
             flat = torch.view_as_complex(flat.view(-1, 2))
         return flat.as_strided(self.layout.shape, self.layout.stride) if self.dense else flat.view(self.layout.shape)
 
-    def accepts(self, grad: Tensor) -> bool:
-        """Whether a gradient has the parameter's dtype and strides (those of dimensions of size 1 mean nothing)."""
-        if grad.layout != torch.strided or grad.dtype != self.layout.dtype or grad.is_conj() or grad.is_neg():
+    def accepts(self, grad: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a gradient has this dtype and the strides of the parameter (of dimensions of size 1 any)."""
+        if grad.layout != torch.strided or grad.dtype != dtype or grad.is_conj() or grad.is_neg():
             return False
         strides = zip(grad.shape, grad.stride(), self.layout.stride, strict=True)
         return not self.dense or grad.numel() == 0 or all(n == 1 or a == b for n, a, b in strides)

@@ -117,7 +117,7 @@ void run(const Launch& launch, const Body& body) {
   int64_t* next = args->words;
   if (launch.by_value & 1) {
     std::memcpy(next, launch.rows, launch.n_groups * sizeof(Row));
-    next += launch.n_groups * 8;
+    next += launch.n_groups * kRowColumns;
   } else {
     args->rows = launch.rows;
   }
@@ -130,40 +130,40 @@ void run(const Launch& launch, const Body& body) {
   run_grid(blocks, launch, [&](HostContext& ctx) { body(ctx, *args); });
 }
 
-template <class S>
+template <class S, class G>
 void grad_norm(const Launch& launch) {
   run(launch, [](HostContext& ctx, const auto& args) {
-    NormShared<S> shared;
-    norm_block<S>(ctx, args, shared);
+    NormShared<G> shared;
+    norm_block<S, G>(ctx, args, shared);
   });
 }
 
-template <class S>
+template <class S, class G>
 void perturb(const Launch& launch) {
   if (launch.n_chunks == 0) return;
   run(launch, [](HostContext& ctx, const auto& args) {
     PerturbShared<S> shared;
-    perturb_block<S>(ctx, args, shared);
+    perturb_block<S, G>(ctx, args, shared);
   });
 }
 
-template <Kernel kKernel, class S>
+template <Kernel kKernel, class S, class G>
 void update(const Launch& launch) {
   run(launch, [](HostContext& ctx, const auto& args) {
     UpdateShared<S> shared;
-    update_block<kKernel>(ctx, args, shared);
+    update_block<kKernel, S, G>(ctx, args, shared);
   });
 }
 
-template <class S>
+template <class S, class G>
 void run_operation(int operation, const Launch& launch) {
   switch (operation) {
-    case 0: return grad_norm<S>(launch);
-    case 1: return perturb<S>(launch);
-    case 2: return update<Kernel::kRestore, S>(launch);
-    case 3: return update<Kernel::kSgd, S>(launch);
-    case 4: return update<Kernel::kAdam, S>(launch);
-    case 5: return update<Kernel::kAdamAmsgrad, S>(launch);
+    case 0: return grad_norm<S, G>(launch);
+    case 1: return perturb<S, G>(launch);
+    case 2: return update<Kernel::kRestore, S, G>(launch);
+    case 3: return update<Kernel::kSgd, S, G>(launch);
+    case 4: return update<Kernel::kAdam, S, G>(launch);
+    case 5: return update<Kernel::kAdamAmsgrad, S, G>(launch);
   }
 }
 
@@ -172,12 +172,17 @@ void run_operation(int operation, const Launch& launch) {
 using namespace fastsam;
 using namespace fastsam::FASTSAM_ISA;
 
-extern "C" void fastsam_run(int operation, int dtype, const FASTSAM_ISA::Launch* launch) {
-  switch (dtype) {
-    case kFloat32: return run_operation<float>(operation, *launch);
-    case kFloat64: return run_operation<double>(operation, *launch);
-    case kBFloat16: return run_operation<bfloat16>(operation, *launch);
-    case kFloat16: return run_operation<float16>(operation, *launch);
+extern "C" void fastsam_run(int operation, int dtype, int grad_dtype, const FASTSAM_ISA::Launch* launch) {
+  constexpr auto pair = [](int weights, int grads) { return weights * kDtypes + grads; };
+  switch (pair(dtype, grad_dtype)) {
+    case pair(kFloat32, kFloat32): return run_operation<float, float>(operation, *launch);
+    case pair(kFloat64, kFloat64): return run_operation<double, double>(operation, *launch);
+    case pair(kBFloat16, kBFloat16): return run_operation<bfloat16, bfloat16>(operation, *launch);
+    case pair(kFloat16, kFloat16): return run_operation<float16, float16>(operation, *launch);
+    case pair(kFloat32, kBFloat16): return run_operation<float, bfloat16>(operation, *launch);
+    case pair(kFloat32, kFloat16): return run_operation<float, float16>(operation, *launch);
+    case pair(kBFloat16, kFloat32): return run_operation<bfloat16, float>(operation, *launch);
+    case pair(kFloat16, kFloat32): return run_operation<float16, float>(operation, *launch);
   }
 }
 
@@ -205,7 +210,7 @@ struct Problem {
   std::vector<uint8_t> perturbed = std::vector<uint8_t>(kSegments, 1);
   std::vector<float> steps = std::vector<float>(kSegments);
   std::vector<double> partials;
-  Row row{0.1, 0.01, 0.9, 0.99, 1e-8, 0.05, 0.0, 0.0};
+  Row row{0.1, 0.01, 0.9, 0.99, 1e-8, 0.05, 0.0, 0.0, 0.0, 0.0};
   double sum = 0;
   uint32_t tickets[2] = {};
 
@@ -250,12 +255,12 @@ struct Problem {
   bool step(unsigned seed, int threads, int split_bits, int rule) {
     FASTSAM_ISA::Launch l = launch(seed, threads, 0);
     l.ticket = &tickets[0];
-    fastsam_run(0, kFloat32, &l);
+    fastsam_run(0, kFloat32, kFloat32, &l);
     l.split_bits = split_bits;
-    fastsam_run(1, kFloat32, &l);
+    fastsam_run(1, kFloat32, kFloat32, &l);
     l.ticket = &tickets[1];
     l.perturbed = perturbed.data();
-    fastsam_run(rule, kFloat32, &l);
+    fastsam_run(rule, kFloat32, kFloat32, &l);
     return tickets[0] == 0 && tickets[1] == 0;
   }
 };

@@ -169,7 +169,7 @@ def copied(like, source):
 def bucket_of(params, option, states=0.0, spread=1):
     """A bucket over 1-D parameters; group i % 3. `spread` stretches the positions, as of so many more elements."""
     n, dtype, rule = len(params), params[0].dtype, OPTIONS[option][0]
-    bucket = SimpleNamespace(params=params, dtype=dtype, rule=rule, slot=1, rows=rows_of(option))
+    bucket = SimpleNamespace(params=params, dtype=dtype, grad_dtype=dtype, rule=rule, slot=1, rows=rows_of(option))
     bucket.backups = [torch.full_like(p, float("nan")) for p in params]
     bucket.states = [[torch.full_like(p, states) for p in params] for _ in range(3)]
     bucket.steps = torch.zeros(n)

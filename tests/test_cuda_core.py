@@ -94,7 +94,7 @@ class Emulated:
             threads=self.threads,
             **{name: t.data_ptr() for name, t in held.items()},
         )
-        self.library.fastsam_run(operation, CODES[bucket.dtype], ctypes.byref(launch))
+        self.library.fastsam_run(operation, CODES[bucket.dtype], CODES[bucket.grad_dtype], ctypes.byref(launch))
         assert self.tickets.tolist() == [0, 0]
 
     def grad_norm(self, bucket, grads, out):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import cases
 import oracle
 import pytest
@@ -213,17 +215,43 @@ def test_sparse_gradients(backend, device, config):
 
 
 @pytest.mark.skipif(not hasattr(Parameter, "grad_dtype"), reason="torch < 2.11 has no grad_dtype")
-def test_gradients_of_another_dtype(backend, device):
-    p = Parameter(torch.ones(70, dtype=torch.bfloat16, device=device))
-    p.grad_dtype = torch.float32
-    opt = FusedSAM([p], SGD, rho=0.5, lr=0.1, backend=backend)
-    p.grad = torch.full_like(p, 2.0, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="cast") as caught:
-        for _ in range(2):
-            opt.first_step(), opt.restore()
-        opt.base_step()
-    assert len(caught) == 1 and p.grad.dtype == torch.float32
-    torch.testing.assert_close(p.detach(), torch.full_like(p, 0.8))
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtypes", "casts"),
+    [
+        (torch.bfloat16, [torch.float32], False),  # one launch reads either
+        (torch.float16, [torch.float32], False),
+        (torch.float32, [torch.bfloat16], False),
+        (torch.float32, [torch.float16], False),
+        (torch.bfloat16, [torch.float32, torch.bfloat16], True),  # what is not of the widest is widened
+        (torch.float32, [torch.bfloat16, torch.float16], True),
+        (torch.float64, [torch.float32], True),
+        (torch.bfloat16, [torch.float16], True),
+    ],
+    ids=str,
+)
+def test_gradients_of_another_dtype(backend, device, dtype, grad_dtypes, casts):
+    """What a gradient holds counts, not its dtype, in every pass anew; nothing is rounded but at the store."""
+
+    def run(kinds):
+        torch.manual_seed(5)
+        params = [Parameter(torch.randn(n).to(device, dtype)) for n in (70, 8200, 3)]
+        opt = FusedSAM(params, SGD, rho=0.5, lr=0.1, momentum=0.7, adaptive=True, backend=backend)
+        for step in range(3):
+            for finish in (opt.first_step, opt.step):
+                for p, kind in zip(params, kinds, strict=False):
+                    p.grad, p.grad_dtype = None, kind
+                    p.grad = torch.randint(-64, 64, p.shape).to(device, kind) / 64  # exact in every dtype
+                finish()
+            kinds = kinds if step == 0 else [dtype] * 3
+        return [*(p.detach() for p in params), *(opt.state[p]["momentum_buffer"] for p in params)]
+
+    expected = run([dtype] * 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run((grad_dtypes * 3)[:3])
+    assert any("cast in every pass" in str(w.message) for w in caught) == casts
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_overlapping_parameters_are_refused(backend, device):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fastsam import ops
 from fastsam.ops import native
 
 ARCHS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # and their threads a processor
@@ -26,6 +27,7 @@ UNDER_WAY = 64 * 1024  # bytes a processor has to wait for to keep the memory bu
 class Kernel(NamedTuple):
     name: str
     dtype: str
+    grad_dtype: str
     words: int
     arch: int
 
@@ -68,16 +70,19 @@ def resources():
 
 
 def kernel_of(symbol, arch):
-    dtypes = "|".join(TYPES)
-    match = re.search(rf"(grad_norm|perturb|update)I(?:LNS0_6KernelE(\d)E)?({dtypes})Li(\d+)E", symbol)
-    return match and Kernel(UPDATES[int(match[2])] if match[2] else match[1], TYPES[match[3]], int(match[4]), arch)
+    dtypes = "|".join([*TYPES, r"S\d_"])  # a type that was named before is abbreviated
+    match = re.search(rf"(grad_norm|perturb|update)I(?:LNS0_6KernelE(\d)E)?({dtypes})({dtypes})Li(\d+)E", symbol)
+    if match is None:
+        return None
+    name = UPDATES[int(match[2])] if match[2] else match[1]
+    return Kernel(name, TYPES[match[3]], TYPES.get(match[4], TYPES[match[3]]), int(match[5]), arch)
 
 
 @cache
 def small():
-    """The variants with the small arguments; the others differ in the size of these only."""
-    words = min(kernel.words for kernel in resources())
-    return {kernel._replace(words=0): found for kernel, found in resources().items() if kernel.words == words}
+    """The variants with the smallest arguments of each; the others differ in the size of these only."""
+    found = sorted(resources().items(), key=lambda item: -item[0].words)
+    return {kernel._replace(words=0): resources for kernel, resources in found}
 
 
 @cache
@@ -86,7 +91,10 @@ def code(arch):
     wanted = {
         found.symbol: kernel
         for kernel, found in small().items()
-        if kernel.arch == arch and kernel.dtype in ("float32", "bfloat16") and kernel.name in FIGURES
+        if kernel.arch == arch
+        and kernel.dtype in ("float32", "bfloat16")
+        and kernel.name in FIGURES
+        and kernel.dtype == kernel.grad_dtype
     }
     text = output("-sass", "-arch", f"sm_{arch}", "-fun", ",".join(wanted))
     pieces = re.split(r"Function : (\w+)", text)[1:]
@@ -126,8 +134,11 @@ needs_kernels = pytest.mark.skipif(
 @needs_kernels
 def test_all_architectures_are_built():
     assert {kernel.arch for kernel in resources()} == set(ARCHS)
-    kernels = {(kernel.name, kernel.dtype) for kernel in resources()}
-    assert kernels == {(name, d) for name in ["grad_norm", "perturb", *UPDATES] for d in TYPES.values()}
+    kernels = {(kernel.name, kernel.dtype, kernel.grad_dtype) for kernel in resources()}
+    mixed = {(str(d)[6:], str(g)[6:]) for d, g in ops.MIXED_DTYPES}
+    pairs = {(d, d) for d in TYPES.values()} | mixed
+    restores = {("restore", d, g) for d, g in mixed}  # reads no gradients
+    assert kernels == {(name, *pair) for name in ["grad_norm", "perturb", *UPDATES] for pair in pairs} - restores
 
 
 @needs_kernels
@@ -155,7 +166,9 @@ def test_ptx_rounds_as_the_formulas_say():
     ],
 )
 def test_ptx_fuses_only_what_the_formulas_write(name, dtype, element, fixed):
-    symbol = next(f.symbol for k, f in small().items() if (k.name, k.dtype) == (name, TYPES[dtype]))
+    symbol = next(
+        f.symbol for k, f in small().items() if (k.name, k.dtype, k.grad_dtype) == (name, TYPES[dtype], TYPES[dtype])
+    )
     body = output("-ptx").split(f".visible .entry {symbol}(")[1].split(".entry ")[0]
     fused = len(re.findall(r"fma\.rn\.f32\s", body)) + 2 * len(re.findall(r"fma\.rn\.f32x2\s", body))
     unrolled = {"perturb": 1, "sgd": 2, "adam": 1}[name]
@@ -189,7 +202,7 @@ def table():
     ]
     for name in ["grad_norm", "perturb", *UPDATES]:
         for dtype in TYPES.values():
-            row = [small()[Kernel(name, dtype, 0, arch)].registers for arch in archs]
+            row = [small()[Kernel(name, dtype, dtype, 0, arch)].registers for arch in archs]
             lines.append(f"| {name} | {dtype} | " + " | ".join(map(str, row)) + " |")
     lines += [
         "",

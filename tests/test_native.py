@@ -220,10 +220,9 @@ def recorded(params):
 
 
 def gather(params, segments, signatures, skip=None):
-    grads, mask = torch.full((len(params),), -1), torch.full((len(params),), 7, dtype=torch.uint8)
-    where = (0 if skip is None else skip.data_ptr(), grads.data_ptr(), mask.data_ptr())
+    grads = torch.full((len(params),), -1)
+    where = (0 if skip is None else skip.data_ptr(), grads.data_ptr(), 0)
     found, moved, foreign = native.reader.gather(params, segments.data_ptr(), signatures.data_ptr(), *where)
-    assert mask.tolist() == [g is not None for g in found]
     return found, grads.tolist(), moved, foreign
 
 

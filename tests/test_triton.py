@@ -161,7 +161,12 @@ def test_compiled_kernels(kernels, compile_for, name, dtype, target):
     if name == "grad_norm":  # no loop: a chunk's 4 rows at once, the gradient alone or with the weights
         assert Counter(accesses(ptx))["ld", 16] == (1 + 2) * 4 * per_tensor
         assert "ld.global.cg" in ptx
-    assert ("acq_rel" in ptx) == (name not in ("perturb_", "restore"))
+    # A program arrives after all that it read and wrote before, in all its threads.
+    arrival = re.search(r"\batom[.\w]*\.acq_rel[.\w]*\.add\.", ptx)
+    assert (arrival is not None) == (name not in ("perturb_", "restore"))
+    if arrival is not None:
+        before = ptx[: arrival.start()]
+        assert before.rfind("bar.sync") > max(before.rfind("ld.global"), before.rfind("st.global"))
     if name == "perturb_":
         assert "0d3D719799812DEA11" in ptx, "NORM_EPS is not the float64 nearest to 1e-12"
 
@@ -381,7 +386,11 @@ def test_a_captured_step_reads_its_own_addresses_and_new_values():
     twin.load_state_dict(opt.state_dict())
     take(*grads[:2])  # other addresses, eagerly: the graph's tables must stay
     graph.replay()
-    for first, second in (grads[:2], grads[2:]):
+    opt.param_groups[0]["lr"] = 0.25
+    opt.refresh()
+    graph.replay()
+    for lr, first, second in ((0.5, *grads[:2]), (0.5, *grads[2:]), (0.25, *grads[2:])):
+        twin.param_groups[0]["lr"] = lr
         for p, g in zip(others, first, strict=True):
             p.grad = g.cpu()
         twin.first_step()

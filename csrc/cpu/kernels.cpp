@@ -34,8 +34,8 @@ static T fold(T* lanes, T* pairs, int width) {
   return in[0];
 }
 
-template <class S, bool kTimesWeight>
-static double chunk_sum(const S* w, const S* g, int n, const Row& row) {
+template <class S, class G, bool kTimesWeight>
+static double chunk_sum(const S* w, const G* g, int n, const Row& row) {
   using T = typename Compute<S>::type;
   const Steepest<T> steepest(row);
   alignas(64) T lanes[kLanes], pairs[kLanes / 2], w_tile[kTile], g_tile[kTile];
@@ -61,7 +61,7 @@ static double chunk_sum(const S* w, const S* g, int n, const Row& row) {
   return fold(lanes, pairs, width);
 }
 
-template <class S>
+template <class S, class G>
 static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; c++) {
     const Chunk& chunk = launch.chunks[c];
@@ -72,17 +72,17 @@ static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
       launch.partials[c] = 0;
       continue;
     }
-    const S* const g = at<const S>(address, chunk);
+    const G* const g = at<const G>(address, chunk);
     const S* const w = at<const S>(segment.weight, chunk);
-    launch.partials[c] = has(row, kAdaptive) ? chunk_sum<S, true>(w, g, chunk.length, row)
-                                             : chunk_sum<S, false>(w, g, chunk.length, row);
+    launch.partials[c] = has(row, kAdaptive) ? chunk_sum<S, G, true>(w, g, chunk.length, row)
+                                             : chunk_sum<S, G, false>(w, g, chunk.length, row);
   }
 }
 
 // ---- perturb_: reads 2n, writes 2n elements.
 
-template <class S, class T>
-static void perturb_chunk(S* w, S* backup, const S* g, int n, const Perturb<T>& perturb, bool stream) {
+template <class S, class G, class T>
+static void perturb_chunk(S* w, S* backup, const G* g, int n, const Perturb<T>& perturb, bool stream) {
   alignas(64) T w_tile[kTile], g_tile[kTile], new_w[kTile];
   alignas(64) S rounded[kTile];
   for (int start = 0; start < n; start += kTile) {
@@ -95,7 +95,7 @@ static void perturb_chunk(S* w, S* backup, const S* g, int n, const Perturb<T>& 
   }
 }
 
-template <class S>
+template <class S, class G>
 static void perturb(const Launch& launch, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; c++) {
     const Chunk& chunk = launch.chunks[c];
@@ -108,7 +108,7 @@ static void perturb(const Launch& launch, int64_t begin, int64_t end) {
     if (perturb.scale == 0) {
       store(backup, w, chunk.length, launch.stream);
     } else {
-      perturb_chunk(w, backup, at<const S>(address, chunk), chunk.length, perturb, launch.stream);
+      perturb_chunk(w, backup, at<const G>(address, chunk), chunk.length, perturb, launch.stream);
     }
   }
   store_fence(launch.stream);
@@ -138,7 +138,7 @@ static void update_tile(const A* w, const B* g, T* __restrict s0, T* __restrict 
   }
 }
 
-template <template <class, int> class Rule, int kStates, class S>
+template <template <class, int> class Rule, int kStates, class S, class G>
 static void update_chunk(const Launch& launch, const Update& update) {
   using T = typename Compute<S>::type;
   const Segment& segment = update.segment;
@@ -147,7 +147,7 @@ static void update_chunk(const Launch& launch, const Update& update) {
   const Gradient<T> gradient(update.row, launch.grad_scale, launch.clip);
   S* const w = at<S>(segment.weight, chunk);
   const S* const source = at<const S>(update.source, chunk);
-  const S* const g = at<const S>(update.grad, chunk);
+  const G* const g = at<const G>(update.grad, chunk);
   alignas(64) T w_tile[kTile], g_tile[kTile], state_tile[kMaxStates][kTile], new_w[kTile];
   alignas(64) S rounded[kTile];
   for (int start = 0; start < chunk.length; start += kTile) {
@@ -171,17 +171,17 @@ static void update_chunk(const Launch& launch, const Update& update) {
   }
 }
 
-template <class S>
+template <class S, class G>
 static void apply_rule(const Launch& launch, const Update& update) {
   if (launch.rule == kSgd) {
-    if (sgd_states(update.row) == 0) return update_chunk<Sgd, 0, S>(launch, update);
-    return update_chunk<Sgd, 1, S>(launch, update);
+    if (sgd_states(update.row) == 0) return update_chunk<Sgd, 0, S, G>(launch, update);
+    return update_chunk<Sgd, 1, S, G>(launch, update);
   }
-  if (adam_states(update.row) == 2) return update_chunk<Adam, 2, S>(launch, update);
-  return update_chunk<Adam, 3, S>(launch, update);
+  if (adam_states(update.row) == 2) return update_chunk<Adam, 2, S, G>(launch, update);
+  return update_chunk<Adam, 3, S, G>(launch, update);
 }
 
-template <class S>
+template <class S, class G>
 static void update(const Launch& launch, int64_t begin, int64_t end) {
   const bool found_inf = launch.found_inf && *launch.found_inf != 0;
   for (int64_t c = begin; c < end; c++) {
@@ -193,7 +193,7 @@ static void update(const Launch& launch, int64_t begin, int64_t end) {
     if (decision.source == Source::kNone) continue;
     const int64_t source = decision.source == Source::kBackup ? segment.backup : segment.weight;
     if (decision.rule) {
-      apply_rule<S>(launch, {segment, chunk, launch.rows[segment.group], source, grad});
+      apply_rule<S, G>(launch, {segment, chunk, launch.rows[segment.group], source, grad});
     } else {
       store(at<S>(segment.weight, chunk), at<const S>(source, chunk), chunk.length, launch.stream);
     }
@@ -201,14 +201,18 @@ static void update(const Launch& launch, int64_t begin, int64_t end) {
   store_fence(launch.stream);
 }
 
+// By pair, as tables.h counts them.
+#define FASTSAM_PAIRS(loop)                                                                              \
+  {loop<float, float>,    loop<double, double>,  loop<bfloat16, bfloat16>, loop<float16, float16>, \
+   loop<float, bfloat16>, loop<float, float16>, loop<bfloat16, float>,    loop<float16, float>}
 #define FASTSAM_NAME_(isa) #isa
 #define FASTSAM_NAME(isa) FASTSAM_NAME_(isa)
 
 extern const cpu::Kernels kernels = {
     FASTSAM_NAME(FASTSAM_ISA),
-    {grad_norm<float>, grad_norm<double>, grad_norm<bfloat16>, grad_norm<float16>},
-    {perturb<float>, perturb<double>, perturb<bfloat16>, perturb<float16>},
-    {update<float>, update<double>, update<bfloat16>, update<float16>},
+    FASTSAM_PAIRS(grad_norm),
+    FASTSAM_PAIRS(perturb),
+    FASTSAM_PAIRS(update),
 };
 
 }  // namespace fastsam::FASTSAM_ISA

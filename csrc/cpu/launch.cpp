@@ -38,7 +38,7 @@ bool beyond_cache(const Launch& launch, int elements) {
 }  // namespace
 
 double grad_norm(const Launch& launch) {
-  run(launch, kernels().grad_norm[launch.dtype]);
+  run(launch, kernels().grad_norm[launch.pair]);
   double lanes[kSlots];
   const int width = baseline::tree_width(launch.n_chunks, kSlots);
   std::fill(lanes, lanes + width, 0.0);
@@ -54,12 +54,12 @@ void perturb(Launch& launch) {
     if (launch.grads[i]) launch.perturbed[i] = true;
   }
   launch.stream = beyond_cache(launch, 4);
-  run(launch, kernels().perturb[launch.dtype]);
+  run(launch, kernels().perturb[launch.pair]);
 }
 
 void update(Launch& launch) {
   launch.stream = beyond_cache(launch, launch.rule == kAdam ? 7 : launch.rule == kSgd ? 5 : 2);
-  run(launch, kernels().update[launch.dtype]);
+  run(launch, kernels().update[launch.pair]);
   const bool found_inf = launch.found_inf && *launch.found_inf != 0;
   // After all chunks, which read the counts; over segments, because an empty parameter has no chunk and counts too.
   for (int64_t i = 0; i < launch.n_segments; i++) {

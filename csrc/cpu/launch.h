@@ -6,7 +6,8 @@
 namespace fastsam::cpu {
 
 struct Launch {
-  Dtype dtype;
+  Dtype dtype;              // of weights and states
+  int pair;                 // with that of the gradients: below kPairs
   const Segment* segments;  // [n_segments]
   const Chunk* chunks;      // [n_chunks]
   const int64_t* grads;     // [n_segments] addresses, 0 = no gradient
@@ -28,9 +29,9 @@ struct Launch {
 // Work on the chunks [begin, end).
 using Loop = void (*)(const Launch&, int64_t begin, int64_t end);
 
-struct Kernels {  // by Dtype
+struct Kernels {  // by pair of dtypes
   const char* isa;
-  Loop grad_norm[kDtypes], perturb[kDtypes], update[kDtypes];
+  Loop grad_norm[kPairs], perturb[kPairs], update[kPairs];
 };
 
 // The loops of the instruction set in use, at first the best this processor has, and the size of its last-level cache

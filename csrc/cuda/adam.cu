@@ -2,6 +2,7 @@
 
 namespace fastsam::FASTSAM_ISA {
 
-const Variants adam_kernels[kDtypes] = FASTSAM_UPDATE_KERNELS(Kernel::kAdam);
+#define FASTSAM_KERNEL(...) update<Kernel::kAdam, __VA_ARGS__>
+const Variants adam_kernels[kPairs] = FASTSAM_PAIRS(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -2,6 +2,7 @@
 
 namespace fastsam::FASTSAM_ISA {
 
-const Variants amsgrad_kernels[kDtypes] = FASTSAM_UPDATE_KERNELS(Kernel::kAdamAmsgrad);
+#define FASTSAM_KERNEL(...) update<Kernel::kAdamAmsgrad, __VA_ARGS__>
+const Variants amsgrad_kernels[kPairs] = FASTSAM_PAIRS(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

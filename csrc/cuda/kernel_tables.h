@@ -1,4 +1,4 @@
-// The compiled kernels, by storage type and size of their arguments.
+// The compiled kernels, by storage types and size of their arguments.
 #pragma once
 
 #include "device.h"
@@ -19,17 +19,31 @@ struct Variants {
   void (*large)(const Arguments<kLargeWords>);
 };
 
-extern const Variants norm_kernels[kDtypes], perturb_kernels[kDtypes], restore_kernels[kDtypes], sgd_kernels[kDtypes],
-    adam_kernels[kDtypes], amsgrad_kernels[kDtypes];
+// By pair of dtypes. Mixed ones have the large arguments only.
+extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], restore_kernels[kDtypes], sgd_kernels[kPairs],
+    adam_kernels[kPairs], amsgrad_kernels[kPairs];
+
+// clang-format off
+#define FASTSAM_BOTH(kernel, S) {kernel(S, S, kSmallWords), kernel(S, S, kLargeWords)}
+#define FASTSAM_EQUAL(kernel) \
+  FASTSAM_BOTH(kernel, float), FASTSAM_BOTH(kernel, double), FASTSAM_BOTH(kernel, bfloat16), FASTSAM_BOTH(kernel, float16)
+#define FASTSAM_ONE(kernel, S, G) {nullptr, kernel(S, G, kLargeWords)}
+// `kernel(S, G, words)` for every pair, in the order of tables.h.
+#define FASTSAM_PAIRS(kernel)                                                              \
+  {FASTSAM_EQUAL(kernel),                                                                  \
+   FASTSAM_ONE(kernel, float, bfloat16), FASTSAM_ONE(kernel, float, float16),              \
+   FASTSAM_ONE(kernel, bfloat16, float), FASTSAM_ONE(kernel, float16, float)}
+// clang-format on
 
 // Blocks that a processor holds at least: as many as registers allow without spilling. 16-byte loads under way follow: benchmarks/
 // registers.md.
-template <class S>
-constexpr int kNormBlocks = sizeof(S) == 8 ? 5 : 6;
-template <class S>
-constexpr int kPerturbBlocks = sizeof(S) == 8 ? 5 : 6;
-template <Kernel kKernel, class S>
+template <class S, class G>
+constexpr int kNormBlocks = sizeof(S) == 8 || sizeof(S) != sizeof(G) ? 5 : 6;
+template <class S, class G>
+constexpr int kPerturbBlocks = sizeof(S) == 8 || sizeof(S) < sizeof(G) ? 5 : 6;
+template <Kernel kKernel, class S, class G>
 constexpr int kUpdateBlocks = sizeof(S) == 8                    ? (kKernel == Kernel::kSgd ? 3 : 2)
+                              : sizeof(S) < sizeof(G)           ? 3
                               : kKernel == Kernel::kAdam        ? 5
                               : kKernel != Kernel::kAdamAmsgrad ? 4
                               : sizeof(S) == 4                  ? 3

@@ -31,18 +31,29 @@ struct Header {
 // Addresses of numbers are even.
 constexpr int64_t kPerturbed = 1;
 
+// A tensor lr is read where it is: whoever changes it need not tell a captured graph.
+FASTSAM_DEVICE Row with_lr(Row row) {
+  const auto address = static_cast<int64_t>(row.lr_address);
+  if (address) {
+    row.lr = has(row, kLrFloat64) ? *reinterpret_cast<const double*>(address)
+                                  : static_cast<double>(*reinterpret_cast<const float*>(address));
+  }
+  return row;
+}
+
 template <int kWords>
 struct Arguments : Header {
   int64_t words[kWords];
 
   FASTSAM_DEVICE Row row(int64_t group) const {
     if (rows) return rows[group];
-    const int64_t* const w = words + 8 * group;
+    const int64_t* const w = words + kRowColumns * group;
     const auto number = [&](int i) { return from_bits(static_cast<uint64_t>(w[i])); };
-    return {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7)};
+    return {number(0), number(1), number(2), number(3), number(4),
+            number(5), number(6), number(7), number(8), number(9)};
   }
   FASTSAM_DEVICE int64_t grad(int64_t segment) const {
-    return grads ? grads[segment] : words[(rows ? 0 : 8 * n_groups) + segment];
+    return grads ? grads[segment] : words[(rows ? 0 : kRowColumns * n_groups) + segment];
   }
 };
 
@@ -73,7 +84,7 @@ FASTSAM_DEVICE void copy_part(S* to, const S* from, int n, int t) {
       Vector tile[kUnroll];
       FASTSAM_UNROLL
       for (int u = 0; u < kUnroll; u++) {
-        if (i + u * kStride < full) tile[u] = load_vector<Hint::kOnce>(from + i + u * kStride);
+        if (i + u * kStride < full) tile[u] = load_words<Vector, Hint::kOnce>(from + i + u * kStride);
       }
       FASTSAM_UNROLL
       for (int u = 0; u < kUnroll; u++) {
@@ -83,38 +94,39 @@ FASTSAM_DEVICE void copy_part(S* to, const S* from, int n, int t) {
   } else {
     FASTSAM_ROLLED
     for (; i < full; i += kStride) {
-      store_vector<Hint::kKeep>(to + i, load_vector<Hint::kOnce>(from + i, from_width), to_width);
+      store_vector<Hint::kKeep>(to + i, load_words<Vector, Hint::kOnce>(from + i, from_width), to_width);
     }
   }
   if (full + t < n) store_bits<S, Hint::kKeep>(to + full + t, load_bits<S, Hint::kOnce>(from + full + t));
 }
 
 // ---- grad_norm: reads n (2n adaptive) elements; ascending, as backward wrote the first layers' gradients last.
-// Thread t has of every group of 256 vectors the t-th; the group of a 16-bit type is a whole row of the canonical tree, that of float a
-// half, that of double a quarter.
+// Thread t has of every group of 256 vectors of gradients the t-th; the group of a 16-bit type is a whole row of the canonical tree,
+// that of float a half, that of double a quarter. S is the weights' type, G the gradients'.
 
-template <class S>
+template <class G>
 struct NormShared {
-  using T = typename Compute<S>::type;
-  static constexpr int kGroups = kLanes / (kThreads * Pack<S>::kElements);
+  using T = typename Compute<G>::type;
+  static constexpr int kGroups = kLanes / (kThreads * Pack<G>::kElements);
   T warps[kGroups][kWarps];
   double slots[kWarps];
   bool last;
 };
 
 // Thread t's lanes, folded to one value a group.
-template <class S, bool kTimesWeight>
-FASTSAM_DEVICE auto lane_sums(const S* w, const S* g, int n, const Steepest<typename Compute<S>::type>& steepest, int t) {
-  using P = Pack<S>;
+template <class S, class G, bool kTimesWeight>
+FASTSAM_DEVICE auto lane_sums(const S* w, const G* g, int n, const Steepest<typename Compute<S>::type>& steepest, int t) {
   using T = typename Compute<S>::type;
-  constexpr int kGroups = NormShared<S>::kGroups, kElements = P::kElements, kStride = kThreads * kElements;
+  constexpr int kGroups = NormShared<G>::kGroups, kElements = Pack<G>::kElements, kStride = kThreads * kElements;
   constexpr int kRows = kChunk / kLanes;
-  const int full = n - n % kElements, w_width = kTimesWeight ? width_at(w) : kVector, g_width = width_at(g);
+  using Weights = Run<S, kElements>;
+  const int full = n - n % kElements;
+  const int w_width = kTimesWeight ? width_at(w, Weights::kWidth) : Weights::kWidth, g_width = width_at(g);
   T acc[kGroups][kElements] = {};
-  const auto add = [&](int j, const Vector& wv, const Vector& gv) {
+  const auto add = [&](int j, const Weights& wv, const Vector& gv) {
     FASTSAM_UNROLL
     for (int e = 0; e < kElements; e++) {
-      const T x = kTimesWeight ? steepest(P::get(wv, e), P::get(gv, e)) : P::get(gv, e);
+      const T x = kTimesWeight ? steepest(Pack<S>::get(wv, e), Pack<G>::get(gv, e)) : Pack<G>::get(gv, e);
       acc[j][e] = fma(x, x, acc[j][e]);
     }
   };
@@ -123,20 +135,21 @@ FASTSAM_DEVICE auto lane_sums(const S* w, const S* g, int n, const Steepest<type
     for (int i = 0; i < kRows * kGroups; i++) {
       const int at = i * kStride + t * kElements;
       Vector gv{};
-      if (at < full) gv = load_vector<Hint::kKeep>(g + at);
-      add(i % kGroups, gv, gv);
+      if (at < full) gv = load_words<Vector, Hint::kKeep>(g + at);
+      add(i % kGroups, Weights{}, gv);
     }
-  } else if (kTimesWeight && g_width == kVector && w_width == kVector) {
+  } else if (kTimesWeight && g_width == kVector && w_width == Weights::kWidth) {
     constexpr int kRowsAtOnce = kGroups == 1 ? 2 : 1;
     FASTSAM_ROLLED
     for (int k = 0; k < kRows * kLanes; k += kRowsAtOnce * kLanes) {
-      Vector wv[kRowsAtOnce * kGroups] = {}, gv[kRowsAtOnce * kGroups] = {};
+      Weights wv[kRowsAtOnce * kGroups] = {};
+      Vector gv[kRowsAtOnce * kGroups] = {};
       FASTSAM_UNROLL
       for (int i = 0; i < kRowsAtOnce * kGroups; i++) {
         const int at = k + i * kStride + t * kElements;
         if (at < full) {
-          wv[i] = load_vector<Hint::kKeep>(w + at);
-          gv[i] = load_vector<Hint::kKeep>(g + at);
+          wv[i] = load_words<Weights, Hint::kKeep>(w + at);
+          gv[i] = load_words<Vector, Hint::kKeep>(g + at);
         }
       }
       FASTSAM_UNROLL
@@ -149,8 +162,9 @@ FASTSAM_DEVICE auto lane_sums(const S* w, const S* g, int n, const Steepest<type
       for (int j = 0; j < kGroups; j++) {
         const int at = k + j * kStride + t * kElements;
         if (at < full) {
-          const Vector gv = load_vector<Hint::kKeep>(g + at, g_width);
-          add(j, kTimesWeight ? load_vector<Hint::kKeep>(w + at, w_width) : gv, gv);
+          Weights wv{};
+          if (kTimesWeight) wv = load_words<Weights, Hint::kKeep>(w + at, w_width);
+          add(j, wv, load_words<Vector, Hint::kKeep>(g + at, g_width));
         }
       }
     }
@@ -160,8 +174,8 @@ FASTSAM_DEVICE auto lane_sums(const S* w, const S* g, int n, const Steepest<type
     FASTSAM_UNROLL
     for (int e = 0; e < kElements - 1; e++) {
       T x = 0;
-      if (full + e < n) x = P::widened(load_bits<S, Hint::kKeep>(g + full + e));
-      if (kTimesWeight && full + e < n) x = steepest(P::widened(load_bits<S, Hint::kKeep>(w + full + e)), x);
+      if (full + e < n) x = Pack<G>::widened(load_bits<G, Hint::kKeep>(g + full + e));
+      if (kTimesWeight && full + e < n) x = steepest(Pack<S>::widened(load_bits<S, Hint::kKeep>(w + full + e)), x);
       FASTSAM_UNROLL
       for (int j = 0; j < kGroups; j++) {  // indexed by constants only: registers have no addresses
         const T own = j == lane / kStride ? x : T(0);
@@ -188,17 +202,17 @@ FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& sums, T (&warps)[kGroups][kW
   ctx.sync();
 }
 
-template <class S, class Ctx, class A>
-FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<S>& shared) {
+template <class S, class G, class Ctx, class A>
+FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
   using T = typename Compute<S>::type;
-  using Shared = NormShared<S>;
+  using Shared = NormShared<G>;
   const int index = ctx.block();
   int64_t address = 0;
   if (index < args.n_chunks) {
     const Chunk chunk = args.chunks[index];
     address = args.grad(chunk.segment);
     if (address) {
-      const S* const g = element_of<const S>(address, chunk, 0);
+      const G* const g = element_of<const G>(address, chunk, 0);
       const Segment* const segment = args.segments + chunk.segment;
       typename Ctx::template PerThread<Several<T, Shared::kGroups>> sums;
       Row row{};
@@ -206,9 +220,9 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<S>& shared) {
       const Steepest<T> steepest(row);
       if (has(row, kAdaptive)) {
         const S* const w = element_of<const S>(segment->weight, chunk, 0);
-        ctx.threads([&](int t) { sums[t] = lane_sums<S, true>(w, g, chunk.length, steepest, t); });
+        ctx.threads([&](int t) { sums[t] = lane_sums<S, G, true>(w, g, chunk.length, steepest, t); });
       } else {
-        ctx.threads([&](int t) { sums[t] = lane_sums<S, false>(nullptr, g, chunk.length, steepest, t); });
+        ctx.threads([&](int t) { sums[t] = lane_sums<S, G, false>(nullptr, g, chunk.length, steepest, t); });
       }
       fold_warps(ctx, sums, shared.warps);
     }
@@ -253,19 +267,21 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<S>& shared) {
 template <class S>
 using PerturbShared = Slot<Perturb<typename Compute<S>::type>>;
 
-template <class S>
 constexpr int kPerturbUnroll = 2;
 
-template <int n>
+template <class S, class G, int n>
 struct PerturbTile {
-  Vector w[n], g[n];
+  Vector w[n];
+  Run<G, Pack<S>::kElements> g[n];
 };
 
-template <class S, class Ctx, class A>
+template <class S, class G, class Ctx, class A>
 FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& shared) {
   using P = Pack<S>;
   using T = typename Compute<S>::type;
-  constexpr int kElements = P::kElements, kStride = kThreads * kElements, kUnroll = kPerturbUnroll<S>;
+  constexpr int kElements = P::kElements, kStride = kThreads * kElements, kUnroll = kPerturbUnroll;
+  using Tile = PerturbTile<S, G, kUnroll>;
+  using Direction = Run<G, kElements>;
   const Part part = part_of(ctx.blocks() - 1 - ctx.block(), args.split_bits);
   const Chunk chunk = args.chunks[part.chunk];
   const int64_t address = args.grad(chunk.segment);
@@ -274,17 +290,17 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
   const Segment* const segment = args.segments + chunk.segment;
   S* const w = element_of<S>(segment->weight, chunk, part.begin);
   S* const backup = element_of<S>(segment->backup, chunk, part.begin);
-  const S* const g = element_of<const S>(address, chunk, part.begin);
-  const int w_width = width_at(w), g_width = width_at(g);
-  const bool aligned = w_width == kVector && g_width == kVector;
+  const G* const g = element_of<const G>(address, chunk, part.begin);
+  const int w_width = width_at(w), g_width = width_at(g, Direction::kWidth);
+  const bool aligned = w_width == kVector && g_width == Direction::kWidth;
 
-  typename Ctx::template PerThread<PerturbTile<kUnroll>> tiles;
-  const auto load_tile = [&](PerturbTile<kUnroll>& tile, int i) {
+  typename Ctx::template PerThread<Tile> tiles;
+  const auto load_tile = [&](Tile& tile, int i) {
     FASTSAM_UNROLL
     for (int u = 0; u < kUnroll; u++) {
       if (i + u * kStride < full) {
-        tile.w[u] = load_vector<Hint::kOnce>(w + i + u * kStride);
-        tile.g[u] = load_vector<Hint::kOnce>(g + i + u * kStride);
+        tile.w[u] = load_words<Vector, Hint::kOnce>(w + i + u * kStride);
+        tile.g[u] = load_words<Direction, Hint::kOnce>(g + i + u * kStride);
       }
     }
   };
@@ -304,20 +320,20 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
       copy_part(backup, w, n, t);
       return;
     }
-    const auto climb = [&](Vector& wv, const Vector& gv) {  // in place, which spares registers
+    const auto climb = [&](Vector& wv, const Direction& gv) {  // in place, which spares registers
       FASTSAM_UNROLL
       for (int piece = 0; piece < kElements / P::kPiece; piece++) {
         T x[P::kPiece];
         FASTSAM_UNROLL
         for (int e = 0; e < P::kPiece; e++) {
-          x[e] = perturb(P::get(wv, piece * P::kPiece + e), P::get(gv, piece * P::kPiece + e));
+          x[e] = perturb(P::get(wv, piece * P::kPiece + e), Pack<G>::get(gv, piece * P::kPiece + e));
         }
         P::set(wv, piece, x);
       }
     };
     int i = t * kElements;
     if (aligned) {
-      PerturbTile<kUnroll>& tile = tiles[t];
+      Tile& tile = tiles[t];
       FASTSAM_ROLLED
       while (i < full) {
         FASTSAM_UNROLL
@@ -334,8 +350,8 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
     } else {
       FASTSAM_ROLLED
       for (; i < full; i += kStride) {
-        Vector wv = load_vector<Hint::kOnce>(w + i, w_width);
-        const Vector gv = load_vector<Hint::kOnce>(g + i, g_width);
+        Vector wv = load_words<Vector, Hint::kOnce>(w + i, w_width);
+        const Direction gv = load_words<Direction, Hint::kOnce>(g + i, g_width);
         store_vector<Hint::kOnce>(backup + i, wv);
         climb(wv, gv);
         store_vector<Hint::kKeep>(w + i, wv, w_width);
@@ -343,7 +359,7 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
     }
     if (full + t < n) {
       const uint64_t old = load_bits<S, Hint::kOnce>(w + full + t);
-      const T x = perturb(P::widened(old), P::widened(load_bits<S, Hint::kOnce>(g + full + t)));
+      const T x = perturb(P::widened(old), Pack<G>::widened(load_bits<G, Hint::kOnce>(g + full + t)));
       store_bits<S, Hint::kOnce>(backup + full + t, old);
       store_bits<S, Hint::kKeep>(w + full + t, P::narrowed(x));
     }
@@ -384,46 +400,49 @@ struct UpdatePart {  // of one chunk
   float step;
 };
 
-template <int kStates>
+template <class S, class G, int kStates>
 struct UpdateTile {
-  Vector w, g, state[kStates > 0 ? kStates : 1];
+  Vector w;
+  Run<G, Pack<S>::kElements> g;
+  Vector state[kStates > 0 ? kStates : 1];
 };
 template <int kStates>
 constexpr int kUpdateUnroll = kStates < 2 ? 2 : 1;
 
-template <template <class, int> class RuleOf, int kStates, class S, class Ctx, class A>
+template <template <class, int> class RuleOf, int kStates, class G, class S, class Ctx, class A>
 FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row, UpdateShared<S>& shared) {
   using P = Pack<S>;
   using T = typename Compute<S>::type;
   using R = RuleOf<T, kStates>;
-  using Tile = UpdateTile<kStates>;
+  using Tile = UpdateTile<S, G, kStates>;
   constexpr int kElements = P::kElements, kStride = kThreads * kElements, kUnroll = kUpdateUnroll<kStates>;
+  using Direction = Run<G, kElements>;
   const int n = part.n, full = n - n % kElements;
   S* const w = element_of<S>(part.segment->weight, part.chunk, part.begin);
   const S* const source = element_of<const S>(part.source, part.chunk, part.begin);
-  const S* const g = element_of<const S>(part.grad, part.chunk, part.begin);
+  const G* const g = element_of<const G>(part.grad, part.chunk, part.begin);
   S* state[kMaxStates];
   FASTSAM_UNROLL
   for (int k = 0; k < kStates; k++) state[k] = element_of<S>(part.segment->state[k], part.chunk, part.begin);
-  const int w_width = width_at(w), source_width = width_at(source), g_width = width_at(g);
-  const bool aligned = w_width == kVector && source_width == kVector && g_width == kVector;
+  const int w_width = width_at(w), source_width = width_at(source), g_width = width_at(g, Direction::kWidth);
+  const bool aligned = w_width == kVector && source_width == kVector && g_width == Direction::kWidth;
 
   typename Ctx::template PerThread<Several<Tile, kUnroll>> tiles;
   const auto load_tile = [&](Tile& tile, int i, int w_bytes, int g_bytes) {
     if (i >= full) return;
-    tile.w = load_vector<Hint::kOnce>(source + i, w_bytes);
-    tile.g = load_vector<Hint::kOnce>(g + i, g_bytes);
+    tile.w = load_words<Vector, Hint::kOnce>(source + i, w_bytes);
+    tile.g = load_words<Direction, Hint::kOnce>(g + i, g_bytes);
     FASTSAM_UNROLL
-    for (int k = 0; k < kStates; k++) tile.state[k] = load_vector<Hint::kKeep>(state[k] + i);
+    for (int k = 0; k < kStates; k++) tile.state[k] = load_words<Vector, Hint::kKeep>(state[k] + i);
   };
   ctx.threads([&](int t) {
     if (t == 0) {
       shared.gradient.put(Gradient<T>(row, args.grad_scale, args.clip));
-      shared.template rule<R>().put(R(row, part.step));
+      shared.template rule<R>().put(R(with_lr(row), part.step));
     }
     FASTSAM_UNROLL
     for (int u = 0; u < kUnroll; u++) {
-      if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, kVector, kVector);
+      if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, kVector, Direction::kWidth);
     }
   });
   ctx.sync();
@@ -441,7 +460,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
           T each[kMaxStates];
           FASTSAM_UNROLL
           for (int k = 0; k < kStates; k++) each[k] = P::get(tile.state[k], at);
-          x[e] = rule(P::get(tile.w, at), gradient(P::get(tile.g, at)), each);
+          x[e] = rule(P::get(tile.w, at), gradient(Pack<G>::get(tile.g, at)), each);
           FASTSAM_UNROLL
           for (int k = 0; k < kStates; k++) states[k][e] = each[k];
         }
@@ -461,7 +480,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
         for (int u = 0; u < kUnroll; u++) step_and_store(tiles[t].each[u], i + u * kStride, kVector);
         i += kUnroll * kStride;
         FASTSAM_UNROLL
-        for (int u = 0; u < kUnroll; u++) load_tile(tiles[t].each[u], i + u * kStride, kVector, kVector);
+        for (int u = 0; u < kUnroll; u++) load_tile(tiles[t].each[u], i + u * kStride, kVector, Direction::kWidth);
       }
     } else {
       FASTSAM_ROLLED
@@ -477,7 +496,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
       FASTSAM_UNROLL
       for (int k = 0; k < kStates; k++) each[k] = P::widened(load_bits<S, Hint::kKeep>(state[k] + at));
       const T x = rule(P::widened(load_bits<S, Hint::kOnce>(source + at)),
-                       gradient(P::widened(load_bits<S, Hint::kOnce>(g + at))), each);
+                       gradient(Pack<G>::widened(load_bits<G, Hint::kOnce>(g + at))), each);
       store_bits<S, Hint::kKeep>(w + at, P::narrowed(x));
       FASTSAM_UNROLL
       for (int k = 0; k < kStates; k++) store_bits<S, Hint::kKeep>(state[k] + at, P::narrowed(each[k]));
@@ -485,7 +504,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
   });
 }
 
-template <Kernel kKernel, class S, class Ctx, class A>
+template <Kernel kKernel, class S, class G, class Ctx, class A>
 FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<S>& shared) {
   const Part share = part_of(ctx.block(), args.split_bits);
   const bool found_inf = args.found_inf && *args.found_inf != 0;
@@ -512,13 +531,13 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<S>& share
   if (kKernel != Kernel::kRestore && decision.rule && part.n > 0) {
     const Row row = args.row(part.segment->group);
     if (kKernel == Kernel::kSgd && sgd_states(row) == 0) {
-      update_part<Sgd, 0>(ctx, args, part, row, shared);
+      update_part<Sgd, 0, G>(ctx, args, part, row, shared);
     } else if (kKernel == Kernel::kSgd) {
-      update_part<Sgd, 1>(ctx, args, part, row, shared);
+      update_part<Sgd, 1, G>(ctx, args, part, row, shared);
     } else if (kKernel == Kernel::kAdam || adam_states(row) == 2) {
-      update_part<Adam, 2>(ctx, args, part, row, shared);
+      update_part<Adam, 2, G>(ctx, args, part, row, shared);
     } else {
-      update_part<Adam, 3>(ctx, args, part, row, shared);
+      update_part<Adam, 3, G>(ctx, args, part, row, shared);
     }
   } else {
     ctx.sync();

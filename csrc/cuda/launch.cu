@@ -12,7 +12,6 @@ namespace fastsam::FASTSAM_ISA {
 namespace {
 
 constexpr int kMostDevices = 64;
-constexpr int kRowWords = sizeof(Row) / 8;
 
 struct Words {  // to write into a device table
   int64_t* to;
@@ -53,7 +52,7 @@ int64_t grad_word(const gpu::Launch& launch, int64_t i) {
   return launch.grads[i] | (launch.perturbed && launch.perturbed[i] ? kPerturbed : 0);
 }
 cudaError_t write_rows(const gpu::Launch& launch, cudaStream_t stream) {
-  return write_words(reinterpret_cast<int64_t*>(row_table_of(launch)), launch.n_groups * kRowWords, stream,
+  return write_words(reinterpret_cast<int64_t*>(row_table_of(launch)), launch.n_groups * kRowColumns, stream,
                      [&](int64_t i) { return row_word(launch, i); });
 }
 
@@ -76,7 +75,7 @@ cudaError_t launch_with(void (*kernel)(const Arguments<kWords>), const Header& h
   Arguments<kWords> args;
   static_cast<Header&>(args) = header;
   int64_t* next = args.words;
-  for (int64_t i = 0; rows && i < launch.n_groups * kRowWords; i++) *next++ = row_word(launch, i);
+  for (int64_t i = 0; rows && i < launch.n_groups * kRowColumns; i++) *next++ = row_word(launch, i);
   for (int64_t i = 0; grads && i < launch.n_segments; i++) *next++ = grad_word(launch, i);
   void* pointers[] = {&args};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads), pointers, 0, stream);
@@ -91,7 +90,7 @@ cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header heade
   if (error != cudaSuccess) return error;
 
   const bool capturing = status != cudaStreamCaptureStatusNone;
-  const int64_t n = launch.n_segments, row_words = launch.n_groups * kRowWords;
+  const int64_t n = launch.n_segments, row_words = launch.n_groups * kRowColumns;
   const bool grads_fit = n <= kLargeWords, rows_fit = !capturing && row_words + (grads_fit ? n : 0) <= kLargeWords;
   header.chunks = launch.chunks;
   header.segments = launch.segments;
@@ -113,8 +112,8 @@ cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header heade
   // Without a chunk one block still has to sum nothing, or to count the updates of empty parameters.
   const unsigned grid = static_cast<unsigned>(std::max<int64_t>(launch.n_chunks << header.split_bits, 1));
   const int64_t words = (rows_fit ? row_words : 0) + (grads_fit ? n : 0);
-  const Variants& variants = kernels[launch.dtype];
-  return words <= kSmallWords ? launch_with(variants.small, header, launch, rows_fit, grads_fit, grid, stream)
+  const Variants& variants = kernels[kernels == restore_kernels ? launch.dtype : launch.pair];
+  return words <= kSmallWords && variants.small ? launch_with(variants.small, header, launch, rows_fit, grads_fit, grid, stream)
                               : launch_with(variants.large, header, launch, rows_fit, grads_fit, grid, stream);
 }
 

@@ -11,11 +11,15 @@ struct Control {
   int64_t unused[7];
 };
 static_assert(sizeof(Control) == sizeof(Segment), "one row of the table");
-// Then a Row for each group, read while a stream is captured, and 8 gradients' addresses a row for buckets of thousands of tensors.
-inline int64_t table_size(int64_t n_segments, int64_t n_groups) { return n_segments + 1 + n_groups + (n_segments + 7) / 8; }
+// Then a Row for each group, read while a stream is captured, and the gradients' addresses for buckets of thousands of tensors; in rows
+// of the segments' table.
+inline int64_t table_size(int64_t n_segments, int64_t n_groups) {
+  return n_segments + 1 + (n_groups * kRowColumns + 7) / 8 + (n_segments + 7) / 8;
+}
 
 struct Launch {
-  Dtype dtype;
+  Dtype dtype;  // of weights and states
+  int pair;     // with that of the gradients: below kPairs
   int device;
   void* stream;             // cudaStream_t
   const Segment* segments;  // [table_size()] on the device

@@ -2,16 +2,14 @@
 
 namespace fastsam::FASTSAM_ISA {
 
-template <class S, int kWords>
-__global__ void FASTSAM_BOUNDS(kNormBlocks<S>) grad_norm(const __grid_constant__ Arguments<kWords> args) {
-  __shared__ NormShared<S> shared;
+template <class S, class G, int kWords>
+__global__ void FASTSAM_BOUNDS((kNormBlocks<S, G>)) grad_norm(const __grid_constant__ Arguments<kWords> args) {
+  __shared__ NormShared<G> shared;
   DeviceContext ctx;
-  norm_block<S>(ctx, args, shared);
+  norm_block<S, G>(ctx, args, shared);
 }
 
-const Variants norm_kernels[kDtypes] = {{grad_norm<float, kSmallWords>, grad_norm<float, kLargeWords>},
-                                        {grad_norm<double, kSmallWords>, grad_norm<double, kLargeWords>},
-                                        {grad_norm<bfloat16, kSmallWords>, grad_norm<bfloat16, kLargeWords>},
-                                        {grad_norm<float16, kSmallWords>, grad_norm<float16, kLargeWords>}};
+#define FASTSAM_KERNEL(...) grad_norm<__VA_ARGS__>
+const Variants norm_kernels[kPairs] = FASTSAM_PAIRS(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -14,15 +14,14 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-gpu::Launch tables(const char* operation, int64_t dtype, const Tensor& segments, const Tensor& chunks, const Tensor& grads,
+gpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, const Tensor& segments, const Tensor& chunks, const Tensor& grads,
                    const Tensor& rows) {
-  STD_TORCH_CHECK(0 <= dtype && dtype < kDtypes, operation, ": dtype must be a code in [0, ", static_cast<int>(kDtypes), "), got ",
-                  dtype);
   gpu::Launch launch{};
+  launch.pair = pair_of(operation, dtype, grad_dtype);
   launch.dtype = static_cast<Dtype>(dtype);
   launch.grads = static_cast<const int64_t*>(checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, -1, 0));
   launch.n_segments = grads.size(0);
-  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, 8));
+  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
   launch.n_groups = rows.size(0);
   const int64_t size = gpu::table_size(launch.n_segments, launch.n_groups);
   launch.segments = static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCuda, ScalarType::Long, size, 8));
@@ -45,8 +44,8 @@ void expect_success(const char* operation, const char* error, int device) {
                   "and later; errors of earlier work may show here)");
 }
 
-void grad_norm(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out, int64_t slot) {
-  gpu::Launch launch = tables("grad_norm", dtype, segments, chunks, grads, rows);
+void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out, int64_t slot) {
+  gpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.partials =
       static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCuda, ScalarType::Double, launch.n_chunks, 0));
   double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCuda, ScalarType::Double, -1, 0));
@@ -57,8 +56,8 @@ void grad_norm(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tens
   expect_success("grad_norm", gpu::grad_norm(launch), launch.device);
 }
 
-void perturb_(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
-  gpu::Launch launch = tables("perturb_", dtype, segments, chunks, grads, rows);
+void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
+  gpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
   bool* const marks =
       static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.sums = static_cast<double*>(checked("perturb_", "sums", sums, Place::kCuda, ScalarType::Double, -1, 0));
@@ -71,11 +70,11 @@ void perturb_(int64_t dtype, Tensor segments, Tensor chunks, Tensor grads, Tenso
   expect_success("perturb_", gpu::perturb(launch), launch.device);
 }
 
-void update_(int64_t dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
+void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
              std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
   STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, "update_: rule must be a code in [-1, ", static_cast<int>(kRules), "), got ",
                   rule);
-  gpu::Launch launch = tables("update_", dtype, segments, chunks, grads, rows);
+  gpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.rule = static_cast<Rule>(rule);
   bool* const marks =
       static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
@@ -97,7 +96,7 @@ void update_(int64_t dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor
 // Captured graphs read the groups' values from the device's table; this writes it, outside the graph.
 void upload_rows(Tensor segments, Tensor rows, int64_t n_segments) {
   gpu::Launch launch{};
-  launch.rows = static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, 8));
+  launch.rows = static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
   launch.n_segments = n_segments;
   launch.n_groups = rows.size(0);
   const int64_t size = gpu::table_size(n_segments, launch.n_groups);

@@ -2,7 +2,9 @@
 
 namespace fastsam::FASTSAM_ISA {
 
-const Variants restore_kernels[kDtypes] = FASTSAM_UPDATE_KERNELS(Kernel::kRestore);
-const Variants sgd_kernels[kDtypes] = FASTSAM_UPDATE_KERNELS(Kernel::kSgd);
+#define FASTSAM_RESTORE(...) update<Kernel::kRestore, __VA_ARGS__>
+#define FASTSAM_KERNEL(...) update<Kernel::kSgd, __VA_ARGS__>
+const Variants restore_kernels[kDtypes] = {FASTSAM_EQUAL(FASTSAM_RESTORE)};
+const Variants sgd_kernels[kPairs] = FASTSAM_PAIRS(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

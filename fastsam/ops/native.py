@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastsam.rules import Row
+
 if TYPE_CHECKING:
     from fastsam.buckets import Bucket
 
@@ -49,6 +51,7 @@ def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> No
     """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64."""
     _operations().grad_norm(
         _DTYPES[bucket.dtype],
+        _DTYPES[bucket.grad_dtype],
         bucket.segment_table,
         bucket.chunk_table,
         _addresses(bucket, grads),
@@ -63,6 +66,7 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
     """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
     _operations().perturb_(
         _DTYPES[bucket.dtype],
+        _DTYPES[bucket.grad_dtype],
         bucket.segment_table,
         bucket.chunk_table,
         _addresses(bucket, grads),
@@ -86,6 +90,7 @@ def update_(
     """
     _operations().update_(
         _DTYPES[bucket.dtype],
+        _DTYPES[bucket.grad_dtype],
         _NO_RULE if bucket.rule is None else bucket.rule.code,
         bucket.segment_table,
         bucket.chunk_table,
@@ -105,7 +110,7 @@ def upload_rows(bucket: Bucket) -> None:
 
 def own_rows(n_segments: int, n_groups: int) -> int:
     """Rows behind the segments in a CUDA bucket's table that are the kernels' own, as in csrc/cuda/launch.h."""
-    return 1 + n_groups + -(-n_segments // 8)
+    return 1 + -(-n_groups * len(Row._fields) // 8) + -(-n_segments // 8)
 
 
 def _addresses(bucket: Bucket, grads: Sequence[Tensor | None]) -> Tensor:

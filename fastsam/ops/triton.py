@@ -580,7 +580,7 @@ _TYPES = {  # of the kernels' arguments: tables, and otherwise int32
     **dict.fromkeys(("grad_scale", "found_inf"), torch.float32),
     "perturbed": torch.uint8,
 }
-_PROGRAMS = 2048  # with fewer chunks than this, several programs share a chunk
+_PROGRAMS = 2048  # with fewer chunks than this, several programs share a chunk; not measured yet
 
 INTERPRETED = not isinstance(_update_kernel, triton.JITFunction)
 
@@ -645,7 +645,7 @@ def update_(
         _scalar(bucket, "found_inf", found_inf, own.zero),
         _scalar(bucket, "clip", clip, own.clip),
     )
-    args = (*tables, len(bucket.segment_table), n_chunks, split)
+    args = (*tables, len(bucket.perturbed), n_chunks, split)
     _launch(bucket, _update_kernel, n_chunks * split, args, (*_rule(bucket), *_types(bucket), _tile(bucket)))
     bucket.perturbed.zero_()
 
@@ -667,7 +667,7 @@ class _Mirror:
 
     def __call__(self, table: Tensor) -> Tensor:
         """The copy, holding the table's values."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _capturing(self.device)
         if self.seen is None or not torch.equal(self.seen, table):
             self._upload(table, capturing)
             self.seen = table.clone()
@@ -694,7 +694,7 @@ class _Mirror:
     def _upload_beside(self, table: Tensor) -> None:
         """While a graph is captured: on another stream, so that the graph holds no copy from host memory."""
         if self.spare is None:
-            raise RuntimeError("FusedSAM: take a step, or call prepare(), before another CUDA graph is captured")
+            raise RuntimeError("FusedSAM: take a step outside of CUDA graphs before another one is captured")
         (staging, copy, stream), self.spare = self.spare, None
         self.copy = self.copy if self.live else copy
         with torch.cuda.stream(stream):
@@ -725,8 +725,14 @@ class _Own:
 def _own(bucket: "Bucket") -> _Own:
     own = bucket.kept
     if not isinstance(own, _Own) or not own.serves(bucket):
+        if _capturing(bucket.device):  # the tables would lie in the graph's memory
+            raise RuntimeError("FusedSAM: take a step before a CUDA graph is captured, so that all tables exist")
         own = bucket.kept = _Own(bucket)
     return own
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _scalar(bucket: "Bucket", name: str, value: Tensor | None, neutral: Tensor) -> Tensor:
