@@ -49,6 +49,12 @@ inline int pair_of(const char* operation, int64_t dtype, int64_t grad_dtype) {
   STD_TORCH_CHECK(false, operation, ": there is no kernel for weights of dtype ", dtype, " and gradients of dtype ", grad_dtype);
 }
 
+inline Rule checked_rule(const char* operation, int64_t rule) {
+  STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, operation, ": rule must be a code in [-1, ", static_cast<int>(kRules), "), got ",
+                  rule);
+  return static_cast<Rule>(rule);
+}
+
 // A number that update_ reads itself, or null.
 template <class T>
 const T* scalar(const char* name, const std::optional<Tensor>& tensor, Place place, ScalarType dtype) {

@@ -45,10 +45,8 @@ void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks,
 
 void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
              std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
-  STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, "update_: rule must be a code in [-1, ", static_cast<int>(kRules),
-                  "), got ", rule);
   cpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
-  launch.rule = static_cast<Rule>(rule);
+  launch.rule = checked_rule("update_", rule);
   launch.perturbed =
       static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.grad_scale = scalar<float>("grad_scale", grad_scale, Place::kCpu, ScalarType::Float);

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsam import ops, rules
 from fastsam.checks import check_param
-from fastsam.ops import native
+from fastsam.ops import graphs
 from fastsam.ops.native import reader
 from fastsam.rules import Group, Row, Rule
 from fastsam.segments import STATE_SLOTS, Segment, is_dense, layout, overlapping, place_of, real_dtype, real_numel
@@ -46,7 +46,7 @@ class Bucket:
         grad_dtype: of this pass's gradients; another than `dtype` only where `ops.MIXED_DTYPES` has both.
         segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and step count; the
             group.
-            For the CUDA kernels rows of their own follow.
+            A backend's own rows may follow.
         chunk_table: [n_chunks, 4] int32: segment, start / 64, length, and the padded lengths of all chunks before / 64.
         grad_table: [n_segments] int64 on the host: addresses of this pass's gradients, 0 for none.
         perturbed: [n_segments] bool on the host: the backup holds the weights; `perturb_` sets it, `update_` clears it.
@@ -57,13 +57,14 @@ class Bucket:
         """An empty bucket; `append` gives it parameters."""
         self.owner, self.device, self.dtype, self.backend, self.slot = owner, device, dtype, backend, slot
         self.grad_dtype = dtype  # what this pass's launches read gradients as
-        self.ops = ops.operations(backend)
+        self.ops, self.graphs = ops.operations(backend), ops.graph_support(backend)
         self.segments: list[Segment] = []
         self.params: list[Tensor] = []
         self.silent: list[int] = []  # segments whose state is not in optimizer.state yet
         self.perturbed = torch.zeros(0, dtype=torch.bool)
         self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
-        self.uploaded: list[Row] | None = None  # what the CUDA kernels' table holds of the groups, for captured graphs
+        self.uploaded: list[Row] | None = None  # the groups' values that the device holds for captured graphs
+        self.captured: Gradients | None = None  # what the last captured update reads; kept alive for its replays
         self.kept: Any = None  # what the backend keeps beside the tables
 
     @property
@@ -162,7 +163,7 @@ class Bucket:
             owned = (segment.backup, *segment.states, None, segment.step)
             rows.append([segment.layout.address, *(0 if t is None else t.data_ptr() for t in owned), segment.group])
         self.places = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8)  # on the host, for the reader
-        own = native.own_rows(len(rows), len(self.owner.groups)) if self.backend == "cuda" else 0
+        own = 0 if self.graphs is None else self.graphs.own_rows(len(rows), len(self.owner.groups))
         self.segment_table = torch.cat([self.places, self.places.new_zeros(own, 8)]).to(self.device)
         self.uploaded = None
         if reader is not None:
@@ -170,30 +171,17 @@ class Bucket:
             self.signatures = torch.tensor(signatures, dtype=torch.int64)
 
     def settle(self) -> None:
-        """See to it that a captured graph finds the groups' values on the device."""
-        if self.backend != "cuda":
-            return
-        if torch.cuda.is_current_stream_capturing():
-            if self.uploaded != self.rows:
-                raise RuntimeError(
-                    "FusedSAM: a captured step reads lr, rho and the other values of the groups from the device: call "
-                    "optimizer.refresh() after changing them, before the capture and before each replay"
-                )
-        elif self.uploaded is None:
-            self.upload()
-
-    def upload(self) -> None:
-        """Bring the groups' values to the device, where captured graphs read them."""
-        if self.backend == "cuda":
-            if len(self.segment_table) != len(self.segments) + native.own_rows(len(self.segments), len(self.rows)):
-                self.point()  # groups were added
-            native.upload_rows(self)
-            self.uploaded = self.rows
-        elif self.backend == "triton" and self.kept is not None and self.kept.serves(self):
-            self.kept.rows(self.row_table)
+        """Before a pass: see to it that a CUDA graph finds what changes from step to step on the device."""
+        if self.graphs is not None:
+            self.graphs.settle(self)
+        elif graphs.capturing(self.device):
+            raise RuntimeError(
+                f"FusedSAM: {place_of(self.params[0], self.owner.groups)} is served by the reference, and a CUDA graph "
+                "would repeat today's lr and rho for good; capture with backend='cuda' or 'triton'"
+            )
 
     def _refuse_capture(self) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if graphs.capturing(self.device):
             raise RuntimeError(
                 "FusedSAM: memory for the step must be allocated before a CUDA graph is captured: call "
                 "optimizer.prepare(), or take a step, first"
@@ -268,11 +256,25 @@ class Bucket:
         written = self._written(grads)
         self.watched = []
         self.ops.update_(self, grads, grad_scale=self._here(grad_scale), found_inf=self._here(found_inf))
+        if graphs.capturing(self.device):
+            self.captured = grads
         torch.autograd.graph.increment_version(written)
 
     def _here(self, scalar: Tensor | None) -> Tensor | None:
         """A number for this device; a GradScaler keeps its own on one of them."""
         return None if scalar is None else scalar.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def check_capture(self) -> None:
+        """Refuse gradients that are elsewhere than those which the last captured update reads."""
+        if self.captured is None:
+            return
+        for param, grad in zip(self.params, self.captured, strict=True):
+            if address(param.grad) != address(grad):
+                raise RuntimeError(
+                    f"FusedSAM: {place_of(param, self.owner.groups)} has its gradient elsewhere than when the CUDA "
+                    "graph was captured, so a replay would read an old one. Keep gradients where they are: "
+                    "zero_grad(set_to_none=False), or capture forward and backward, too"
+                )
 
     def _written(self, grads: Gradients) -> list[Tensor]:
         """The parameters that an operation given these gradients writes to."""
@@ -421,7 +423,8 @@ class Buckets:
         """Read the groups' values, and bring them to where captured graphs find them."""
         self._read_values()
         for bucket in self.items:
-            bucket.upload()
+            if bucket.graphs is not None:
+                bucket.graphs.upload(bucket)
 
     def _kernels_device(self) -> torch.device | None:
         """The GPU whose kernels serve all parameters and can read a tensor lr there; None if there is none such."""
@@ -575,6 +578,11 @@ class Buckets:
                     if device != bucket.device:
                         own = self.sums[bucket.device][bucket.slot]
                         sums[bucket.slot].copy_(own, non_blocking=device.type == "cuda")  # the host waits for its copy
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements are; None for None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def serve(param: Tensor, backend: str) -> tuple[torch.dtype, str]:

@@ -289,6 +289,15 @@ class FusedSAM(Optimizer):
         """Take over changed values of the parameter groups (lr, rho, ...); every step does, a replayed graph cannot."""
         self._sam.buckets.refresh()
 
+    def check_capture(self) -> None:
+        """Check that a captured step will read today's gradients; for graphs that hold no backward pass of their own.
+
+        Raises:
+            RuntimeError: a gradient is elsewhere than when the graph was captured, or appeared, or is gone.
+        """
+        for bucket in self._sam.buckets.items:
+            bucket.check_capture()
+
     # Parts of a step. They are called without gradients enabled.
 
     def _buckets(self) -> Buckets:

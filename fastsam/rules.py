@@ -118,5 +118,5 @@ def row(group: Group, rule: Rule | None, device: torch.device | None = None) -> 
     lr, address = group["lr"], 0
     if isinstance(lr, torch.Tensor) and lr.device == device and lr.numel() == 1 and lr.dtype in LR_DTYPES:
         flags |= LR_FLOAT64 * (lr.dtype == torch.float64)
-        lr, address = 0.0, lr.data_ptr()
+        address, lr = lr.data_ptr(), 0.0
     return Row(float(lr), weight_decay, beta1, beta2, eps, rho, eta, flags | rule_flags, extra=0.0, lr_address=address)

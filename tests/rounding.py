@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from fastsam.ops import native
+from fastsam.ops import MIXED_DTYPES, native
 from fastsam.rules import ADAM, ADAPTIVE, AMSGRAD, DECOUPLED, MAXIMIZE, NESTEROV, SGD, Row
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+MIXED = sorted(MIXED_DTYPES, key=str)
 SIZES = [0, 1, 3, 63, 64, 65, 2047, 2048, 8191, 8192, 8193, 3 * 8192 + 5]
 CHUNK = 8192
 STEPS = 3
@@ -222,7 +223,7 @@ def run(bucket, grads1, grads2, **options):
 
 
 @cache
-def expected(option, dtype):
+def expected(option, dtype, grad_dtype):
     """What the plan makes of `STEPS` steps: each one's sum and perturbed weights; then weights, states, counts."""
     rule, rows = OPTIONS[option][0], rows_of(option)
     formula, counting = (sgd if rule is SGD else adam), rows[0].beta1 != 0 or rule is ADAM
@@ -230,7 +231,7 @@ def expected(option, dtype):
     states = [[np.zeros_like(w)] * 3 for w in weights]
     counts, sums, climbs = np.zeros(len(SIZES), np.float32), [], []
     for step in range(STEPS):
-        g1, g2 = ([None if g is None else widened(g) for g in gradients(dtype, step, which)] for which in (1, 2))
+        g1, g2 = ([None if g is None else widened(g) for g in gradients(grad_dtype, step, which)] for which in (1, 2))
         pass1 = [(w, g, rows[i % 3]) for i, (w, g) in enumerate(zip(weights, g1, strict=True))]
         sums.append(canonical_sum(np.zeros_like(w) if g is None else steepest(w, g, row) for w, g, row in pass1))
         total = 0.25 + sums[-1] + 0.5

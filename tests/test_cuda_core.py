@@ -11,6 +11,7 @@ import pytest
 import torch
 from rounding import (
     DTYPES,
+    MIXED,
     OPTIONS,
     SIZES,
     STEPS,
@@ -26,7 +27,7 @@ from rounding import (
 )
 
 from fastsam import ops
-from fastsam.rules import ADAM, AMSGRAD, SGD
+from fastsam.rules import ADAM, AMSGRAD, LR_FLOAT64, SGD
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests" / "cuda_core.cpp"
@@ -131,9 +132,9 @@ def assert_same(actual, plan, what):
 
 
 def check_steps(backend, bucket, option, dtype, place=lambda grad: grad):
-    sums, climbs, weights, states, counts = expected(option, dtype)
+    sums, climbs, weights, states, counts = expected(option, dtype, bucket.grad_dtype)
     for step in range(STEPS):
-        grads = [[g if g is None else place(g) for g in gradients(dtype, step, which)] for which in (1, 2)]
+        grads = [[g if g is None else place(g) for g in gradients(bucket.grad_dtype, step, which)] for which in (1, 2)]
         total, perturbed = run(backend, bucket, *grads)
         assert total == (pytest.approx(sums[step], rel=1e-14) if dtype == torch.float64 else sums[step])
         for i, (p, plan) in enumerate(zip(perturbed, climbs[step], strict=True)):
@@ -178,6 +179,41 @@ def test_no_access_beyond_weights_gradients_and_states(library, dtype, at_end):
         bucket.states = [[copied(make(len(s), dtype), s) for s in state] for state in bucket.states]
         point(bucket)
     check_steps(Emulated(library), bucket, option, dtype, lambda g: copied(make(len(g), dtype), g))
+
+
+@pytest.mark.parametrize("offsets", [(0, 0), (8, 8), (12, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED, ids=str)
+def test_gradients_of_another_dtype(library, dtype, grad_dtype, offsets):
+    at_p, at_g = (at // kind.itemsize * kind.itemsize for at, kind in zip(offsets, (dtype, grad_dtype), strict=True))
+    for option in ("sgd-dampening", "adamw-amsgrad-maximize"):
+        bucket = fresh_bucket(option, dtype, lambda n, dtype: shifted(n, dtype, at_p))
+        bucket.grad_dtype = grad_dtype
+        check_steps(Emulated(library, 1), bucket, option, dtype, lambda g: copied(shifted(len(g), g.dtype, at_g), g))
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED, ids=str)
+def test_no_access_beyond_gradients_of_another_dtype(library, dtype, grad_dtype):
+    for at_end in (True, False):
+        bucket = fresh_bucket("sgd-dampening", dtype)
+        bucket.grad_dtype = grad_dtype
+        place = lambda g, at_end=at_end: copied(guarded(len(g), g.dtype, at_end), g) if len(g) else g  # noqa: E731
+        check_steps(Emulated(library), bucket, "sgd-dampening", dtype, place)
+
+
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("option", ["sgd", "adamw"])
+def test_a_learning_rate_on_the_device(library, option, lr_dtype):
+    lr = torch.tensor(0.25, dtype=lr_dtype)  # exact in both
+    buckets = [fresh_bucket(option, torch.float32) for _ in range(2)]
+    rows = [row._replace(lr=0.25) for row in buckets[0].rows]
+    there = dict(lr=float("nan"), lr_address=lr.data_ptr())
+    both = rows, [r._replace(flags=r.flags | (LR_FLOAT64 if lr_dtype == torch.float64 else 0), **there) for r in rows]
+    for bucket, rows in zip(buckets, both, strict=True):
+        bucket.row_table = torch.tensor(rows, dtype=torch.float64)
+        for step in range(STEPS):
+            run(Emulated(library), bucket, *(gradients(torch.float32, step, which) for which in (1, 2)))
+    for a, b in zip(*(bucket.params for bucket in buckets), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("by_value", [0, 1, 2])
@@ -288,15 +324,24 @@ def assert_equal(ours, theirs, dtype, what):
         torch.testing.assert_close(p, q, equal_nan=True, msg=lambda text, i=i: f"{what}, {i}: {text}", **tolerance)
 
 
-@pytest.mark.slow
-def test_blocks_on_several_threads_without_a_race(objects):
-    program = compiled(objects, "races", "-O1", "-g", "-fsanitize=thread", "-DFASTSAM_MAIN")
+def run_with_thread_sanitizer(objects, name, *flags):
+    program = compiled(objects, name, "-O1", "-g", "-fsanitize=thread", "-DFASTSAM_MAIN", *flags)
     # The sanitizer's memory layout needs addresses that randomisation may take away.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     for prefix in (fixed, []):
         done = subprocess.run([*prefix, str(program)], capture_output=True, text=True)
         if done.returncode == 0 or "WARNING: ThreadSanitizer" in done.stderr or not done.stderr:
-            break
-    else:
-        pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip().splitlines()[0]}")
+            return done
+    pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip().splitlines()[0]}")
+
+
+@pytest.mark.slow
+def test_blocks_on_several_threads_without_a_race(objects):
+    done = run_with_thread_sanitizer(objects, "races")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_ticket_without_its_memory_order_is_noticed(objects):
+    done = run_with_thread_sanitizer(objects, "relaxed", "-DFASTSAM_TICKET_ORDER=__ATOMIC_RELAXED")
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr

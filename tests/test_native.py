@@ -5,6 +5,7 @@ import pytest
 import torch
 from rounding import (
     DTYPES,
+    MIXED,
     OPTIONS,
     SIZES,
     STEPS,
@@ -54,9 +55,9 @@ def threads(request):
 
 
 def check_steps(bucket, option, dtype, place=lambda grad: grad):
-    sums, climbs, weights, states, counts = expected(option, dtype)
+    sums, climbs, weights, states, counts = expected(option, dtype, bucket.grad_dtype)
     for step in range(STEPS):
-        grads = [[g if g is None else place(g) for g in gradients(dtype, step, which)] for which in (1, 2)]
+        grads = [[g if g is None else place(g) for g in gradients(bucket.grad_dtype, step, which)] for which in (1, 2)]
         total, perturbed = run(bucket, *grads)
         if dtype == torch.float64:
             assert total == pytest.approx(sums[step], rel=1e-14)
@@ -103,6 +104,23 @@ def test_no_access_beyond_weights_and_gradients(isa, dtype, at_end, spread):
     bucket.states = [[copied(make(len(s), dtype), s) for s in state] for state in bucket.states]
     point(bucket)
     check_steps(bucket, "adamw-amsgrad-maximize", dtype, lambda g: copied(make(len(g), dtype), g))
+
+
+@pytest.mark.parametrize("option", ["sgd", "adamw-amsgrad-maximize"])
+@pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED, ids=str)
+def test_gradients_of_another_dtype(isa, dtype, grad_dtype, option):
+    bucket = fresh_bucket(option, dtype)
+    bucket.grad_dtype = grad_dtype
+    check_steps(bucket, option, dtype, lambda g: copied(guarded(len(g), g.dtype, True), g) if len(g) else g)
+
+
+def test_there_are_no_kernels_for_other_dtypes_of_gradients():
+    bucket = fresh_bucket("sgd", torch.float64)
+    bucket.grad_dtype = torch.float32
+    with pytest.raises(
+        RuntimeError, match="grad_norm: there is no kernel for weights of dtype 1 and gradients of dtype 0"
+    ):
+        native.grad_norm(bucket, [None] * len(SIZES), torch.zeros(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

@@ -81,6 +81,10 @@ cudaError_t launch_with(void (*kernel)(const Arguments<kWords>), const Header& h
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads), pointers, 0, stream);
 }
 
+const Variants& variants_of(const Variants* kernels, const gpu::Launch& launch) {
+  return kernels[kernels == restore_kernels ? launch.dtype : launch.pair];
+}
+
 // Run a kernel with what it is told by value, or, where that is too much, from the device's tables.
 cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header header, uint32_t* ticket, bool whole_chunks) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
@@ -112,7 +116,7 @@ cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header heade
   // Without a chunk one block still has to sum nothing, or to count the updates of empty parameters.
   const unsigned grid = static_cast<unsigned>(std::max<int64_t>(launch.n_chunks << header.split_bits, 1));
   const int64_t words = (rows_fit ? row_words : 0) + (grads_fit ? n : 0);
-  const Variants& variants = kernels[kernels == restore_kernels ? launch.dtype : launch.pair];
+  const Variants& variants = variants_of(kernels, launch);
   return words <= kSmallWords && variants.small ? launch_with(variants.small, header, launch, rows_fit, grads_fit, grid, stream)
                               : launch_with(variants.large, header, launch, rows_fit, grads_fit, grid, stream);
 }
@@ -139,21 +143,30 @@ cudaError_t perturb(const gpu::Launch& launch) {
   return run(perturb_kernels, launch, header, nullptr, false);
 }
 
+const Variants* update_kernels(const gpu::Launch& launch) {
+  const bool amsgrad = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return adam_states(row) == 3; });
+  return launch.rule == kNoRule ? restore_kernels : launch.rule == kSgd ? sgd_kernels : amsgrad ? amsgrad_kernels : adam_kernels;
+}
+
 cudaError_t update(const gpu::Launch& launch) {
   Header header{};
   header.grad_scale = launch.grad_scale;
   header.found_inf = launch.found_inf;
   header.clip = launch.clip;
-  const bool amsgrad = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return adam_states(row) == 3; });
-  const Variants* const kernels = launch.rule == kNoRule ? restore_kernels
-                                  : launch.rule == kSgd  ? sgd_kernels
-                                  : amsgrad              ? amsgrad_kernels
-                                                         : adam_kernels;
-  return run(kernels, launch, header, &control_of(launch)->update_ticket, false);
+  return run(update_kernels(launch), launch, header, &control_of(launch)->update_ticket, false);
 }
 
+// Loads what a step will launch, too: CUDA loads a kernel when it is first asked for, which may not be while capturing.
 cudaError_t upload_rows(const gpu::Launch& launch) {
   if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
+  for (const Variants* kernels : {norm_kernels, perturb_kernels, update_kernels(launch)}) {
+    const Variants& variants = variants_of(kernels, launch);
+    cudaFuncAttributes unused;
+    if (variants.small) {
+      if (const cudaError_t error = cudaFuncGetAttributes(&unused, variants.small)) return error;
+    }
+    if (const cudaError_t error = cudaFuncGetAttributes(&unused, variants.large)) return error;
+  }
   return write_rows(launch, static_cast<cudaStream_t>(launch.stream));
 }
 

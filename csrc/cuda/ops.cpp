@@ -72,10 +72,8 @@ void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks,
 
 void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
              std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
-  STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, "update_: rule must be a code in [-1, ", static_cast<int>(kRules), "), got ",
-                  rule);
   gpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
-  launch.rule = static_cast<Rule>(rule);
+  launch.rule = checked_rule("update_", rule);
   bool* const marks =
       static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.perturbed = marks;
@@ -93,9 +91,12 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
   std::fill(marks, marks + launch.n_segments, false);
 }
 
-// Captured graphs read the groups' values from the device's table; this writes it, outside the graph.
-void upload_rows(Tensor segments, Tensor rows, int64_t n_segments) {
+// Captured graphs read the groups' values from the device's table; this writes it, outside the graph, and loads the kernels.
+void upload_rows(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor rows, int64_t n_segments) {
   gpu::Launch launch{};
+  launch.dtype = static_cast<Dtype>(dtype);
+  launch.pair = pair_of("upload_rows", dtype, grad_dtype);
+  launch.rule = checked_rule("upload_rows", rule);
   launch.rows = static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
   launch.n_segments = n_segments;
   launch.n_groups = rows.size(0);
@@ -111,7 +112,7 @@ void upload_rows(Tensor segments, Tensor rows, int64_t n_segments) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastsam, m) { m.def("upload_rows(Tensor(a!) segments, Tensor rows, int n_segments) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastsam, m) { m.def("upload_rows(int dtype, int grad_dtype, int rule, Tensor(a!) segments, Tensor rows, int n_segments) -> ()"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));

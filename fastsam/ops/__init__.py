@@ -10,18 +10,20 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from fastsam.ops import native, reference
+from fastsam.ops import graphs, native, reference
 
 if TYPE_CHECKING:
     from fastsam.buckets import Bucket
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (7, 5)  # of an NVIDIA GPU; older ones get the reference
 # Weights and gradients of different dtypes that one launch can take (`grad_dtype` of a parameter allows them).
 MIXED_DTYPES = {
     (torch.float32, torch.bfloat16),
@@ -103,16 +105,41 @@ def resolve(backend: str) -> str:
     return backend
 
 
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else LEAST_CAPABILITY
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The backend that serves such parameters; None where the one asked for by name cannot."""
     kernels = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())  # the first that is available
     if _interpreted():
         kernels = {"cpu": ("cpu", "triton"), "cuda": ("cuda",)}.get(device.type, ())
-    if dtype not in KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES or (device.type == "cuda" and _capability(device) < LEAST_CAPABILITY):
         kernels = ()
     if backend == "auto":
         return next((name for name in kernels if _REASONS[name]() is None), "reference")
     return backend if backend in ("reference", *kernels) else None
+
+
+class GraphSupport(Protocol):
+    """What a backend that can be captured in a CUDA graph provides beside its operations; see `graphs.py`."""
+
+    def own_rows(self, n_segments: int, n_groups: int) -> int:
+        """Rows behind the segments in a bucket's table that are the backend's own."""
+
+    def settle(self, bucket: Bucket) -> None:
+        """Before a pass: see to it that a graph finds the groups' values on the device."""
+
+    def upload(self, bucket: Bucket) -> None:
+        """Bring the groups' values to the device, outside of graphs."""
+
+
+def graph_support(backend: str) -> GraphSupport | None:
+    """How CUDA graphs find a backend's values; None for backends that are not captured."""
+    if backend == "triton":
+        return cast(GraphSupport, operations(backend))
+    return graphs if backend == "cuda" else None
 
 
 def operations(backend: str) -> Operations:

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastsam.rules import Row
-
 if TYPE_CHECKING:
     from fastsam.buckets import Bucket
 
@@ -42,6 +40,8 @@ def cuda_reason() -> str | None:
         return "the library was built without them; install a CUDA toolkit (nvcc) and rebuild: pip install -e ."
     if reader is None:
         return "torch does not tell the current stream by its DLPack exchange table; they need torch >= 2.11"
+    if torch.version.hip is not None:
+        return "torch is built for AMD GPUs here, the library for NVIDIA's; install triton"
     if not torch.cuda.is_available():
         return "they are compiled, but torch.cuda.is_available() is False"
     return None
@@ -91,7 +91,7 @@ def update_(
     _operations().update_(
         _DTYPES[bucket.dtype],
         _DTYPES[bucket.grad_dtype],
-        _NO_RULE if bucket.rule is None else bucket.rule.code,
+        _rule(bucket),
         bucket.segment_table,
         bucket.chunk_table,
         _addresses(bucket, grads),
@@ -104,13 +104,19 @@ def update_(
 
 
 def upload_rows(bucket: Bucket) -> None:
-    """Write the groups' values to the device, where captured graphs read them; for buckets of the CUDA kernels."""
-    torch.ops.fastsam.upload_rows(bucket.segment_table, bucket.row_table, len(bucket.segments))
+    """Write the groups' values to the device, where captured graphs read them, and load the bucket's CUDA kernels."""
+    torch.ops.fastsam.upload_rows(
+        _DTYPES[bucket.dtype],
+        _DTYPES[bucket.grad_dtype],
+        _rule(bucket),
+        bucket.segment_table,
+        bucket.row_table,
+        len(bucket.segments),
+    )
 
 
-def own_rows(n_segments: int, n_groups: int) -> int:
-    """Rows behind the segments in a CUDA bucket's table that are the kernels' own, as in csrc/cuda/launch.h."""
-    return 1 + -(-n_groups * len(Row._fields) // 8) + -(-n_segments // 8)
+def _rule(bucket: Bucket) -> int:
+    return _NO_RULE if bucket.rule is None else bucket.rule.code
 
 
 def _addresses(bucket: Bucket, grads: Sequence[Tensor | None]) -> Tensor:

@@ -798,3 +798,22 @@ def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# ---- CUDA graphs; see `graphs.py`.
+
+
+def own_rows(n_segments: int, n_groups: int) -> int:
+    """No rows of the segment table are these kernels' own."""
+    return 0
+
+
+def settle(bucket: "Bucket") -> None:
+    """Before a pass: make what a capture must find made; a pass while capturing brings changed values by itself."""
+    if not _capturing(bucket.device):
+        _own(bucket)
+
+
+def upload(bucket: "Bucket") -> None:
+    """Bring the groups' values to the device, outside of graphs."""
+    _own(bucket).rows(bucket.row_table)
