@@ -60,6 +60,8 @@ class Bucket:
         self.ops, self.graphs = ops.operations(backend), ops.graph_support(backend)
         self.segments: list[Segment] = []
         self.params: list[Tensor] = []
+        self.segment_table = self.chunk_table = self.partials = torch.zeros(0)  # `append` makes them
+        self.pointed = False  # whether segment_table knows all states
         self.silent: list[int] = []  # segments whose state is not in optimizer.state yet
         self.perturbed = torch.zeros(0, dtype=torch.bool)
         self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
@@ -95,35 +97,39 @@ class Bucket:
         sizes = [real_numel(param) for param, _ in members]
         backups = self._page(sizes)
         steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
+        before = len(self.segments)
         chunk = self.segments[-1].chunks.stop if self.segments else 0
         for i, (param, group) in enumerate(members):
             chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
             self.segments.append(
                 Segment(param, layout(param), group, sizes[i], is_dense(param), chunks, backups[i], steps[i])
             )
+        try:
+            self._allocate()
+            self._build_tables()
+        except BaseException:  # out of memory, say: as if nothing had been asked, so that restore() works
+            del self.segments[before:]
+            raise
         self.params = [segment.param for segment in self.segments]
         self.largest = max(range(len(self.segments)), key=lambda i: self.segments[i].numel)
-        self._allocate()
-        self._build_tables()
-        self.absorb(state, self.segments[-len(members) :])
+        self.absorb(state, self.segments[before:])
 
     def require_states(self, state: State) -> None:
         """Have the states that the groups' values ask for; momentum or amsgrad may be switched on late."""
-        if self._allocate():
+        self._allocate()
+        if not self.pointed:
             self.point()
             self.absorb(state, self.segments)
 
-    def _allocate(self) -> bool:
+    def _allocate(self) -> None:
         needs = [(segment, self.owner.states_used(segment.group)) for segment in self.segments]
-        grown = False
         for slot in range(STATE_SLOTS):
             bare = [segment for segment, count in needs if slot < count and segment.states[slot] is None]
             if bare:
                 self._refuse_capture()
+                self.pointed = False
             for segment, flat in zip(bare, self._page([s.numel for s in bare]), strict=True):
                 segment.states[slot] = flat.zero_()
-            grown = grown or bool(bare)
-        return grown
 
     def _page(self, sizes: Sequence[int]) -> list[Tensor]:
         """One new flat tensor, not initialised, cut into pieces of these sizes that start at multiples of ALIGN."""
@@ -141,14 +147,16 @@ class Bucket:
                 length = min(CHUNK, segment.numel - start)
                 chunks.append((i, start // ALIGN, length, position))
                 position -= -length // ALIGN
-        self.chunk_table = torch.tensor(chunks, dtype=torch.int32).reshape(-1, 4).to(self.device)
-        self.partials = torch.zeros(len(chunks), dtype=torch.float64, device=self.device)
+        chunk_table = torch.tensor(chunks, dtype=torch.int32).reshape(-1, 4).to(self.device)
+        partials = torch.zeros(len(chunks), dtype=torch.float64, device=self.device)
+        self.point()  # from here on nothing can fail for want of the device's memory
+        self.owner.captures.retire(self.chunk_table, self.partials)
+        self.chunk_table, self.partials = chunk_table, partials
         self.grad_table = torch.zeros(len(self.segments), dtype=torch.int64)
         before, self.perturbed = self.perturbed, torch.zeros(len(self.segments), dtype=torch.bool)
         self.perturbed[: len(before)] = before
         self.skip = torch.zeros(len(self.segments), dtype=torch.bool)
         self.mask()
-        self.point()
 
     def mask(self) -> None:
         """Write down which segments the first pass leaves out: those of groups with `perturb=False`."""
@@ -162,16 +170,20 @@ class Bucket:
             segment.layout = layout(segment.param)
             owned = (segment.backup, *segment.states, None, segment.step)
             rows.append([segment.layout.address, *(0 if t is None else t.data_ptr() for t in owned), segment.group])
-        self.places = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8)  # on the host, for the reader
+        places = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8)
         own = 0 if self.graphs is None else self.graphs.own_rows(len(rows), len(self.owner.groups))
-        self.segment_table = torch.cat([self.places, self.places.new_zeros(own, 8)]).to(self.device)
-        self.uploaded = None
+        table = torch.cat([places, places.new_zeros(own, 8)]).to(self.device)
+        self.owner.captures.retire(self.segment_table)
+        self.places, self.segment_table = places, table  # the former on the host, for the reader
+        self.uploaded, self.pointed = None, True
         if reader is not None:
-            signatures = [reader.describe(param)[1] for param in self.params]
+            signatures = [reader.describe(segment.param)[1] for segment in self.segments]
             self.signatures = torch.tensor(signatures, dtype=torch.int64)
 
     def settle(self) -> None:
         """Before a pass: see to it that a CUDA graph finds what changes from step to step on the device."""
+        if graphs.capturing(self.device):
+            self.owner.captures.begin()
         if self.graphs is not None:
             self.graphs.settle(self)
         elif graphs.capturing(self.device):
@@ -400,6 +412,7 @@ class Buckets:
         self.partial = False
         self.sums: dict[torch.device, Tensor] = {}
         self.warned: set[str] = set()
+        self.captures = graphs.Captures()
 
     def follow(self, groups: Sequence[Group], state: State) -> None:
         """Catch up with what happened since the last pass: other groups, values or state, thawed parameters."""
@@ -413,7 +426,6 @@ class Buckets:
                 bucket.absorb(state, bucket.segments)
         thawed = [member for member in self.frozen if member[0].grad is not None]
         if thawed:
-            self.frozen = [member for member in self.frozen if member[0].grad is None]
             self._append(thawed)
         self._read_values()
         for bucket in self.items:
@@ -421,6 +433,7 @@ class Buckets:
 
     def refresh(self) -> None:
         """Read the groups' values, and bring them to where captured graphs find them."""
+        self.captures.check()
         self._read_values()
         for bucket in self.items:
             if bucket.graphs is not None:
@@ -441,11 +454,11 @@ class Buckets:
                     bucket.uploaded = None
                 self._values = array("d", bytes(8 * len(Row._fields) * len(rows)))
                 self.row_table = torch.frombuffer(self._values, dtype=torch.float64).view(len(rows), -1)
-            self._values[:] = array("d", [value for row in rows for value in row])
-            self.rows = rows
             self.counts = [self.rule is not None and self.rule.counts(group) for group in self.groups]
             for bucket in self.items:
                 bucket.require_states(self.state)
+            self._values[:] = array("d", [value for row in rows for value in row])
+            self.rows = rows  # last: if memory runs out, the next step asks for the states again
         perturbs = [bool(group["perturb"]) for group in self.groups]
         if perturbs != self.perturbs:
             self.perturbs, self.partial = perturbs, not all(perturbs)
@@ -525,14 +538,15 @@ class Buckets:
 
     def _regroup(self) -> None:
         """Parameters were added or exchanged: add pages for new ones; anything else builds all buckets anew."""
-        self.params = [param for group in self.groups for param in group["params"]]
+        params = [param for group in self.groups for param in group["params"]]
         group_of = {id(param): i for i, group in enumerate(self.groups) for param in group["params"]}
         segments = [segment for bucket in self.items for segment in bucket.segments]
         if any(group_of.get(id(segment.param)) != segment.group for segment in segments):
             self._rebuild()
-            return
-        known = {id(segment.param) for segment in segments}
-        self._admit([(param, group_of[id(param)]) for param in self.params if id(param) not in known])
+        else:
+            known = {id(segment.param) for segment in segments}
+            self._admit([(param, group_of[id(param)]) for param in params if id(param) not in known])
+        self.params = params  # last: if memory runs out, the next step begins here again
 
     def _rebuild(self) -> None:
         """Build all buckets anew, with the state they hold; perturbed weights are restored first."""
@@ -559,11 +573,13 @@ class Buckets:
             placed.setdefault((param.device, *serve(param, self.backend)), []).append((param, group))
         for (device, dtype, backend), group_members in placed.items():
             same = [b for b in self.items if (b.device, b.dtype, b.backend) == (device, dtype, backend)]
-            if not same:
-                same = [Bucket(self, device, dtype, backend, slot=len(self.items))]
-                self.items += same
-            same[0].append(group_members, self.state)
+            bucket = same[0] if same else Bucket(self, device, dtype, backend, slot=len(self.items))
+            bucket.append(group_members, self.state)
+            self.items += [] if same else [bucket]
+            placed_now = {id(param) for param, _ in group_members}
+            self.frozen = [member for member in self.frozen if id(member[0]) not in placed_now]
         devices = {bucket.device for bucket in self.items}
+        self.captures.retire(*self.sums.values())
         self.sums = {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices}
 
     def states_used(self, group: int) -> int:

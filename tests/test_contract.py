@@ -476,3 +476,18 @@ def test_errors_of_groups():
     opt = FusedSAM([Parameter(torch.ones(3))], SGD, lr=0.1)
     with pytest.raises(ValueError, match="rho must be >= 0, got -3"):
         opt.add_param_group(dict(params=[Parameter(torch.ones(3))], rho=-3))
+
+
+def test_a_first_step_while_a_graph_is_captured_is_refused_and_prepare_makes_up_for_it(backend, device, monkeypatch):
+    p = Parameter(torch.ones(70, device=device))
+    p.grad = torch.ones_like(p)
+    opt = FusedSAM([p], torch.optim.SGD, rho=0.1, lr=0.5, momentum=0.9, backend=backend)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastsam.ops.graphs.capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match=r"optimizer\.prepare\(\)"):
+            opt.first_step()
+    assert (p == 1).all()
+    opt.prepare()
+    opt.first_step()
+    opt.step()
+    assert (p == 0.5).all()

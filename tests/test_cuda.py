@@ -136,6 +136,7 @@ def test_overflow_under_a_grad_scaler():
     assert scaler.get_scale() == 2.0**3
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_host_sync_and_no_allocation_after_the_first_step():
     params = cases.make_params(device="cuda")
     opt = cases.fused(params, cases.ADAM_CONFIGS[3], "cuda")
@@ -150,8 +151,8 @@ def test_no_host_sync_and_no_allocation_after_the_first_step():
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -210,6 +211,7 @@ def test_a_captured_step_follows_the_groups_values(base, options):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # of a capture that is refused
 def test_a_capture_that_would_allocate_or_read_old_values_is_refused():
     torch.use_deterministic_algorithms(False)
     p = torch.nn.Parameter(torch.ones(100, device="cuda"))
@@ -221,3 +223,91 @@ def test_a_capture_that_would_allocate_or_read_old_values_is_refused():
     opt.param_groups[0]["lr"] = 0.7
     with pytest.raises(RuntimeError, match=r"refresh\(\)"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         opt.first_step()
+
+
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64], ids=str)
+def test_a_capture_after_prepare_reads_a_tensor_lr(lr_dtype):
+    """No eager step before it, so that every kernel is launched for the first time while capturing."""
+    torch.use_deterministic_algorithms(False)
+    lr = torch.tensor(0.5, dtype=lr_dtype, device="cuda")
+    p = torch.nn.Parameter(torch.zeros(1000, device="cuda"))
+    opt = fastsam.FusedSAM([p], torch.optim.SGD, rho=0.1, lr=lr, backend="cuda")
+    p.grad = torch.ones_like(p)
+    opt.prepare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.first_step()
+        opt.step()
+    opt.check_capture()
+    graph.replay()
+    assert (p == -0.5).all()
+    lr.fill_(0.25)
+    graph.replay()
+    assert (p == -0.75).all()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="has its gradient elsewhere"):
+        opt.check_capture()
+
+
+def test_a_graph_outlives_the_tables_that_it_reads():
+    torch.use_deterministic_algorithms(False)
+    model, opt, step = graph_problem(torch.optim.SGD, lr=0.1, momentum=0.9)
+    for p in model[2].parameters():
+        p.requires_grad_(False)
+    step()
+    opt.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    frozen = [p.detach().clone() for p in model[2].parameters()]
+    for p in model[2].parameters():
+        p.requires_grad_(True)
+    step()  # pages and tables for the thawed parameters
+    thawed = [p.detach().clone() for p in model[2].parameters()]
+    before = [p.detach().clone() for p in model[0].parameters()]
+    torch.cuda.empty_cache()
+    graph.replay()
+    assert not any(torch.equal(a, b) for a, b in zip(frozen, thawed, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, model[0].parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(thawed, model[2].parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="capture it again"):
+        opt.refresh()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_two_devices_share_one_norm_without_waiting():
+    params = [torch.nn.Parameter(torch.full((5000,), 0.5, device=f"cuda:{i}")) for i in range(2)]
+    opt = fastsam.FusedSAM(params, torch.optim.SGD, rho=1.0, lr=0.1, momentum=0.9, backend="cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.prepare()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.first_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for p in params:
+        torch.testing.assert_close(p.detach(), torch.full_like(p, 0.5 + 0.01))
+    opt.step()
+    for p in params:
+        torch.testing.assert_close(p.detach(), torch.full_like(p, 0.4))
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), sorted(ops.MIXED_DTYPES, key=str), ids=str)
+def test_gradients_of_another_dtype(dtype, grad_dtype):
+    for config in (cases.SGD_CONFIGS[-1], cases.ADAM_CONFIGS[-1]):
+        ours, theirs = cases.make_params(dtype, device="cuda"), cases.make_params(dtype)
+        opt, reference = cases.fused(ours, config, "cuda"), cases.fused(theirs, config)
+        for step in range(3):
+            for pass_, finish in ((1, "first_step"), (2, "step")):
+                cases.set_gradients(theirs, step, pass_)
+                for p, q in zip(ours, theirs, strict=True):
+                    grad = None if q.grad is None else q.grad.to(grad_dtype)
+                    p.grad = q.grad = None
+                    p.grad_dtype = q.grad_dtype = grad_dtype
+                    p.grad, q.grad = (None, None) if grad is None else (grad.cuda(), grad)
+                for o in (opt, reference):
+                    getattr(o, finish)()
+                for q in theirs:  # so that the next pass can make some
+                    q.grad, q.grad_dtype = None, dtype
+                assert_same(ours, theirs, f"weights of pass {pass_} in step {step}")

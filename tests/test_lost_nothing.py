@@ -246,3 +246,66 @@ def test_a_step_that_finds_no_gradient_on_any_parameter_warns_once(backend, devi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step(closure)
+
+
+class NoMemory:
+    """Stands for torch functions that allocate; call number `fails_at` finds no memory."""
+
+    def __init__(self, monkeypatch, fails_at: int) -> None:
+        self.calls, self.fails_at = 0, fails_at
+        for name in ("empty", "zeros", "cat"):
+            monkeypatch.setattr(torch, name, self.wrapped(getattr(torch, name)))
+
+    def wrapped(self, function):
+        def allocate(*args, **kwargs):
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise torch.OutOfMemoryError("no memory")
+            return function(*args, **kwargs)
+
+        return allocate
+
+
+@pytest.mark.parametrize("late", [dict(), dict(momentum=0.9), dict(thaw=True)], ids=["at first", "momentum", "thawed"])
+def test_running_out_of_memory_in_any_allocation_can_be_survived(monkeypatch, backend, device, late):
+    """What failed is asked for again by the next step, which then is as if nothing had happened."""
+
+    def run(fails_at):
+        params = [Parameter(torch.full((n,), 0.5, device=device)) for n in (5, 8200)]
+        params[1].requires_grad_("thaw" not in late)
+        opt = FusedSAM(params, torch.optim.SGD, rho=0.3, lr=0.1, backend=backend)
+        failed = False
+        for step in range(3):
+            if late and step == 1:
+                opt.param_groups[0].update({k: v for k, v in late.items() if k != "thaw"})
+                params[1].requires_grad_()
+            before = [bits(p) for p in params]
+            for attempt in range(2):
+                with monkeypatch.context() as patch:
+                    memory = NoMemory(patch, fails_at if step == bool(late) and attempt == 0 else 0)
+                    try:
+                        opt.step(closure_of_ones(params, opt))
+                        break
+                    except torch.OutOfMemoryError:
+                        failed = True
+                assert [bits(p) for p in params] == before and not opt.perturbed
+                assert memory.calls > 0
+        return [bits(p) for p in params], failed
+
+    expected, _ = run(0)
+    fails_at, failed = 0, True
+    while failed:
+        fails_at += 1
+        found, failed = run(fails_at)
+        assert found == expected
+    assert fails_at > 3
+
+
+def closure_of_ones(params, opt):
+    def closure():
+        opt.zero_grad()
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, 1.0 + i) if p.requires_grad else None
+        return torch.ones(())
+
+    return closure

@@ -40,7 +40,8 @@ cudaError_t write_words(int64_t* to, int64_t n, cudaStream_t stream, const WordA
 gpu::Control* control_of(const gpu::Launch& launch) {
   return reinterpret_cast<gpu::Control*>(const_cast<Segment*>(launch.segments) + launch.n_segments);
 }
-Row* row_table_of(const gpu::Launch& launch) { return reinterpret_cast<Row*>(control_of(launch) + 1); }
+Row* captured_rows_of(const gpu::Launch& launch) { return reinterpret_cast<Row*>(control_of(launch) + 1); }
+Row* row_table_of(const gpu::Launch& launch) { return captured_rows_of(launch) + launch.n_groups; }
 int64_t* grad_table_of(const gpu::Launch& launch) { return reinterpret_cast<int64_t*>(row_table_of(launch) + launch.n_groups); }
 
 int64_t row_word(const gpu::Launch& launch, int64_t i) {
@@ -51,8 +52,8 @@ int64_t row_word(const gpu::Launch& launch, int64_t i) {
 int64_t grad_word(const gpu::Launch& launch, int64_t i) {
   return launch.grads[i] | (launch.perturbed && launch.perturbed[i] ? kPerturbed : 0);
 }
-cudaError_t write_rows(const gpu::Launch& launch, cudaStream_t stream) {
-  return write_words(reinterpret_cast<int64_t*>(row_table_of(launch)), launch.n_groups * kRowColumns, stream,
+cudaError_t write_rows(Row* to, const gpu::Launch& launch, cudaStream_t stream) {
+  return write_words(reinterpret_cast<int64_t*>(to), launch.n_groups * kRowColumns, stream,
                      [&](int64_t i) { return row_word(launch, i); });
 }
 
@@ -103,10 +104,12 @@ cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header heade
   header.n_segments = static_cast<int32_t>(n);
   header.n_groups = static_cast<int32_t>(launch.n_groups);
   header.split_bits = whole_chunks ? 0 : split_bits_for(launch);
-  if (!rows_fit) {
+  if (capturing) {
+    header.rows = captured_rows_of(launch);  // where a replay finds what was uploaded since
+    header.adaptive = true;                  // in a replay a group may be
+  } else if (!rows_fit) {
     header.rows = row_table_of(launch);
-    header.adaptive = true;  // in a replay a group may be
-    if (!capturing) error = write_rows(launch, stream);  // a replay is to find what was uploaded since, not these
+    error = write_rows(row_table_of(launch), launch, stream);
   }
   if (!grads_fit && error == cudaSuccess) {
     header.grads = grad_table_of(launch);
@@ -167,7 +170,7 @@ cudaError_t upload_rows(const gpu::Launch& launch) {
     }
     if (const cudaError_t error = cudaFuncGetAttributes(&unused, variants.large)) return error;
   }
-  return write_rows(launch, static_cast<cudaStream_t>(launch.stream));
+  return write_rows(captured_rows_of(launch), launch, static_cast<cudaStream_t>(launch.stream));
 }
 
 }  // namespace

@@ -14,17 +14,60 @@ from fastsam.ops import native
 from fastsam.rules import Row
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastsam.buckets import Bucket
+
+
+class Captures:
+    """What the captured graphs of an optimizer read: tables that were replaced since must not be freed.
+
+    Attributes:
+        any: whether a pass was captured.
+        outdated: whether a table of the last capture was replaced since.
+    """
+
+    def __init__(self) -> None:
+        """No pass was captured yet."""
+        self.any = self.outdated = False
+        self._held: list[Tensor] = []
+
+    def begin(self) -> None:
+        """A pass is being captured, with the tables of now."""
+        self.any, self.outdated = True, False
+
+    def retire(self, *tables: Tensor | None) -> None:
+        """Keep tables that are replaced, if a graph may read them."""
+        if self.any:
+            self.outdated = True
+            self._held += [table for table in tables if table is not None]
+
+    def check(self) -> None:
+        """Refuse to go on with a graph whose tables were replaced.
+
+        Raises:
+            RuntimeError: they were.
+        """
+        if self.outdated:
+            raise RuntimeError(
+                "FusedSAM: parameters, states or groups were added or moved since the CUDA graph was captured, which "
+                "goes on without them and without new values of lr and rho: capture it again"
+            )
 
 
 def capturing(device: torch.device) -> bool:
     """Whether what is queued on this device now goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def own_rows(n_segments: int, n_groups: int) -> int:
     """Rows behind the segments in a bucket's table that are the kernels' own, as in csrc/cuda/launch.h."""
-    return 1 + -(-n_groups * len(Row._fields) // 8) + -(-n_segments // 8)
+    return 1 + -(-2 * n_groups * len(Row._fields) // 8) + -(-n_segments // 8)
 
 
 def settle(bucket: Bucket) -> None:
