@@ -55,14 +55,19 @@ inline Rule checked_rule(const char* operation, int64_t rule) {
   return static_cast<Rule>(rule);
 }
 
-// A number that update_ reads itself, or null.
+// A number that an operation reads or writes itself, or null.
 template <class T>
-const T* scalar(const char* name, const std::optional<Tensor>& tensor, Place place, ScalarType dtype) {
+T* scalar(const char* operation, const char* name, const std::optional<Tensor>& tensor, Place place, ScalarType dtype) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(is_on(*tensor, place) && tensor->scalar_type() == dtype && tensor->numel() == 1, "update_: ", name,
+  STD_TORCH_CHECK(is_on(*tensor, place) && tensor->scalar_type() == dtype && tensor->numel() == 1, operation, ": ", name,
                   " must be one element of dtype ", torch::headeronly::toString(dtype), " ", name_of(place), ", got ",
                   tensor->numel(), " of ", torch::headeronly::toString(tensor->scalar_type()));
-  return static_cast<const T*>(tensor->data_ptr());
+  return static_cast<T*>(tensor->data_ptr());
+}
+
+// The two counters of overflows, or null.
+inline int64_t* counters(const char* operation, const std::optional<Tensor>& tensor, Place place) {
+  return tensor ? static_cast<int64_t*>(checked(operation, "overflows", *tensor, place, ScalarType::Long, 2, 0)) : nullptr;
 }
 
 }  // namespace fastsam

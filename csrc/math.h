@@ -196,6 +196,15 @@ FASTSAM_HD Decision decide(bool perturbed, bool has_grad, bool found_inf) {
 // Whether a step of this group counts. SGD counts the steps with momentum: its first step is the one without a buffer.
 FASTSAM_HD bool counts(Rule rule, const Row& row) { return rule != kSgd || row.beta1 != 0; }
 
+// torch.nn.utils.clip_grad_norm_: the factor, at most 1, that brings gradients of this squared norm down to max_norm. NaN where the norm is
+// not finite, so that it shows.
+FASTSAM_HD double clip_factor(double max_norm, double sum, const float* grad_scale) {
+  double norm = sqrt(sum);
+  if (grad_scale) norm *= 1.0 / static_cast<double>(*grad_scale);
+  const double factor = max_norm / (norm + kClipEps);
+  return !is_finite(norm) ? norm - norm : factor < 1.0 ? factor : 1.0;
+}
+
 // The gradient without its loss scale, times the clip factor, uphill if maximized. Factors of 1 and -1 round nothing; a
 // clip factor of 0 clears the gradient, whatever it was.
 template <class T>

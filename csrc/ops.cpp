@@ -4,6 +4,7 @@
 // and never traced.
 #include "checks.h"
 #include "cpu/launch.h"
+#include "math.h"
 
 namespace fastsam {
 
@@ -25,33 +26,44 @@ cpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, con
 }
 
 void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
-               int64_t slot) {
+               int64_t slot, double max_norm, std::optional<Tensor> clip, std::optional<Tensor> grad_scale) {
   cpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.partials =
       static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCpu, ScalarType::Double, launch.n_chunks, 0));
   double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCpu, ScalarType::Double, -1, 0));
   STD_TORCH_CHECK(0 <= slot && slot < out.size(0), "grad_norm: slot must be in [0, ", out.size(0), "), got ", slot);
+  double* const factor = scalar<double>("grad_norm", "clip", clip, Place::kCpu, ScalarType::Double);
+  const float* const scale = scalar<float>("grad_norm", "grad_scale", grad_scale, Place::kCpu, ScalarType::Float);
+  launch.plain = factor;
   sums[slot] = cpu::grad_norm(launch);
+  if (!factor) return;
+  double sum = 0;
+  for (int64_t i = 0; i < out.size(0); i++) sum += sums[i];
+  *factor = baseline::clip_factor(max_norm, sum, scale);
 }
 
-void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
+void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums,
+              std::optional<Tensor> overflows) {
   cpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.perturbed =
       static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   const double* const slots = static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
   for (int64_t i = 0; i < sums.size(0); i++) launch.sum += slots[i];
+  launch.overflows = counters("perturb_", overflows, Place::kCpu);
   cpu::perturb(launch);
 }
 
 void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip,
+             std::optional<Tensor> overflows) {
   cpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.rule = checked_rule("update_", rule);
   launch.perturbed =
       static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
-  launch.grad_scale = scalar<float>("grad_scale", grad_scale, Place::kCpu, ScalarType::Float);
-  launch.found_inf = scalar<float>("found_inf", found_inf, Place::kCpu, ScalarType::Float);
-  launch.clip = scalar<double>("clip", clip, Place::kCpu, ScalarType::Double);
+  launch.grad_scale = scalar<float>("update_", "grad_scale", grad_scale, Place::kCpu, ScalarType::Float);
+  launch.found_inf = scalar<float>("update_", "found_inf", found_inf, Place::kCpu, ScalarType::Float);
+  launch.clip = scalar<double>("update_", "clip", clip, Place::kCpu, ScalarType::Double);
+  launch.overflows = counters("update_", overflows, Place::kCpu);
   cpu::update(launch);
 }
 
@@ -60,13 +72,14 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def(
       "grad_norm(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
-      "Tensor(a!) partials, Tensor(b!) out, int slot) -> ()");
+      "Tensor(a!) partials, Tensor(b!) out, int slot, float max_norm, Tensor(c!)? clip, Tensor? grad_scale) -> ()");
   m.def(
       "perturb_(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
-      "Tensor(a!) perturbed, Tensor sums) -> ()");
+      "Tensor(a!) perturbed, Tensor sums, Tensor(b!)? overflows) -> ()");
   m.def(
       "update_(int dtype, int grad_dtype, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
-      "Tensor(a!) perturbed, Tensor? grad_scale, Tensor? found_inf, Tensor? clip) -> ()");
+      "Tensor(a!) perturbed, Tensor? grad_scale, Tensor? found_inf, Tensor? clip, "
+      "Tensor(b!)? overflows) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {

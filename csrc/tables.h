@@ -13,6 +13,8 @@ constexpr int kUnit = 64;     // chunk starts and positions are counted in units
 constexpr int kMaxStates = 3;
 constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divides by the bare norm
 
+constexpr double kClipEps = 1e-6;   // added to the norm that gradients are clipped by, as torch does
+
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 enum Rule { kNoRule = -1, kSgd, kAdam, kRules };
 enum Flag { kAdaptive = 1, kNesterov = 2, kMaximize = 4, kDecoupled = 8, kAmsgrad = 16, kLrFloat64 = 32 };

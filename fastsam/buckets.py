@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from fastsam import ops, rules
 from fastsam.checks import check_param
 from fastsam.ops import graphs
 from fastsam.ops.native import reader
+from fastsam.ops.reference import Clip, clip_factor
 from fastsam.rules import Group, Row, Rule
 from fastsam.segments import STATE_SLOTS, Segment, is_dense, layout, overlapping, place_of, real_dtype, real_numel
 
@@ -51,6 +52,7 @@ class Bucket:
         grad_table: [n_segments] int64 on the host: addresses of this pass's gradients, 0 for none.
         perturbed: [n_segments] bool on the host: the backup holds the weights; `perturb_` sets it, `update_` clears it.
         partials: [n_chunks] float64, scratch of `grad_norm`.
+        overflows: [2] int64, steps that an overflow in the first and in the second pass changed; None but in slot 0.
     """
 
     def __init__(self, owner: Buckets, device: torch.device, dtype: torch.dtype, backend: str, slot: int) -> None:
@@ -64,6 +66,7 @@ class Bucket:
         self.pointed = False  # whether segment_table knows all states
         self.silent: list[int] = []  # segments whose state is not in optimizer.state yet
         self.perturbed = torch.zeros(0, dtype=torch.bool)
+        self.overflows = torch.zeros(2, dtype=torch.int64, device=device) if slot == 0 else None
         self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
         self.uploaded: list[Row] | None = None  # the groups' values that the device holds for captured graphs
         self.captured: Gradients | None = None  # what the last captured update reads; kept alive for its replays
@@ -263,16 +266,18 @@ class Bucket:
         few = dict.fromkeys((0, self.largest, len(self.params) - 1))
         self.watched = [(self.params[i], self.params[i]._version) for i in few if grads[i] is not None]
 
-    def step(self, grads: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def step(
+        self, grads: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None
+    ) -> None:
         """Restore and take the base step. Bumped version counters let autograd notice stale graphs."""
         written = self._written(grads)
         self.watched = []
-        self.ops.update_(self, grads, grad_scale=self._here(grad_scale), found_inf=self._here(found_inf))
+        self.ops.update_(self, grads, grad_scale=self.here(grad_scale), found_inf=self.here(found_inf), clip=clip)
         if graphs.capturing(self.device):
             self.captured = grads
         torch.autograd.graph.increment_version(written)
 
-    def _here(self, scalar: Tensor | None) -> Tensor | None:
+    def here(self, scalar: Tensor | None) -> Tensor | None:
         """A number for this device; a GradScaler keeps its own on one of them."""
         return None if scalar is None else scalar.to(self.device, non_blocking=self.device.type == "cuda")
 
@@ -397,6 +402,8 @@ class Buckets:
     Attributes:
         rows: what the kernels know of each parameter group.
         sums: [n_buckets] float64 on each device: `grad_norm` writes it, `perturb_` reads it.
+        second_sums: the same for the gradients of the second pass, where they are clipped.
+        factors: [] float64 on each device, by which they are clipped.
         partial: whether a group has `perturb=False`.
     """
 
@@ -411,6 +418,8 @@ class Buckets:
         self.perturbs: list[bool] = []
         self.partial = False
         self.sums: dict[torch.device, Tensor] = {}
+        self.second_sums: dict[torch.device, Tensor] = {}
+        self.factors: dict[torch.device, Tensor] = {}
         self.warned: set[str] = set()
         self.captures = graphs.Captures()
 
@@ -495,15 +504,42 @@ class Buckets:
         """Norm over all buckets, then backup and climb."""
         for bucket, g in zip(self.items, grads, strict=True):
             bucket.ops.grad_norm(bucket, g, self.sums[bucket.device])
-        self._share_sums()
+        self._share(self.sums)
         for bucket, g in zip(self.items, grads, strict=True):
             bucket.climb(g, self.sums[bucket.device])
 
-    def update(self, grads: Sequence[Gradients], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Restore and take the base optimizer's step."""
+    def clip(
+        self, grads: Sequence[Gradients], max_norm: float, grad_scale: Tensor | None
+    ) -> dict[torch.device, Tensor]:
+        """[] float64 on each device: the factor that brings the norm of all gradients down to `max_norm`."""
         for bucket, g in zip(self.items, grads, strict=True):
-            bucket.step(g, grad_scale, found_inf)
+            how = Clip(max_norm, self.factors[bucket.device], bucket.here(grad_scale))
+            bucket.ops.grad_norm(bucket, g, self.second_sums[bucket.device], clip=how)
+        if len(self.factors) > 1:  # each launch knew the sums of its own device
+            self._share(self.second_sums)
+            for device, factor in self.factors.items():
+                scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
+                factor.copy_(clip_factor(Clip(max_norm, factor, scale), self.second_sums[device]))
+        return self.factors
+
+    def update(
+        self,
+        grads: Sequence[Gradients],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_norm: float | None = None,
+    ) -> None:
+        """Restore and take the base optimizer's step, with the gradients clipped to `max_norm` if it is given."""
+        factors = {} if max_norm is None else self.clip(grads, max_norm, grad_scale)
+        for bucket, g in zip(self.items, grads, strict=True):
+            bucket.step(g, grad_scale, found_inf, factors.get(bucket.device))
             bucket.publish(g, self.state)
+
+    def count_overflow(self) -> None:
+        """Note that a step had no update, where no operation does."""
+        for bucket in self.items[:1]:
+            if bucket.overflows is not None:
+                bucket.overflows[1] += 1
 
     def restore(self) -> None:
         """Bring the old weights back."""
@@ -579,21 +615,23 @@ class Buckets:
             placed_now = {id(param) for param, _ in group_members}
             self.frozen = [member for member in self.frozen if id(member[0]) not in placed_now]
         devices = {bucket.device for bucket in self.items}
-        self.captures.retire(*self.sums.values())
-        self.sums = {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices}
+        self.captures.retire(*self.sums.values(), *self.second_sums.values(), *self.factors.values())
+        self.sums, self.second_sums = (
+            {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices} for _ in range(2)
+        )
+        self.factors = {d: torch.ones((), dtype=torch.float64, device=d) for d in devices}
 
     def states_used(self, group: int) -> int:
         """How many of the rule's states a parameter group needs."""
         return 0 if self.rule is None else self.rule.used(self.groups[group])
 
-    def _share_sums(self) -> None:
+    def _share(self, sums: Mapping[torch.device, Tensor]) -> None:
         """Bring the sums of all devices together; copies between devices do not wait for the host."""
-        if len(self.sums) > 1:
-            for bucket in self.items:
-                for device, sums in self.sums.items():
-                    if device != bucket.device:
-                        own = self.sums[bucket.device][bucket.slot]
-                        sums[bucket.slot].copy_(own, non_blocking=device.type == "cuda")  # the host waits for its copy
+        for bucket in self.items if len(sums) > 1 else ():
+            for device, there in sums.items():
+                if device != bucket.device:
+                    own = sums[bucket.device][bucket.slot]
+                    there[bucket.slot].copy_(own, non_blocking=device.type == "cuda")  # the host waits for its copy
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -26,6 +26,12 @@ def check_values(group: Group) -> None:
             raise ValueError(f"FusedSAM: {name} must be >= 0, got {group[name]!r}")
 
 
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Refuse a norm that no gradient can be clipped to."""
+    if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
+        raise ValueError(f"FusedSAM: max_grad_norm must be > 0, or None for no clipping, got {max_grad_norm!r}")
+
+
 def check_class(base: type[Optimizer]) -> None:
     """Refuse base optimizers that SAM cannot wrap."""
     for refused, reason in REFUSED.items():

@@ -9,7 +9,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,17 @@ from torch.optim import Optimizer
 
 from fastsam import ops
 from fastsam.buckets import Buckets, serve
-from fastsam.checks import check_class, check_differentiable, check_instance, check_keys, check_param, check_values
+from fastsam.checks import (
+    check_class,
+    check_differentiable,
+    check_instance,
+    check_keys,
+    check_max_grad_norm,
+    check_param,
+    check_values,
+)
 from fastsam.rules import RULES
+from fastsam.segments import real_dtype
 
 CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb")
@@ -44,6 +53,24 @@ def untraced(method: F) -> F:
     return entry  # type: ignore[return-value]
 
 
+class Stats(NamedTuple):
+    """What `FusedSAM.stats()` gives: 0-dim tensors on the parameters' device, None where there is nothing to tell.
+
+    Attributes:
+        first_norm: float64, the length of the last first gradient (of T g in ASAM), loss scale included.
+        second_norm: float64, the same of the last second gradient, always without T; only with `max_grad_norm`.
+        loss_increase: the loss at w + e minus the loss at w, of the last `step(closure)` with two calls.
+        first_overflows: int64, steps without a perturbation because the first norm was not finite.
+        second_overflows: int64, steps without an update because a GradScaler found an overflow.
+    """
+
+    first_norm: Tensor | None
+    second_norm: Tensor | None
+    loss_increase: Tensor | None
+    first_overflows: Tensor | None
+    second_overflows: Tensor | None
+
+
 class _Progress:
     """Where the step is. One object, never re-bound: wrappers of an optimizer forward reads, but not writes."""
 
@@ -53,6 +80,7 @@ class _Progress:
         self.base_step_asked = False  # by base_step(), for the step() that it calls
         self.closure_checked = False  # whether the closure was seen to clear the gradients
         self.no_gradients_warned = False
+        self.losses: tuple[Any, Any] = (None, None)  # of the last step(closure)
 
 
 class FusedSAM(Optimizer):
@@ -71,6 +99,8 @@ class FusedSAM(Optimizer):
         adaptive: ASAM instead of SAM.
         eta: added to abs(w) in ASAM, >= 0; the paper's code uses 0.01 (see `asam_groups`).
         perturb: False leaves a group's weights, and its gradients in the norm, out of the perturbation.
+        max_grad_norm: clip the gradients of the second pass to this norm over all parameters, as
+            torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them. Not saved.
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".
@@ -97,6 +127,7 @@ class FusedSAM(Optimizer):
         *,
         eta: float = 0.0,
         perturb: bool = True,
+        max_grad_norm: float | None = None,
         closure_calls: int = 2,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -106,6 +137,7 @@ class FusedSAM(Optimizer):
             raise ValueError(f"FusedSAM: closure_calls must be 1 or 2, got {closure_calls!r}")
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": perturb}
         check_values(own)
+        check_max_grad_norm(max_grad_norm)
         chosen = ops.resolve(backend)
         if isinstance(base_optimizer, Optimizer):
             check_instance(base_optimizer, params, base_kwargs)
@@ -125,7 +157,7 @@ class FusedSAM(Optimizer):
         for group in base.param_groups:
             check_differentiable(group)
         self.base_optimizer = base
-        self.closure_calls = closure_calls
+        self.closure_calls, self.max_grad_norm = closure_calls, max_grad_norm
         self.defaults = {**base.defaults, **own}
         self.param_groups = base.param_groups
         self.state = base.state
@@ -174,7 +206,7 @@ class FusedSAM(Optimizer):
                 loss = _call(closure)  # gradient at w
                 first = self._smallest_gradient()
                 self._perturb()  # w <- w + e
-                _call(closure)  # gradient at w + e
+                sam.losses = _detached(loss), _detached(_call(closure))  # gradient at w + e
                 self._check_cleared(first)
             self._update()  # w <- base step from the old w with that gradient
         return loss
@@ -289,6 +321,21 @@ class FusedSAM(Optimizer):
         """Take over changed values of the parameter groups (lr, rho, ...); every step does, a replayed graph cannot."""
         self._sam.buckets.refresh()
 
+    def stats(self) -> Stats:
+        """Norms, loss increase and overflow counts so far; nothing waits for the device until a value is read."""
+        buckets, (loss, second_loss) = self._sam.buckets, self._sam.losses
+        known = isinstance(loss, Tensor) and isinstance(second_loss, Tensor)
+        if not buckets.items:
+            return Stats(None, None, None, None, None)
+        first = buckets.items[0]
+        overflows = first.overflows.clone() if first.overflows is not None else (None, None)
+        return Stats(
+            buckets.sums[first.device].sum().sqrt(),
+            None if self.max_grad_norm is None else buckets.second_sums[first.device].sum().sqrt(),
+            second_loss - loss if known else None,
+            *overflows,
+        )
+
     def check_capture(self) -> None:
         """Check that a captured step will read today's gradients; for graphs that hold no backward pass of their own.
 
@@ -338,29 +385,37 @@ class FusedSAM(Optimizer):
         if buckets.rule is not None:
             grads = buckets.gather(ascent=False)
             self._warn_without_gradients(grads)
-            buckets.update(grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            buckets.update(grads, scale, found_inf, self.max_grad_norm)
         else:
-            buckets.gather(ascent=False)  # follows parameters that moved
-            buckets.restore()
-            self._step_base()
+            self._step_base(buckets)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
 
-    def _step_base(self) -> None:
-        """Let a base that is not fused step, below its hooks; a loss scale is undone on copies of the gradients."""
+    def _step_base(self, buckets: Buckets) -> None:
+        """Restore, and let a base that is not fused step, below its hooks.
+
+        A loss scale is undone, and clipping done, on copies of the gradients.
+        """
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        gathered = buckets.gather(ascent=False)  # follows parameters that moved
+        factors = {} if self.max_grad_norm is None else buckets.clip(gathered, self.max_grad_norm, scale)
+        buckets.restore()
+        if found_inf is not None and found_inf.item() != 0:
+            buckets.count_overflow()
+            return
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params]
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item() != 0:
-            return
         step = type(self.base_optimizer).step
         if getattr(step, "hooked", False):
             step = step.__wrapped__  # type: ignore[attr-defined]
         try:
-            if scale is not None:
-                for p, grad in zip(params, grads, strict=True):
+            for p, grad in zip(params, grads, strict=True):
+                if scale is not None:
                     p.grad = (grad * scale.double().reciprocal().to(grad.device)).to(grad.dtype)
+                if factors:
+                    p.grad = p.grad * factors[grad.device].to(real_dtype(grad))
             step(self.base_optimizer)
         finally:
             for p, grad in zip(params, grads, strict=True):
@@ -513,7 +568,7 @@ class FusedSAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and deep-copied: no tables of addresses, no backup."""
         self._require_clean("copying or pickling the optimizer")
-        kept = {"base_optimizer": self.base_optimizer, "closure_calls": self.closure_calls}
+        kept = {name: getattr(self, name) for name in ("base_optimizer", "closure_calls", "max_grad_norm")}
         return {**super().__getstate__(), **kept, "_backend": self._sam.buckets.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -526,6 +581,10 @@ class FusedSAM(Optimizer):
         type(self.base_optimizer).__setstate__(
             self.base_optimizer, {"state": self.state, "param_groups": self.param_groups}
         )
+
+
+def _detached(loss: Any) -> Any:
+    return loss.detach() if isinstance(loss, Tensor) else loss
 
 
 def _call(closure: Callable[[], Any]) -> Any:

@@ -72,8 +72,10 @@ struct Launch {  // what the test hands over; the same in test_cuda_core.py
   double* sums;
   const float* grad_scale;
   const float* found_inf;
-  const double* clip;
-  int64_t n_chunks, n_segments, n_groups, n_sums;
+  double* clip;
+  int64_t* overflows;
+  double max_norm;
+  int64_t n_chunks, n_segments, n_groups, n_sums, slot;
   int64_t split_bits, by_value, seed, threads;
 };
 
@@ -111,13 +113,16 @@ void run(const Launch& launch, const Body& body) {
   args->n_segments = static_cast<int32_t>(launch.n_segments);
   args->n_groups = static_cast<int32_t>(launch.n_groups);
   args->split_bits = static_cast<int32_t>(launch.split_bits);
-  args->adaptive = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return has(row, kAdaptive); });
+  args->slot = static_cast<int32_t>(launch.slot);
+  args->max_norm = launch.max_norm;
+  args->adaptive = !(launch.max_norm > 0) && std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return has(row, kAdaptive); });
   args->n_sums = static_cast<int32_t>(launch.n_sums);
   args->partials = launch.partials;
   args->sums = launch.sums;
   args->grad_scale = launch.grad_scale;
   args->found_inf = launch.found_inf;
   args->clip = launch.clip;
+  args->overflows = launch.overflows;
   int64_t* next = args->words;
   if (launch.by_value & 1) {
     std::memcpy(next, launch.rows, launch.n_groups * sizeof(Row));

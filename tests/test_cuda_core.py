@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -34,13 +35,17 @@ SOURCE = ROOT / "tests" / "cuda_core.cpp"
 FLAGS = ["-std=c++17", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GRAD_NORM, PERTURB, RESTORE, UPDATE_SGD, UPDATE_ADAM, UPDATE_AMSGRAD = range(6)
-POINTERS = "chunks segments rows grads perturbed ticket partials sums grad_scale found_inf clip".split()
-NUMBERS = "n_chunks n_segments n_groups n_sums split_bits by_value seed threads".split()
+POINTERS = "chunks segments rows grads perturbed ticket partials sums grad_scale found_inf clip overflows".split()
+NUMBERS = "n_chunks n_segments n_groups n_sums slot split_bits by_value seed threads".split()
 OFFSETS = [(0, 0), (8, 0), (0, 8), (4, 12), (12, 8), (8, 8), (2, 6), (14, 10)]  # of weights and gradients, in bytes
 
 
 class Launch(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in NUMBERS)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("max_norm", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in NUMBERS),
+    ]
 
 
 def compiled(folder, name, *flags):
@@ -79,7 +84,7 @@ class Emulated:
         self.by_value = by_value  # bits: rows, gradients
         self.tickets = torch.zeros(2, dtype=torch.int32)
 
-    def run(self, operation, bucket, grads, ticket, **pointers):
+    def run(self, operation, bucket, grads, ticket, slot=0, max_norm=0.0, **pointers):
         table = torch.tensor([0 if g is None else g.data_ptr() or 64 for g in grads], dtype=torch.int64)
         tables = dict(chunks=bucket.chunk_table, segments=bucket.segment_table, rows=bucket.row_table, grads=table)
         held = {name: t for name, t in {**tables, **pointers}.items() if t is not None}
@@ -90,6 +95,8 @@ class Emulated:
             n_groups=len(bucket.row_table),
             n_sums=len(pointers["sums"]) if "sums" in pointers else 0,
             split_bits=0 if operation == GRAD_NORM else self.split_bits,
+            slot=slot,
+            max_norm=max_norm,
             by_value=self.by_value,
             seed=self.seed,
             threads=self.threads,
@@ -98,17 +105,18 @@ class Emulated:
         self.library.fastsam_run(operation, CODES[bucket.dtype], CODES[bucket.grad_dtype], ctypes.byref(launch))
         assert self.tickets.tolist() == [0, 0]
 
-    def grad_norm(self, bucket, grads, out):
-        self.run(GRAD_NORM, bucket, grads, 0, partials=bucket.partials, sums=out[bucket.slot :])
+    def grad_norm(self, bucket, grads, out, *, clip=None):
+        more = {} if clip is None else dict(max_norm=clip.max_norm, clip=clip.factor, grad_scale=clip.grad_scale)
+        self.run(GRAD_NORM, bucket, grads, 0, bucket.slot, partials=bucket.partials, sums=out, **more)
 
     def perturb_(self, bucket, grads, sums):
         bucket.perturbed |= torch.tensor([g is not None for g in grads], dtype=torch.bool)
-        self.run(PERTURB, bucket, grads, 0, sums=sums)
+        self.run(PERTURB, bucket, grads, 0, sums=sums, overflows=bucket.overflows)
 
     def update_(self, bucket, grads, *, grad_scale=None, found_inf=None, clip=None):
         amsgrad = any(int(row.flags) & AMSGRAD for row in bucket.rows)
         kernels = {None: RESTORE, SGD: UPDATE_SGD, ADAM: UPDATE_AMSGRAD if amsgrad else UPDATE_ADAM}
-        factors = dict(grad_scale=grad_scale, found_inf=found_inf, clip=clip)
+        factors = dict(grad_scale=grad_scale, found_inf=found_inf, clip=clip, overflows=bucket.overflows)
         self.run(kernels[bucket.rule], bucket, grads, 1, perturbed=bucket.perturbed, **factors)
         bucket.perturbed.zero_()
 
@@ -283,6 +291,15 @@ def test_found_inf_restores_and_updates_nothing(library, option):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 
 
+def test_overflows_are_counted_once_a_launch(library):
+    bucket, backend, n = fresh_bucket("sgd", torch.float32), Emulated(library, 2, 5), len(SIZES)
+    grads = gradients(torch.float32, 0, 1)
+    for total, found_inf in ((math.inf, 0.0), (1.0, 1.0), (math.nan, 1.0), (4.0, 0.0), (0.0, 0.0)):
+        backend.perturb_(bucket, grads if found_inf else [None] * n, torch.tensor([total], dtype=torch.float64))
+        backend.update_(bucket, grads, found_inf=torch.tensor([found_inf]))
+    assert bucket.overflows.tolist() == [2, 2]
+
+
 def test_without_chunks_the_sum_is_0_and_empty_parameters_count(library):
     bucket, backend = bucket_of([torch.zeros(0)] * 3, "adam"), Emulated(library)
     out = torch.full((2,), float("nan"), dtype=torch.float64)
@@ -297,11 +314,21 @@ def test_without_chunks_the_sum_is_0_and_empty_parameters_count(library):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", **cases.ids(cases.CONFIGS))
 def test_whole_optimizer_has_the_references_bits(library, monkeypatch, config, dtype):
+    check_whole_steps(library, monkeypatch, config, dtype)
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize("config", **cases.ids([cases.SGD_CONFIGS[-1], cases.ADAM_CONFIGS[-1]]))
+def test_clipping_has_the_references_bits(library, monkeypatch, config):
+    check_whole_steps(library, monkeypatch, config, torch.float32, max_grad_norm=3.0)
+
+
+def check_whole_steps(library, monkeypatch, config, dtype, **options):
     if ops.backends()["cpu"] is not None:
         pytest.skip(f"no native library, whose tables this needs: {ops.backends()['cpu']}")
     monkeypatch.setitem(ops._OPERATIONS, "cpu", Emulated(library, 2, 7))
     ours, theirs = cases.make_params(dtype), cases.make_params(dtype)
-    opt, reference = cases.fused(ours, config, "cpu"), cases.fused(theirs, config)
+    opt, reference = cases.fused(ours, config, "cpu", **options), cases.fused(theirs, config, **options)
     for step in range(cases.STEPS):
         for o, params in ((opt, ours), (reference, theirs)):
             cases.set_gradients(params, step, 1)

@@ -74,7 +74,7 @@ static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
     }
     const G* const g = at<const G>(address, chunk);
     const S* const w = at<const S>(segment.weight, chunk);
-    launch.partials[c] = has(row, kAdaptive) ? chunk_sum<S, G, true>(w, g, chunk.length, row)
+    launch.partials[c] = has(row, kAdaptive) && !launch.plain ? chunk_sum<S, G, true>(w, g, chunk.length, row)
                                              : chunk_sum<S, G, false>(w, g, chunk.length, row);
   }
 }

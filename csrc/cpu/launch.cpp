@@ -53,6 +53,7 @@ void perturb(Launch& launch) {
   for (int64_t i = 0; i < launch.n_segments; i++) {
     if (launch.grads[i]) launch.perturbed[i] = true;
   }
+  if (launch.overflows && !baseline::is_finite(launch.sum)) launch.overflows[0]++;
   launch.stream = beyond_cache(launch, 4);
   run(launch, kernels().perturb[launch.pair]);
 }
@@ -61,6 +62,7 @@ void update(Launch& launch) {
   launch.stream = beyond_cache(launch, launch.rule == kAdam ? 7 : launch.rule == kSgd ? 5 : 2);
   run(launch, kernels().update[launch.pair]);
   const bool found_inf = launch.found_inf && *launch.found_inf != 0;
+  if (launch.overflows && found_inf) launch.overflows[1]++;
   // After all chunks, which read the counts; over segments, because an empty parameter has no chunk and counts too.
   for (int64_t i = 0; i < launch.n_segments; i++) {
     const Segment& segment = launch.segments[i];

@@ -15,8 +15,11 @@ struct Launch {
   int64_t n_segments, n_chunks;
 
   double* partials = nullptr;  // grad_norm: [n_chunks]
+  bool plain = false;          // grad_norm: T = 1 in all groups
   double sum = 0;              // perturb_: the squared norm over all buckets
   bool* perturbed = nullptr;   // [n_segments] whether the backup holds the weights: perturb_ sets it, update_ clears it
+
+  int64_t* overflows = nullptr;  // [2] or null: steps without a perturbation, steps without an update
 
   Rule rule = kNoRule;                // update_, as all below
   const float* grad_scale = nullptr;  // [1] or null, as the two below

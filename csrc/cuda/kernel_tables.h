@@ -44,7 +44,7 @@ constexpr int kPerturbBlocks = sizeof(S) == 8 || sizeof(S) < sizeof(G) ? 5 : 6;
 template <Kernel kKernel, class S, class G>
 constexpr int kUpdateBlocks = sizeof(S) == 8                    ? (kKernel == Kernel::kSgd ? 3 : 2)
                               : sizeof(S) < sizeof(G)           ? 3
-                              : kKernel == Kernel::kAdam        ? 5
+                              : kKernel == Kernel::kAdam        ? (sizeof(G) == sizeof(S) ? 5 : 4)
                               : kKernel != Kernel::kAdamAmsgrad ? 4
                               : sizeof(S) == 4                  ? 3
                                                                 : 4;

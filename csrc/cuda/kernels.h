@@ -19,12 +19,14 @@ struct Header {
   int32_t n_chunks, n_segments, n_groups;
   int32_t split_bits;  // a chunk has 2^split_bits blocks, one for the norm
   int32_t adaptive;  // grad_norm: whether any group may be
-  int32_t n_sums;    // perturb_
+  int32_t n_sums, slot;
   double* partials;  // grad_norm: [n_chunks]
-  double* sums;      // grad_norm: where the sum goes; perturb_: [n_sums], the squared norm in parts
-  const float* grad_scale;  // update_: [1] or null, as the two below
-  const float* found_inf;
-  const double* clip;
+  double* sums;      // [n_sums], the squared norm in parts; grad_norm writes that in `slot`
+  double max_norm;   // grad_norm, where it writes a clip factor
+  double* clip;      // [1] or null, as the two below: grad_norm writes it, update_ reads it
+  const float* grad_scale;
+  const float* found_inf;  // update_
+  int64_t* overflows;      // [2] or null: steps without a perturbation, steps without an update
 };
 
 // Rows of 8 words each, then one word a segment: the address of its gradient, 0 for none, plus 1 if the backup holds the weights.
@@ -56,6 +58,15 @@ struct Arguments : Header {
     return grads ? grads[segment] : words[(rows ? 0 : kRowColumns * n_groups) + segment];
   }
 };
+
+// Of all buckets: this launch's own is there, or was written by an earlier one.
+template <class A>
+FASTSAM_DEVICE double ordered_sum(const A& args) {
+  double sum = 0;
+  FASTSAM_ROLLED
+  for (int i = 0; i < args.n_sums; i++) sum += args.sums[i];
+  return sum;
+}
 
 template <class T, int n>
 struct Several {
@@ -257,7 +268,9 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
   double(&slots)[1][kWarps] = reinterpret_cast<double(&)[1][kWarps]>(shared.slots);
   fold_warps(ctx, sums, slots);
   ctx.threads([&](int t) {
-    if (t == 0) *args.sums = pair_sum<kWarps>(shared.slots);
+    if (t != 0) return;
+    args.sums[args.slot] = pair_sum<kWarps>(shared.slots);
+    if (args.clip) *args.clip = clip_factor(args.max_norm, ordered_sum(args), args.grad_scale);
   });
 }
 
@@ -286,6 +299,11 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
   const Chunk chunk = args.chunks[part.chunk];
   const int64_t address = args.grad(chunk.segment);
   const int n = part_length(part, chunk), full = n - n % kElements;
+  if (args.overflows && ctx.block() == 0) {
+    ctx.threads([&](int t) {
+      if (t == 0 && !is_finite(ordered_sum(args))) args.overflows[0]++;
+    });
+  }
   if (!address || n == 0) return;
   const Segment* const segment = args.segments + chunk.segment;
   S* const w = element_of<S>(segment->weight, chunk, part.begin);
@@ -306,10 +324,7 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
   };
   ctx.threads([&](int t) {
     if (t == 0) {
-      double sum = 0;
-      FASTSAM_ROLLED
-      for (int i = 0; i < args.n_sums; i++) sum += args.sums[i];
-      shared.put(Perturb<T>(args.row(segment->group), sum));
+      shared.put(Perturb<T>(args.row(segment->group), ordered_sum(args)));
     }
     if (aligned) load_tile(tiles[t], t * kElements);
   });
@@ -549,6 +564,7 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<S>& share
   }
   if (kKernel == Kernel::kRestore || !shared.last) return;
   ctx.threads([&](int t) {  // over segments, because an empty parameter has no chunk and counts too
+    if (t == 0 && found_inf && args.overflows) args.overflows[1]++;
     FASTSAM_ROLLED
     for (int i = t; i < args.n_segments; i += kThreads) {
       const int64_t word = args.grad(i);

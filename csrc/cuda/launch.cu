@@ -106,7 +106,7 @@ cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header heade
   header.split_bits = whole_chunks ? 0 : split_bits_for(launch);
   if (capturing) {
     header.rows = captured_rows_of(launch);  // where a replay finds what was uploaded since
-    header.adaptive = true;                  // in a replay a group may be
+    header.adaptive = !header.clip;          // in a replay a group may be
   } else if (!rows_fit) {
     header.rows = row_table_of(launch);
     error = write_rows(row_table_of(launch), launch, stream);
@@ -134,7 +134,12 @@ cudaError_t grad_norm(const gpu::Launch& launch) {
   Header header{};
   header.partials = launch.partials;
   header.sums = launch.sums;
-  header.adaptive = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return has(row, kAdaptive); });
+  header.n_sums = static_cast<int32_t>(launch.n_sums);
+  header.slot = static_cast<int32_t>(launch.slot);
+  header.max_norm = launch.max_norm;
+  header.clip = launch.clip;
+  header.grad_scale = launch.grad_scale;
+  header.adaptive = !launch.clip && std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return has(row, kAdaptive); });
   return run(norm_kernels, launch, header, &control_of(launch)->norm_ticket, true);
 }
 
@@ -143,6 +148,7 @@ cudaError_t perturb(const gpu::Launch& launch) {
   Header header{};
   header.sums = launch.sums;
   header.n_sums = static_cast<int32_t>(launch.n_sums);
+  header.overflows = launch.overflows;
   return run(perturb_kernels, launch, header, nullptr, false);
 }
 
@@ -156,6 +162,7 @@ cudaError_t update(const gpu::Launch& launch) {
   header.grad_scale = launch.grad_scale;
   header.found_inf = launch.found_inf;
   header.clip = launch.clip;
+  header.overflows = launch.overflows;
   return run(update_kernels(launch), launch, header, &control_of(launch)->update_ticket, false);
 }
 

@@ -31,12 +31,14 @@ struct Launch {
   // On the device; see csrc/cpu/launch.h.
   double* partials = nullptr;
   double* sums = nullptr;
-  int64_t n_sums = 0;
+  int64_t n_sums = 0, slot = 0;
+  double max_norm = 0;
   const bool* perturbed = nullptr;  // on the host
   Rule rule = kNoRule;
   const float* grad_scale = nullptr;
   const float* found_inf = nullptr;
-  const double* clip = nullptr;
+  int64_t* overflows = nullptr;
+  double* clip = nullptr;  // grad_norm writes it, update_ reads it
 };
 
 // Each returns null, or what went wrong.

@@ -44,24 +44,35 @@ void expect_success(const char* operation, const char* error, int device) {
                   "and later; errors of earlier work may show here)");
 }
 
-void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out, int64_t slot) {
+void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out, int64_t slot, double max_norm, std::optional<Tensor> clip,
+               std::optional<Tensor> grad_scale) {
   gpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.partials =
       static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCuda, ScalarType::Double, launch.n_chunks, 0));
   double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCuda, ScalarType::Double, -1, 0));
   STD_TORCH_CHECK(0 <= slot && slot < out.size(0), "grad_norm: slot must be in [0, ", out.size(0), "), got ", slot);
   expect_device("grad_norm", "out", out, launch.device);
-  launch.sums = sums + slot;
+  launch.sums = sums;
+  launch.n_sums = out.size(0);
+  launch.slot = slot;
+  launch.max_norm = max_norm;
+  launch.clip = scalar<double>("grad_norm", "clip", clip, Place::kCuda, ScalarType::Double);
+  launch.grad_scale = scalar<float>("grad_norm", "grad_scale", grad_scale, Place::kCuda, ScalarType::Float);
+  if (clip) expect_device("grad_norm", "clip", *clip, launch.device);
+  if (grad_scale) expect_device("grad_norm", "grad_scale", *grad_scale, launch.device);
   const DeviceGuard guard(launch.device);
   expect_success("grad_norm", gpu::grad_norm(launch), launch.device);
 }
 
-void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums) {
+void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums,
+              std::optional<Tensor> overflows) {
   gpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
   bool* const marks =
       static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.sums = static_cast<double*>(checked("perturb_", "sums", sums, Place::kCuda, ScalarType::Double, -1, 0));
   launch.n_sums = sums.size(0);
+  launch.overflows = counters("perturb_", overflows, Place::kCuda);
+  if (overflows) expect_device("perturb_", "overflows", *overflows, launch.device);
   expect_device("perturb_", "sums", sums, launch.device);
   const DeviceGuard guard(launch.device);
   for (int64_t i = 0; i < launch.n_segments; i++) {  // before the launch: whatever happens, restore() knows
@@ -71,16 +82,19 @@ void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks,
 }
 
 void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip,
+             std::optional<Tensor> overflows) {
   gpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.rule = checked_rule("update_", rule);
   bool* const marks =
       static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.perturbed = marks;
-  launch.grad_scale = scalar<float>("grad_scale", grad_scale, Place::kCuda, ScalarType::Float);
-  launch.found_inf = scalar<float>("found_inf", found_inf, Place::kCuda, ScalarType::Float);
-  launch.clip = scalar<double>("clip", clip, Place::kCuda, ScalarType::Double);
+  launch.grad_scale = scalar<float>("update_", "grad_scale", grad_scale, Place::kCuda, ScalarType::Float);
+  launch.found_inf = scalar<float>("update_", "found_inf", found_inf, Place::kCuda, ScalarType::Float);
+  launch.clip = scalar<double>("update_", "clip", clip, Place::kCuda, ScalarType::Double);
   if (grad_scale) expect_device("update_", "grad_scale", *grad_scale, launch.device);
+  launch.overflows = counters("update_", overflows, Place::kCuda);
+  if (overflows) expect_device("update_", "overflows", *overflows, launch.device);
   if (found_inf) expect_device("update_", "found_inf", *found_inf, launch.device);
   if (clip) expect_device("update_", "clip", *clip, launch.device);
   for (int64_t i = 0; rule == kNoRule && i < launch.n_segments; i++) {

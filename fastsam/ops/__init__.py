@@ -1,7 +1,7 @@
 """The operations of a SAM step, one name each, and the choice of the backend that runs them.
 
-`grad_norm(bucket, grads, out)`, `perturb_(bucket, grads, sums)` and `update_(bucket, grads, *, grad_scale, found_inf,
-clip)` stand in `reference.py` with their formulas; every other backend is a twin of it with the same signatures.
+`grad_norm(bucket, grads, out, *, clip)`, `perturb_(bucket, grads, sums)` and `update_(bucket, grads, *, grad_scale,
+found_inf, clip)` stand in `reference.py` with their formulas; every other backend is a twin of it with the same signatures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ MIXED_DTYPES = {
 class Operations(Protocol):
     """What a backend provides."""
 
-    def grad_norm(self, bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> None:
+    def grad_norm(
+        self, bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
+    ) -> None:
         """Write the sum of squares of the (adaptive) gradients into the bucket's slot of `out`."""
 
     def perturb_(self, bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> None:

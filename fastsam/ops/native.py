@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastsam.ops import reference
+
 if TYPE_CHECKING:
     from fastsam.buckets import Bucket
 
@@ -47,8 +49,11 @@ def cuda_reason() -> str | None:
     return None
 
 
-def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> None:
-    """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64."""
+def grad_norm(
+    bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
+) -> None:
+    """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64. With `clip` T = 1."""
+    max_norm, factor, grad_scale = (0.0, None, None) if clip is None else clip
     _operations().grad_norm(
         _DTYPES[bucket.dtype],
         _DTYPES[bucket.grad_dtype],
@@ -59,6 +64,9 @@ def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> No
         bucket.partials,
         out,
         bucket.slot,
+        max_norm,
+        factor,
+        grad_scale,
     )
 
 
@@ -73,6 +81,7 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
         bucket.row_table,
         bucket.perturbed,
         sums,
+        bucket.overflows,
     )
 
 
@@ -100,6 +109,7 @@ def update_(
         grad_scale,
         found_inf,
         clip,
+        bucket.overflows,
     )
 
 

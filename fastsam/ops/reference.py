@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,25 @@ CHUNK = 8192  # elements a partial sum covers
 LANES = 2048  # a chunk is 4 rows of 2048 lanes
 SLOTS = 1024  # lanes over which the partial sums of chunks are added
 NORM_EPS = 1e-12  # added to the norm; the paper's code divides by the bare norm
+CLIP_EPS = 1e-6  # added to the norm that gradients are clipped by, as torch does
 STEP_BITS = 24  # a float32 step count is exact up to 2^24
 
 
-def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> None:
+class Clip(NamedTuple):
+    """How `grad_norm` is to clip the gradients that it sums, to the norm `max_norm`.
+
+    Attributes:
+        max_norm: > 0.
+        factor: [] or [1] float64, where the factor goes that `update_` takes as `clip`.
+        grad_scale: [] or [1] float32, the loss scale of the gradients, or None.
+    """
+
+    max_norm: float
+    factor: Tensor
+    grad_scale: Tensor | None = None
+
+
+def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, clip: Clip | None = None) -> None:
     """Write `sum((T g)^2)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM).
 
     The sum is one canonical tree: 2,048 lanes a chunk, folded in adjacent pairs, then float64 over 1,024 lanes of
@@ -38,6 +53,7 @@ def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> No
         bucket: the parameters.
         grads: one gradient or None a segment; None counts as zero.
         out: [n_buckets] float64, on the bucket's device.
+        clip: T = 1 in all groups, and the clip factor for all slots of `out` as they are then.
 
     Equivalent to:
         out[bucket.slot] = sum((T * g).double().square().sum() for g in grads)
@@ -46,8 +62,23 @@ def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor) -> No
     for segment, grad in zip(bucket.segments, grads, strict=True):
         if grad is not None and segment.numel > 0:
             w, g = _widen(segment.flat(segment.param)), _widen(segment.flat(grad))
-            bucket.partials[segment.chunks] = _chunk_sums(_steepest(w, g, bucket.rows[segment.group])).double()
+            x = g if clip is not None else _steepest(w, g, bucket.rows[segment.group])
+            bucket.partials[segment.chunks] = _chunk_sums(x).double()
     out[bucket.slot] = _slot_sum(bucket.partials)
+    if clip is not None:
+        clip.factor.copy_(clip_factor(clip, out))
+
+
+def clip_factor(clip: Clip, sums: Tensor) -> Tensor:
+    """[] float64: the factor, at most 1, that brings gradients of this squared norm [n_buckets] down to `max_norm`.
+
+    That of torch.nn.utils.clip_grad_norm_; NaN where the norm is not finite, so that it shows.
+    """
+    norm = _sqrt(_ordered_sum(sums))
+    if clip.grad_scale is not None:
+        norm = norm * (1.0 / clip.grad_scale.reshape(()).double().to(norm.device))
+    factor = torch.full_like(norm, clip.max_norm) / (norm + CLIP_EPS)
+    return torch.where(norm.isfinite(), factor.clamp(max=1.0), norm - norm)
 
 
 def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> None:
@@ -57,7 +88,8 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
     whatever the norm is. If the norm is not finite there is no perturbation: this step becomes the base optimizer's.
 
     Args:
-        bucket: the parameters; `bucket.perturbed` is set where the backup was written.
+        bucket: the parameters; `bucket.perturbed` is set where the backup was written, a norm that is not finite is
+            counted in `bucket.overflows`.
         grads: one gradient or None a segment; None leaves weight and backup alone.
         sums: [n_buckets] float64, added in order: the squared norm over all buckets.
 
@@ -65,6 +97,8 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
         backup.copy_(w); w.add_(g * (rho / (norm + 1e-12)))
     """
     norm = _sqrt(_ordered_sum(sums)) + NORM_EPS
+    if bucket.overflows is not None:
+        bucket.overflows[0] += ~norm.isfinite()
     for i, (segment, grad) in enumerate(zip(bucket.segments, grads, strict=True)):
         if grad is None:
             continue
@@ -99,13 +133,16 @@ def update_(
     | no        | yes      | 1         | untouched              | untouched         |
 
     Args:
-        bucket: the parameters; `bucket.perturbed` says whose backup is to be used, and is cleared.
+        bucket: the parameters; `bucket.perturbed` says whose backup is to be used, and is cleared; a found_inf is
+            counted in `bucket.overflows`.
         grads: one gradient or None a segment.
         grad_scale: [] or [1] float32, the loss scale to divide the gradients by.
         found_inf: [] or [1] float32, not 0 where the gradients overflowed: restore, but do not update.
         clip: [] or [1] float64, a factor on the gradients.
     """
     skip = None if found_inf is None else found_inf.reshape(()) != 0
+    if skip is not None and bucket.overflows is not None:
+        bucket.overflows[1] += skip
     compute = torch.float64 if bucket.dtype == torch.float64 else torch.float32
     inverse = None if grad_scale is None else (1.0 / grad_scale.reshape(()).double().to(bucket.device)).to(compute)
     factor = None if clip is None else clip.reshape(()).to(bucket.device, compute)
