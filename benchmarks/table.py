@@ -13,8 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rivals import LABELS
-from timing import ROOT, across, paired_ratio
+from ratios import across, paired_ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = {
+    "eager": "eager SAM + default base",
+    "eager_foreach": "eager SAM + `foreach=True` base",
+    "eager_fused": "eager SAM + `fused=True` base",
+    "foreach_mul": "foreach SAM (`mul`, `add`) + `fused=True` base",
+    "foreach_alpha": "foreach SAM (`add(alpha=)`) + `fused=True` base",
+    "base_fused": "`fused=True` base alone, no SAM",
+    "triad": "streaming triad",
+    "copy": "device-to-device copy",
+}
 
 YARDSTICKS = ("triad", "copy")
 ANCHOR = "anchor"  # FusedSAM with SGD in fp32, timed beside every other case
