@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity
 
 MODELS = [f"tiny{count}" for count in TINY]
 RANGE = "Optimizer.step#FusedSAM.step"  # torch puts it around every optimizer's step
-WARMUP, STEPS = 10, 100
+WARMUP, STEPS = 10, 50
 
 
 class Closure:
