@@ -6,6 +6,7 @@ test's memory, filled with NaN, would hide from it what has not. The weights are
 """
 
 import torch
+from torch import Tensor
 
 import fastsam
 
@@ -24,17 +25,24 @@ def step(
     start = [torch.linspace(-2, 2, n, dtype=torch.float64).to(dtype) for n in sizes]
     steps = []
     for device, backend in (("cuda", "cuda"), ("cpu", "reference")):
-        params = [torch.nn.Parameter(weight.to(device, copy=True)) for weight in start]
+        params = [torch.nn.Parameter(weight) for weight in sent(start, device, 0)]
         optimizer = fastsam.FusedSAM(params, base, rho=0.5, backend=backend, **options)
         for finish in (optimizer.first_step, optimizer.step) * 2:
-            for param, weight in zip(params, start, strict=True):
-                memory = torch.cat([weight[:1], weight]).to(device)
-                param.grad = memory[1:]  # one element beyond a 16-byte boundary
+            for param, gradient in zip(params, sent(start, device, 1), strict=True):
+                param.grad = gradient
             finish()
         steps.append([param.detach().cpu() for param in params])
     tolerance = 1e-13 if dtype == torch.float64 else 0  # the reference's addcmul may round twice in float64
     for ours, theirs in zip(*steps, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def sent(tensors: list[Tensor], device: str, offset: int) -> list[Tensor]:
+    """Copies, `offset` elements beyond a 16-byte boundary; thousands of them in one piece of memory, others apart."""
+    if len(tensors) > 1000:
+        memory = torch.cat([tensors[0][:offset], *tensors]).to(device, copy=True)
+        return list(memory[offset:].split([len(tensor) for tensor in tensors]))
+    return [torch.cat([tensor[:offset], tensor]).to(device, copy=True)[offset:] for tensor in tensors]
 
 
 def main() -> None:

@@ -130,6 +130,8 @@ def run_tables(document: Mapping[str, Any]) -> list[str]:
             for model, found in train.items()
         ]
         tables.append(markdown(["whole step", "two passes, ms", *(f"{name} / passes" for name in names)], rows))
+    if document["failures"]:
+        tables.append(f"Not measured: {', '.join(document['failures'])}.")
     return tables
 
 
