@@ -29,6 +29,7 @@ SECTIONS = [
     "step-bfloat16",
     "step-others",
 ]
+BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 # What a complete run has: of the whole, of each case, of each backend's launches, of each model that is trained.
 KEYS = {"device", "command", "date", "environment", "seconds", "sections", "results", "failures", "launches", "train"}
 RESULT = {"kind", "name", "model", "case", "elements", "bytes", "fused_base", "fastsam", "operations", "launches"}
@@ -62,18 +63,17 @@ def missing(document: dict[str, Any]) -> list[str]:
     """Sections and keys that a complete run has and this one has not."""
     found = [f"section {name}" for name in SECTIONS if name not in document["sections"]]
     found += [f"key {key}" for key in sorted(KEYS - document.keys())]
-    found += [f"kind of result {kind}" for kind in ("step", "host") if not _of_kind(document, kind)]
-    parts = [(f"{result['model']}", result, RESULT) for result in document["results"]]
+    for kind in ("step", "host"):
+        measured = {name for result in document["results"] if result["kind"] == kind for name in result["fastsam"]}
+        wanted = BACKENDS[document["device"]]
+        found += [f"{kind} times of {name}" for name in wanted if f"fastsam_{name}" not in measured]
+    parts = [(result["model"], result, RESULT) for result in document["results"]]
     found += [f"any {name}" for name in ("launches", "train") if not document[name]]
     for model, backends in document["launches"].items():
         found += [] if backends else [f"launches of {model}"]
         parts += [(f"launches of {model}, {backend}", one, LAUNCHES) for backend, one in backends.items()]
     parts += [(f"training of {model}", one, TRAIN) for model, one in document["train"].items()]
     return found + [f"{what}: {key}" for what, one, keys in parts for key in sorted(keys - one.keys())]
-
-
-def _of_kind(document: dict[str, Any], kind: str) -> list[Any]:
-    return [result for result in document["results"] if result["kind"] == kind]
 
 
 def summary(document: dict[str, Any]) -> str:
