@@ -53,7 +53,7 @@ sweep() {
 
 pytest=("$python" -m pytest -q)
 if [ "$device" = cuda ]; then
-  large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 train=(--device cuda --budget 60)
+  large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 check=40 train=(--device cuda --budget 60)
   # For this card alone: a sixth of the time.
   TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   export TORCH_CUDA_ARCH_LIST
@@ -66,7 +66,7 @@ if [ "$device" = cuda ]; then
   racecheck=("${run[@]}" --tool racecheck --kernel-name kns=fastsam "$python" benchmarks/sanitize.py)
   initcheck=("${run[@]}" --tool initcheck "$python" benchmarks/sanitize.py) # has to see torch's kernels write, too
 else
-  large="resnet18" small="" rounds=3 train=(--device cpu --quick)
+  large="resnet18" small="" rounds=3 check=80 train=(--device cpu --quick) # these checks are compiled first
   export OMP_NUM_THREADS=1 # two threads on a busy machine wait for each other, a time slice in every operation
   export FASTSAM_CUDA=0 # nothing here could run the CUDA kernels; tests/test_machine_code.py compiles and reads them
   tests=(tests/test_native.py)
@@ -83,9 +83,9 @@ fi
   section launches 50 benchmarks.log "$python" benchmarks/launches.py --device "$device" --json "$parts/launches.json"
   sweep host 60 $(cases tiny161 float32)
   section train 80 benchmarks.log "$python" benchmarks/train.py --json "$parts/train.json" "${train[@]}"
-  section memcheck 40 sanitizers.log "${memcheck[@]}"
-  section racecheck 40 sanitizers.log "${racecheck[@]}"
-  section initcheck 40 sanitizers.log "${initcheck[@]}"
+  section memcheck "$check" sanitizers.log "${memcheck[@]}"
+  section racecheck "$check" sanitizers.log "${racecheck[@]}"
+  section initcheck "$check" sanitizers.log "${initcheck[@]}"
   sweep step-bfloat16 120 $(cases "$large $small" bfloat16)
   sweep step-others 400 $(cases "$small" float32) $(cases "$large $small" "float16 float64")
 }
