@@ -18,11 +18,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
 }
+# In float16 the second moment of a small gradient is 0: torch's optimizers, whose every intermediate result is float16,
+# then divide by eps alone, which 1e-8 would not even be.
+FLOAT16_EPS = 1e-2
 
 # Numbers read or written per element, for gradients that are there. fp32: 4 bytes each, 40 in all for SGD, 48 AdamW.
 NORM = 1  # reads g1
 NORM_ADAPTIVE = 2  # reads g1, w
 PERTURB = 4  # reads w, g1; writes backup, w
+STATES = {"sgd": 1, "adamw": 2}  # tensors of the base optimizer that are as large as the weights
 UPDATE = {
     "sgd": 5,  # reads backup, g2, momentum; writes w, momentum
     "adamw": 7,  # reads backup, g2, two moments; writes w, two moments
@@ -80,6 +84,7 @@ class Problem:
 
     def __init__(self, model: str, case: Case, device: torch.device, seed: int = 0) -> None:
         """Draw weights and gradients of `model`."""
+        self.model = model
         self.case = case
         self.device = device
         self.dtype = DTYPES[case.dtype]
@@ -113,6 +118,8 @@ class Problem:
         groups = []
         for index in range(self.case.groups):
             options = {**OPTIONS[self.case.base], "rho": self.rho, "adaptive": self.case.adaptive}
+            if self.case.base == "adamw" and self.dtype == torch.float16:
+                options["eps"] = FLOAT16_EPS
             if self.case.groups > 1:
                 options["adaptive"] = bool(index & 1)
                 options["lr"] *= 1 + index / 8

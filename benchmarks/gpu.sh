@@ -3,98 +3,92 @@
 #
 #     benchmarks/gpu.sh OUT [--device cpu]
 #
-# Builds, tests, runs the sanitizers and all benchmarks, each with a time limit of its own; a part that fails is reported and
-# the next one starts. Writes OUT/results.json, OUT/summary.txt and a log for each kind of work. With --device cpu the same
-# sections run, shortened, on the C++ backend.
+# Builds, tests, measures and runs the sanitizers, what matters most first. Every section has a time limit; one that
+# fails is reported and the next one starts. After each, OUT/results.json and OUT/summary.txt hold all that is known so
+# far. The exit status is 0 if nothing failed and nothing is missing. With --device cpu the same sections run on the C++
+# backend and give the same keys; only the shapes are fewer, and the sanitizers' place is taken by the tests that prove
+# the same of the CUDA kernels' bodies: guard pages, ThreadSanitizer, memory full of NaN.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out=${1:?usage: benchmarks/gpu.sh OUT [--device cpu]}
 device=cuda
-[ "${2:-}" = --device ] && device=${3:?}
-mkdir -p "$out"
+[ "${2:-}" = --device ] && device=${3:?usage: benchmarks/gpu.sh OUT [--device cpu]}
+mkdir -p "$out" || exit
 out=$(cd "$out" && pwd)
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-start=$SECONDS
-
-# section NAME LIMIT LOG COMMAND...: exit status and seconds go to the result.
-section() {
-  local name=$1 limit=$2 log=$out/$3 begun=$SECONDS status
-  shift 3
-  echo "== $name" | tee -a "$log"
-  timeout -k 5 "$limit" "$@" >>"$log" 2>&1
-  status=$?
-  echo "$name $status $((SECONDS - begun))" >>"$work/sections"
-  echo "   status $status, $((SECONDS - begun)) s"
-}
 rm -f "$out"/*.log
+parts=$(mktemp -d)
+trap 'rm -rf "$parts"' EXIT
+python=$(command -v python3 || command -v python)
+end=$((SECONDS + 520))
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=99
 
-if [ $device = cuda ]; then
-  section build 150 build.log pip install --no-build-isolation --no-deps -e .
-  section tests 70 tests.log python -m pytest -q -m cuda
-  for check in memcheck racecheck initcheck; do
-    section "$check" 25 sanitizer.log compute-sanitizer --tool "$check" --error-exitcode 9 \
-      python -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k "two_dtypes or conversions"
+# section NAME LIMIT LOG COMMAND...: exit status and seconds go to the result; 124 means that the time was over.
+section() {
+  local name=$1 limit=$2 log=$out/$3 begun=$SECONDS status=124
+  shift 3
+  [ "$limit" -lt $((end - SECONDS)) ] || limit=$((end - SECONDS))
+  echo "== $name: $*" | tee -a "$log"
+  [ "$limit" -le 0 ] || { timeout -k 5 "$limit" "$@" >>"$log" 2>&1; status=$?; }
+  echo "$name $status $((SECONDS - begun))" >>"$parts/sections"
+  echo "   status $status, $((SECONDS - begun)) s"
+  "$python" benchmarks/gather.py "$parts" "$out" --device "$device"
+}
+
+# cases MODELS DTYPES: both base optimizers of every combination.
+cases() {
+  local model dtype
+  for dtype in $2; do
+    for model in $1; do echo "$model-sgd-$dtype" "$model-adamw-$dtype"; done
   done
-  models="resnet50 vit_b16 vit_l16 resnet18 wrn28_10 gpt2 tiny161"
-  rounds="--processes 1 --rounds 10"
+}
+
+# sweep NAME LIMIT CASE...: the last case has 15 s to finish.
+sweep() {
+  local name=$1 limit=$2
+  shift 2
+  [ "$limit" -lt $((end - SECONDS)) ] || limit=$((end - SECONDS))
+  section "$name" "$limit" benchmarks.log "$python" benchmarks/step.py --device "$device" --rounds "$rounds" \
+    --sweep "$@" --budget $((limit - 15)) --json "$parts/$name.json"
+}
+
+pytest=("$python" -m pytest -q)
+if [ "$device" = cuda ]; then
+  large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 check=40 train=(--device cuda --budget 60)
+  # For this card alone: a sixth of the time.
+  TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  export TORCH_CUDA_ARCH_LIST
+  tests=(-m cuda --continue-on-collection-errors)
+  "$python" -c "import xdist.plugin" && tests+=(-n 8) # every test that takes a backend runs on two: thousands
+  toolkit=$(dirname "$(readlink -f "$(command -v nvcc)")")
+  sanitizer=$(PATH=$PATH:$toolkit:/usr/local/cuda/bin command -v compute-sanitizer)
+  run=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" --error-exitcode 9)
+  memcheck=("${run[@]}" --tool memcheck --kernel-name kns=fastsam "$python" benchmarks/sanitize.py)
+  racecheck=("${run[@]}" --tool racecheck --kernel-name kns=fastsam "$python" benchmarks/sanitize.py)
+  initcheck=("${run[@]}" --tool initcheck "$python" benchmarks/sanitize.py) # has to see torch's kernels write, too
 else
-  section build 300 build.log pip install --no-build-isolation --no-deps -e .
-  section tests 70 tests.log python -m pytest -q -x tests/test_cuda_core.py -k "plan and sgd"
-  for check in memcheck racecheck initcheck; do
-    section "$check" 20 sanitizer.log compute-sanitizer --tool "$check" python -c pass
-  done
-  models="tiny161"
-  rounds="--quick --contenders fastsam eager"
+  large="resnet18" small="" rounds=3 check=80 train=(--device cpu --quick) # these checks are compiled first
+  export OMP_NUM_THREADS=1 # two threads on a busy machine wait for each other, a time slice in every operation
+  export FASTSAM_CUDA=0 # nothing here could run the CUDA kernels; tests/test_machine_code.py compiles and reads them
+  tests=(tests/test_native.py)
+  memcheck=("${pytest[@]}" tests/test_cuda_core.py -k test_no_access_beyond)
+  racecheck=("${pytest[@]}" tests/test_cuda_core.py -k test_blocks_on_several_threads)
+  initcheck=("${pytest[@]}" tests/test_cuda_core.py -k test_three_sam_steps)
 fi
 
-section train 90 train.log python benchmarks/train.py --device $device --json "$work/train.json" \
-  $([ $device = cpu ] && echo --quick)
-for dtype in float32 bfloat16; do
-  for base in sgd adamw; do
-    for model in $models; do
-      [ $((SECONDS - start)) -gt 490 ] && { echo "$model-$base-$dtype 124 0" >>"$work/sections"; continue; }
-      section "$model-$base-$dtype" 40 step.log python benchmarks/step.py --device $device --backend $device --model "$model" --base $base \
-        --dtype $dtype $rounds --json "$work/step-$model-$base-$dtype.json"
-    done
-  done
-done
-
-python - "$work" "$out" $device $((SECONDS - start)) <<'PYTHON'
-import json
-import statistics
-import sys
-from pathlib import Path
-
-work, out, device, seconds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-rows = [line.split() for line in (work / "sections").read_text().splitlines()]
-result = {
-    "device": device,
-    "seconds": seconds,
-    "sections": {name: {"status": int(status), "seconds": int(s)} for name, status, s in rows},
-    "train": {},
-    "launches": {},
-    "steps": {},
+# shellcheck disable=SC2046 # cases are words
+{
+  section build 150 build.log "$python" -m pip install --no-build-isolation --no-deps -e .
+  section tests 100 tests.log "${pytest[@]}" "${tests[@]}"
+  sweep step-float32 90 $(cases "$large" float32)
+  section launches 50 benchmarks.log "$python" benchmarks/launches.py --device "$device" --json "$parts/launches.json"
+  sweep host 60 $(cases tiny161 float32)
+  section train 80 benchmarks.log "$python" benchmarks/train.py --json "$parts/train.json" "${train[@]}"
+  section memcheck "$check" sanitizers.log "${memcheck[@]}"
+  section racecheck "$check" sanitizers.log "${racecheck[@]}"
+  section initcheck "$check" sanitizers.log "${initcheck[@]}"
+  sweep step-bfloat16 120 $(cases "$large $small" bfloat16)
+  sweep step-others 400 $(cases "$small" float32) $(cases "$large $small" "float16 float64")
 }
-if (work / "train.json").is_file():
-    result |= json.loads((work / "train.json").read_text())
-lines = [f"{device}, {seconds} s"]
-for name, section in result["sections"].items():
-    outcome = "ok" if section["status"] == 0 else f"FAILED, status {section['status']}"
-    lines.append(f"{name}: {outcome}, {section['seconds']} s")
-lines.append(f"launches: {json.dumps(result['launches'])}")
-lines += [f"train {model}: {json.dumps(found)}" for model, found in result["train"].items()]
-for file in sorted(work.glob("step-*.json")):
-    document = json.loads(file.read_text())
-    result["environment"] = document["environment"]
-    found = result["steps"][file.stem[5:]] = document["results"][0]
-    for process in found["processes"]:
-        times = process.get("calls", process)  # host time's have two lists
-        mine = {name: 1e3 * statistics.median(t) for name, t in times.items()}
-        rate = {name: found["bytes"][name] / mine[name] / 1e6 for name in mine if name in found["bytes"]}
-        text = ", ".join(f"{n} {ms:.4g} ms" + (f" {rate[n]:.4g} GB/s" if n in rate else "") for n, ms in mine.items())
-        lines.append(f"{file.stem[5:]}: {text}")
-(out / "results.json").write_text(json.dumps(result) + "\n")
-(out / "summary.txt").write_text("\n".join(lines) + "\n")
-print("\n".join(lines))
-PYTHON
+
+cat "$out/summary.txt"
+"$python" benchmarks/gather.py "$parts" "$out" --device "$device"

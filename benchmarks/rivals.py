@@ -13,7 +13,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,34 +80,42 @@ class EagerSAM(Stepper):
         self.optimizer = self.base(**options)
         self.old: dict[Tensor, Tensor] = {}
 
-    @torch.no_grad()
     def first(self) -> None:
         """Climb to w'."""
-        groups = self.optimizer.param_groups
-        norms = [
-            ((param.abs() if group["adaptive"] else 1.0) * param.grad).norm()
-            for group in groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        norm = torch.stack(norms).norm()
-        for group in groups:
-            scale = group["rho"] / (norm + EPS)
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                self.old[param] = param.clone()
-                square = param * param if group["adaptive"] else 1.0
-                param.add_(square * param.grad * scale.to(param))
+        eager_climb(self.optimizer.param_groups, self.old)
 
-    @torch.no_grad()
     def second(self) -> None:
         """Return to w and step."""
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.data = self.old[param]
+        eager_return(self.optimizer.param_groups, self.old)
         self.optimizer.step()
+
+
+@torch.no_grad()
+def eager_climb(groups: Sequence[dict[str, Any]], old: dict[Tensor, Tensor]) -> None:
+    """Climb to w', with a clone of each tensor in `old`."""
+    norms = [
+        ((param.abs() if group["adaptive"] else 1.0) * param.grad).norm()
+        for group in groups
+        for param in group["params"]
+        if param.grad is not None
+    ]
+    norm = torch.stack(norms).norm()
+    for group in groups:
+        scale = group["rho"] / (norm + EPS)
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            old[param] = param.clone()
+            square = param * param if group["adaptive"] else 1.0
+            param.add_(square * param.grad * scale.to(param))
+
+
+def eager_return(groups: Sequence[dict[str, Any]], old: dict[Tensor, Tensor]) -> None:
+    """Return to w."""
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                param.data = old[param]
 
 
 class ForeachSAM(Stepper):
@@ -205,6 +213,21 @@ class Fastsam(Stepper):
         self.step = self.optimizer.step
 
 
+def backends_for(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """FusedSAM's backends that can serve such parameters here, the reference last."""
+    try:
+        from fastsam import ops
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}; install it: pip install -e .  (or leave it out: --contenders eager ...)") from None
+    usable = [name for name, reason in ops.backends().items() if reason is None]
+    return sorted((name for name in usable if ops.choose(name, device, dtype) == name), key="reference".__eq__)
+
+
+def kernel_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Those of `backends_for` that have kernels of their own."""
+    return [name for name in backends_for(device, dtype) if name != "reference"]
+
+
 class Triad:
     """Streaming triad over 400 MB or 12 caches, whichever is more: the bandwidth that the machine gives right now."""
 
@@ -279,14 +302,3 @@ RIVALS: dict[str, Callable[[Problem], Stepper]] = {
 }
 
 NEED_FUSED_BASE = ("eager_fused", "base_fused")
-
-LABELS = {
-    "eager": "eager SAM + default base",
-    "eager_foreach": "eager SAM + `foreach=True` base",
-    "eager_fused": "eager SAM + `fused=True` base",
-    "foreach_mul": "foreach SAM (`mul`, `add`) + `fused=True` base",
-    "foreach_alpha": "foreach SAM (`add(alpha=)`) + `fused=True` base",
-    "base_fused": "`fused=True` base alone, no SAM",
-    "triad": "streaming triad",
-    "copy": "device-to-device copy",
-}

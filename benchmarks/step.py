@@ -5,40 +5,55 @@
     python benchmarks/step.py --model tiny161                     # host time: next to no data in 161 tensors
     python benchmarks/step.py --all --json                        # every case and host time, kept under results/
     python benchmarks/step.py --quick --model resnet18            # one process, few rounds: does it work?
+    python benchmarks/step.py --device cuda --sweep vit_l16-{sgd,adamw}-float32 --budget 60 --json FILE
 
 Gradients are random and given, there is no backward. Before any time is taken, the weights of all contenders, perturbed
 and stepped, are compared over two steps; a mismatch ends the run and no time is printed. Times are paired (timing.py)
-and come from fresh processes. `--all` compares every case with what its bytes predict from SGD's time.
+and come from fresh processes; but for `--sweep`, which takes cases one after the other in this process, as long as the
+budget lasts, keeps its result after each, and goes on after a failure. `--all` compares every case with what its bytes
+predict from SGD's time. On a GPU launches and peak memory are counted, too.
 """
 
 import argparse
 import datetime
+import functools
+import gc
 import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BASES, CASES, DTYPES, Case, Problem
-from rivals import NEED_FUSED_BASE, RIVALS, DeviceCopy, Fastsam, Stepper, Triad, fused_base_works
+from cases import BASES, CASES, DTYPES, STATES, Case, Problem
+from launches import Closure, kernels, operations, profiled, whole_step
+from ratios import across, paired_ratio
+from rivals import (
+    NEED_FUSED_BASE,
+    RIVALS,
+    DeviceCopy,
+    Fastsam,
+    Stepper,
+    Triad,
+    backends_for,
+    fused_base_works,
+    kernel_backends,
+)
 from shapes import MODELS
 from table import ANCHOR, over_prediction, render, share_of_yardstick
 from timing import (
     ROOT,
-    across,
+    HostClock,
     available_memory,
     clock_for,
     environment,
     fresh_processes,
     interleave,
     others,
-    paired_ratio,
 )
-from torch import Tensor
 
 HOST_MODEL = "tiny161"
 PROCESSES, ROUNDS, WARMUP = 5, 15, 3
@@ -50,64 +65,45 @@ QUIET = 0.25  # cores that everything else may use; housekeeping of a small virt
 OVER_PREDICTION = 1.15  # no case may take longer than this times what its bytes predict
 
 
-class Closure:
-    """A contender whose whole step, through `step(closure)` with a closure that does nothing, is timed."""
-
-    def __init__(self, stepper: Stepper) -> None:
-        """Hand over gradients once: the closure leaves them as they are."""
-        self.name = stepper.name
-        self.stepper = stepper
-        stepper.prepare_first()
-        self.loss = torch.zeros(())
-
-    def prepare_first(self) -> None:
-        """Nothing: the gradients stay."""
-
-    def first(self) -> None:
-        """The whole step."""
-        self.stepper.step(self._closure)
-
-    def _closure(self) -> Tensor:
-        return self.loss
-
-    def prepare_second(self) -> None:
-        """Nothing: the gradients stay."""
-
-    def second(self) -> None:
-        """Nothing: the step is done."""
-
-
-def backends_for(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """FusedSAM's backends that can serve such parameters here, the reference last."""
-    try:
-        from fastsam import ops
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"{error}; install it: pip install -e .  (or leave it out: --contenders eager ...)") from None
-    usable = [name for name, reason in ops.backends().items() if reason is None]
-    return sorted((name for name in usable if ops.choose(name, device, dtype) == name), key="reference".__eq__)
-
-
-def build(args: argparse.Namespace, problem: Problem) -> list[Stepper]:
-    """FusedSAM on the backends asked for, then the rivals asked for."""
+def contenders_of(args: argparse.Namespace, problem: Problem) -> dict[str, Callable[[], Stepper]]:
+    """What makes FusedSAM on the backends asked for, then the rivals asked for."""
     wanted = args.contenders or ["fastsam", *RIVALS]
     if not fused_base_works(problem):
         print("this torch's fused=True base does not step such weights: foreach=True instead", file=sys.stderr)
         wanted = [name for name in wanted if name not in NEED_FUSED_BASE]
     backends = []
     if "fastsam" in wanted:
-        backends = args.backend or backends_for(problem.device, problem.dtype)
-    count = len(backends) + sum(name in RIVALS for name in wanted)
+        available = kernel_backends if args.sweep else backends_for
+        backends = args.backend or available(problem.device, problem.dtype)
+    made: dict[str, Callable[[], Stepper]] = {
+        f"fastsam_{backend}": functools.partial(Fastsam, f"fastsam_{backend}", problem, backend) for backend in backends
+    }
+    return made | {name: functools.partial(RIVALS[name], problem) for name in wanted if name in RIVALS}
+
+
+def check_memory(problem: Problem, count: int) -> None:
+    """Refuse what this machine's memory cannot hold; a GPU says so itself."""
     # Weights, backup, state and a temporary each; the problem's start and gradients.
-    words = count * (4 if problem.case.base == "sgd" else 5) + 3
+    words = count * (3 + STATES[problem.case.base]) + 3
     needed, available = words * problem.elements * problem.dtype.itemsize, available_memory()
     if problem.device.type == "cpu" and available is not None and needed > available:
         raise SystemExit(
-            f"{count} contenders on {args.model} need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} are available: "
+            f"{count} contenders on {problem.model} need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} are there: "
             f"choose fewer with --contenders (of fastsam {' '.join(RIVALS)}) and --backend"
         )
-    steppers: list[Stepper] = [Fastsam(f"fastsam_{backend}", problem, backend) for backend in backends]
-    steppers += [RIVALS[name](problem) for name in wanted if name in RIVALS]
-    return steppers
+
+
+def peak_bytes(make: Callable[[], Stepper], problem: Problem) -> int:
+    """GPU memory that a contender takes at its peak, beyond weights, gradients and the base optimizer's state."""
+    gc.collect()
+    before = torch.cuda.memory_allocated(problem.device)
+    torch.cuda.reset_peak_memory_stats(problem.device)
+    stepper = make()
+    for _ in range(2):  # the second has what the first left behind
+        whole_step(stepper)
+    weights = problem.elements * problem.dtype.itemsize
+    taken: int = torch.cuda.max_memory_allocated(problem.device) - before
+    return taken - (1 + STATES[problem.case.base]) * weights
 
 
 def check_parity(steppers: Sequence[Stepper], steps: int = 2) -> None:
@@ -149,48 +145,36 @@ def _compare(steppers: Sequence[Stepper], what: str) -> None:
                 ) from None
 
 
-def count_operations(stepper: Stepper) -> int:
-    """Operations of one step that Python dispatches; what an operation calls itself is not counted again."""
-    stepper.prepare_first()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        stepper.first()
-        stepper.prepare_second()
-        stepper.second()
-    count = 0
-    for event in profile.events():
-        ancestor = event
-        while ancestor is not None and not (ancestor is not event and _is_operation(ancestor.name)):
-            ancestor = ancestor.cpu_parent
-        count += _is_operation(event.name) and ancestor is None
-    return count
-
-
-def _is_operation(name: str) -> bool:
-    return name.startswith(("aten::", "fastsam::"))
-
-
 def rounded(times: dict[str, list[float]]) -> dict[str, list[float]]:
     """Four digits are more than a timing holds, and the result is committed."""
     return {name: [float(f"{value:.4g}") for value in values] for name, values in times.items()}
 
 
-def work(args: argparse.Namespace, case: Case) -> dict[str, Any]:
-    """What one fresh process measures."""
+def work(args: argparse.Namespace, model: str, case: Case) -> dict[str, Any]:
+    """What one process measures."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    problem = Problem(args.model, case, device)
-    steppers = build(args, problem)
+    cuda = device.type == "cuda"
+    problem = Problem(model, case, device)
+    made = contenders_of(args, problem)
+    check_memory(problem, len(made))
+    peaks = {name: peak_bytes(make, problem) for name, make in made.items()} if cuda else None
+    gc.collect()
+    steppers = [make() for make in made.values()]
     problem.start.clear()
     check_parity(steppers)
+    events = {stepper.name: profiled(functools.partial(whole_step, stepper), device) for stepper in steppers}
     result: dict[str, Any] = {
         "elements": problem.elements,
         "bytes": {stepper.name: problem.ideal_bytes() for stepper in steppers if stepper.perturbs},
         "fused_base": fused_base_works(problem),
         "fastsam": [stepper.name for stepper in steppers if isinstance(stepper, Fastsam)],
-        "operations": {stepper.name: count_operations(stepper) for stepper in steppers},
+        "operations": {name: len(operations(found)) for name, found in events.items()},
+        "launches": {name: len(kernels(found)) for name, found in events.items()} if cuda else None,
+        "peak_bytes": peaks,
     }
-    if args.model == HOST_MODEL:
-        clock, rounds = clock_for(torch.device("cpu")), args.rounds or HOST_ROUNDS
+    if model == HOST_MODEL:
+        clock, rounds = HostClock(device), args.rounds or HOST_ROUNDS
         start, before = time.perf_counter(), others()
         calls = interleave(steppers, clock, rounds, HOST_WARMUP, HOST_BURST)
         closures = [Closure(stepper) for stepper in steppers]
@@ -201,12 +185,12 @@ def work(args: argparse.Namespace, case: Case) -> dict[str, Any]:
 
     contenders: list[Any] = list(steppers)
     if args.against_sgd:
-        plain = Problem(args.model, Case(), device)
+        plain = Problem(model, Case(), device)
         contenders.append(Fastsam(ANCHOR, plain, (args.backend or backends_for(device, torch.float32))[0]))
         result["bytes"][ANCHOR] = plain.ideal_bytes()
     if not args.contenders or "bandwidth" in args.contenders:
         try:
-            yardstick = DeviceCopy(device) if device.type == "cuda" else Triad(args.threads)
+            yardstick = DeviceCopy(device) if cuda else Triad(args.threads)
         except RuntimeError as error:
             print(f"no streaming triad: {error}", file=sys.stderr)
         else:
@@ -226,10 +210,14 @@ def measure(args: argparse.Namespace, case: Case, model: str, extra: Sequence[st
     arguments += ["--threads", str(args.threads)]
     arguments += ["--rounds", str(args.rounds)] if args.rounds else []
     found = fresh_processes(arguments, args.processes, args.threads)
-    kind = "host" if model == HOST_MODEL else "step"
+    return summed_up(found, case, model, name)
+
+
+def summed_up(found: Sequence[dict[str, Any]], case: Case, model: str, name: str = "") -> dict[str, Any]:
+    """One result: what every process found."""
     common = {key: value for key, value in found[0].items() if key not in ("times", "cores_taken")}
     return {
-        "kind": kind,
+        "kind": "host" if model == HOST_MODEL else "step",
         "name": name,
         "model": model,
         "case": asdict(case),
@@ -237,6 +225,25 @@ def measure(args: argparse.Namespace, case: Case, model: str, extra: Sequence[st
         "cores_taken": [process["cores_taken"] for process in found],
         "processes": [process["times"] for process in found],
     }
+
+
+def sweep(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    """Measure cases one after the other, in this process, into `document`, which is kept after each."""
+    document |= {"results": [], "failures": {}}
+    end = time.monotonic() + args.budget
+    for model, case in args.sweep:
+        name = f"{model}-{case.base}-{case.dtype}"
+        try:
+            if time.monotonic() > end:
+                raise TimeoutError(f"left out, the {args.budget} s are over")
+            document["results"].append(summed_up([work(args, model, case)], case, model))
+        except (Exception, SystemExit) as error:  # the other cases are still to come
+            document["failures"][name] = f"{type(error).__name__}: {error}"[:500]
+        gc.collect()  # optimizers and their wrapped methods refer to each other
+        if args.device != "cpu":
+            torch.cuda.empty_cache()
+        print(name, document["failures"].get(name, "measured"), flush=True)
+        keep(args, document)
 
 
 def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -299,6 +306,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, help=f"fresh processes [{PROCESSES}]")
     parser.add_argument("--rounds", type=int, help=f"rounds in a process [{ROUNDS}; host time {HOST_ROUNDS}]")
     parser.add_argument("--quick", action="store_true", help="one process and three rounds")
+    parser.add_argument("--sweep", nargs="+", type=case_of, metavar="MODEL-BASE-DTYPE", help="these, in one process")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is started")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="keep the result [benchmarks/results/...]")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # one process's result goes to this file
     parser.add_argument("--against-sgd", action="store_true", help=argparse.SUPPRESS)  # time plain SGD beside the case
@@ -315,12 +324,30 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def case_of(text: str) -> tuple[str, Case]:
+    """What MODEL-BASE-DTYPE means."""
+    model, base, dtype = text.split("-")
+    if model not in MODELS or base not in BASES or dtype not in DTYPES:
+        raise ValueError(text)
+    return model, Case(base, dtype)
+
+
+def keep(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    """Write the document where `--json` says."""
+    if args.json is None:
+        return
+    name = "all" if args.all else "sweep" if args.sweep else "-".join([args.model, args.base, args.dtype])
+    file = Path(args.json or ROOT / "benchmarks" / "results" / f"{document['date']}-{document['device']}-{name}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, print the tables, keep the result."""
     args = arguments()
     case = Case(args.base, args.dtype, args.adaptive, args.groups, args.missing, args.misaligned)
     if args.worker:
-        args.worker.write_text(json.dumps(work(args, case)))
+        args.worker.write_text(json.dumps(work(args, args.model, case)))
         return
 
     device = torch.device(args.device)
@@ -331,7 +358,11 @@ def main() -> None:
         "device": device.type,
         "environment": {**environment(device, args.threads), **fastsam_environment()},
     }
-    if args.all:
+    if args.sweep:
+        sweep(args, document)
+        if not document["results"]:
+            raise SystemExit("no case was measured")
+    elif args.all:
         document["results"] = measure_all(args)
     else:
         extra = ["--backend", *args.backend] if args.backend else []
@@ -343,24 +374,22 @@ def main() -> None:
         print(f"\nThis machine is busy, others took {busiest:.2f} cores: do not use these times.", file=sys.stderr)
     else:
         print("\n" + "\n".join(judge_goals(document["results"], device.type)), file=sys.stderr)
-    if args.json is not None:
-        name = "all" if args.all else "-".join([args.model, args.base, args.dtype])
-        file = Path(args.json or ROOT / "benchmarks" / "results" / f"{document['date']}-{device.type}-{name}.json")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(document, indent=1) + "\n")
+    keep(args, document)
 
 
 def fastsam_environment() -> dict[str, Any]:
     """What of fastsam a number depends on."""
     try:
         import fastsam
+        from fastsam import ops
     except ModuleNotFoundError:
         return {"fastsam": None}
+    found = {"fastsam": fastsam.__version__, "backends": ops.backends()}
     try:
         from fastsam import _C
     except ImportError:
-        return {"fastsam": fastsam.__version__, "cpu_isa": None}
-    return {"fastsam": fastsam.__version__, "cpu_isa": _C.cpu_isa(), "source_hash": _C.source_hash}
+        return {**found, "cpu_isa": None}
+    return {**found, "cpu_isa": _C.cpu_isa(), "source_hash": _C.source_hash}
 
 
 if __name__ == "__main__":

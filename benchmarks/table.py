@@ -3,8 +3,8 @@
     python benchmarks/table.py benchmarks/results/FILE.json          # between the README's markers of that device
     python benchmarks/table.py benchmarks/results/FILE.json --print  # to the screen only
 
-The README holds `<!-- benchmarks:cpu -->` and `<!-- /benchmarks:cpu -->` (or `cuda`) on lines of their own; what is
-between them is replaced, so running it twice changes nothing.
+The JSON is step.py's or gpu.sh's. The README holds `<!-- benchmarks:cpu -->` and `<!-- /benchmarks:cpu -->` (or `gpu`)
+on lines of their own; what is between them is replaced, so running it twice changes nothing.
 """
 
 import argparse
@@ -13,12 +13,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rivals import LABELS
-from timing import ROOT, across, paired_ratio
+from ratios import across, paired_ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = {
+    "eager": "eager SAM + default base",
+    "eager_foreach": "eager SAM + `foreach=True` base",
+    "eager_fused": "eager SAM + `fused=True` base",
+    "foreach_mul": "foreach SAM (`mul`, `add`) + `fused=True` base",
+    "foreach_alpha": "foreach SAM (`add(alpha=)`) + `fused=True` base",
+    "base_fused": "`fused=True` base alone, no SAM",
+    "triad": "streaming triad",
+    "copy": "device-to-device copy",
+}
 
 YARDSTICKS = ("triad", "copy")
 ANCHOR = "anchor"  # FusedSAM with SGD in fp32, timed beside every other case
 MISSING = "-"
+GPU_COLUMNS = {"launches": "launches", "peak_bytes": "peak MiB beyond the base"}
+LAUNCH_COLUMNS = {
+    "kernels": "launches",
+    "host_us": "two calls, us",
+    "closure_us": "step(closure), us",
+    "profiler_us": "the same in the profiler, us",
+    "gap_us": "gap between kernels, us",
+}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -65,6 +84,7 @@ def over_prediction(result: Mapping[str, Any]) -> dict[str, float]:
 def step_table(result: Mapping[str, Any]) -> str:
     """One model and case: a row per contender."""
     processes, yardstick = result["processes"], yardstick_of(result)
+    on_gpu = {key: title for key, title in GPU_COLUMNS.items() if result.get(key)}
     rows = []
     for name in processes[0]:
         if name == ANCHOR:
@@ -85,9 +105,65 @@ def step_table(result: Mapping[str, Any]) -> str:
             faster,
             MISSING if count is None else str(count),
         ]
-        rows.append(row)
+        rows.append(row + [_per_contender(result, key, name) for key in on_gpu])
     columns = [f"{_title(result)}", "ms", "GB/s", f"% of {yardstick or 'triad'}", "its time / FusedSAM's", "ops"]
-    return markdown(columns, rows)
+    return markdown(columns + list(on_gpu.values()), rows)
+
+
+def run_tables(document: Mapping[str, Any]) -> list[str]:
+    """What gpu.sh measured: a row for each case, for each number of tensors and for each model that was trained."""
+    results = document["results"]
+    steps = [result for result in results if result["kind"] == "step"]
+    tables = [_sweep_table(steps)] if steps else []
+    tables += [host_table(result) for result in results if result["kind"] == "host"]
+    rows = [
+        [model, backend, *(_number(found.get(key)) for key in LAUNCH_COLUMNS)]
+        for model, backends in document["launches"].items()
+        for backend, found in backends.items()
+    ]
+    tables += [markdown(["tensors of 8 elements", "backend", *LAUNCH_COLUMNS.values()], rows)] if rows else []
+    train = {model: found for model, found in document["train"].items() if "ms" in found}
+    if train:
+        names = [name for name in next(iter(train.values()))["ms"] if name != "passes"]
+        rows = [
+            [model, _number(found["ms"]["passes"]), *(_number(found["over_passes"][name]) for name in names)]
+            for model, found in train.items()
+        ]
+        tables.append(markdown(["whole step", "two passes, ms", *(f"{name} / passes" for name in names)], rows))
+    if document["failures"]:
+        tables.append(f"Not measured: {', '.join(document['failures'])}.")
+    return tables
+
+
+def _sweep_table(steps: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for result in steps for name in result["fastsam"]))
+    rows = []
+    for result in steps:
+        processes, row = result["processes"], [_title(result)]
+        for name in names:
+            there = name in processes[0]
+            row.append(_number(1e3 * across(processes, name)["median"]) if there else MISSING)
+            share = there and yardstick_of(result) is not None
+            row.append(f"{100 * share_of_yardstick(result, name)['median']:.0f}" if share else MISSING)
+        own = result["fastsam"][0] if result["fastsam"] else None
+        for rivals in (["eager"], ["foreach_mul", "foreach_alpha"], ["base_fused"]):
+            there = [rival for rival in rivals if own and rival in processes[0]]
+            ratios = [paired_ratio(processes, rival, own)["median"] for rival in there]
+            row.append(f"{min(ratios):.2f}" if ratios else MISSING)
+        rows.append(row + [_per_contender(result, key, own) for key in GPU_COLUMNS])
+    yardstick = next((found for result in steps if (found := yardstick_of(result))), "copy")
+    columns = ["optimizer part", *(f"{name}{what}" for name in names for what in (", ms", f", % of {yardstick}"))]
+    rivals = ["eager SAM / FusedSAM", "best foreach SAM / FusedSAM", "fused base alone / FusedSAM"]
+    return markdown([*columns, *rivals, *GPU_COLUMNS.values()], rows)
+
+
+def _per_contender(result: Mapping[str, Any], key: str, name: str | None) -> str:
+    found = (result[key] or {}).get(name)
+    return MISSING if found is None else str(round(found / 2**20)) if key == "peak_bytes" else str(found)
+
+
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.4g}"
 
 
 def cases_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -154,12 +230,14 @@ def environment_line(document: Mapping[str, Any]) -> str:
 def render(document: Mapping[str, Any]) -> str:
     """Everything that a JSON holds, as Markdown."""
     results = document["results"]
-    steps = [result for result in results if result["kind"] == "step"]
-    parts = []
-    cases = [result for result in steps if result["name"]]
-    parts += [step_table(result) for result in steps if not result["name"] or result["name"] == "SGD"]
-    parts += [cases_table(cases)] if cases and cases[0]["fastsam"] else []
-    parts += [host_table(result) for result in results if result["kind"] == "host"]
+    if "sections" in document:
+        parts = run_tables(document)
+    else:
+        steps = [result for result in results if result["kind"] == "step"]
+        cases = [result for result in steps if result["name"]]
+        parts = [step_table(result) for result in steps if not result["name"] or result["name"] == "SGD"]
+        parts += [cases_table(cases)] if cases and cases[0]["fastsam"] else []
+        parts += [host_table(result) for result in results if result["kind"] == "host"]
     counts = {len(result["processes"]) for result in results}
     count = "one process" if counts == {1} else f"{'/'.join(map(str, sorted(counts)))} fresh processes"
     parts.append(
@@ -196,7 +274,8 @@ def main() -> None:
     file = args.json.resolve()
     source = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
     body += f"\n\nGenerated from `{source}` by `python benchmarks/table.py {source}`."
-    args.readme.write_text(replace_between_markers(args.readme.read_text(), document["device"], body))
+    device = "gpu" if document["device"] == "cuda" else document["device"]
+    args.readme.write_text(replace_between_markers(args.readme.read_text(), device, body))
 
 
 if __name__ == "__main__":
