@@ -1,4 +1,4 @@
-"""`max_grad_norm` is clip_grad_norm_ before the base step, without a write to any gradient; and what `stats()` tells."""
+"""`max_grad_norm` is clip_grad_norm_ before the base step, with no write to a gradient; and what `stats()` tells."""
 
 from __future__ import annotations
 
