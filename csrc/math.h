@@ -142,13 +142,28 @@ FASTSAM_HD int tree_width(int64_t n, int most) {
   return width;
 }
 
-// The vector whose length is ASAM's norm: T g, T = |w| + eta (Kwon et al., arXiv 2102.11600). w g has the square of |w|
-// g.
+// The gradient of the loss with weight_decay/2 |w|^2 in it, where that is to be perturbed along, as in the paper's code.
+template <class T>
+struct Decay {
+  T weight_decay;
+  bool decays;
+  FASTSAM_HD explicit Decay(const Row& row)
+      : weight_decay(static_cast<T>(has(row, kMaximize) ? -row.weight_decay : row.weight_decay)), decays(has(row, kDecays)) {}
+  FASTSAM_HD T operator()(T w, T g) const { return decays ? fma(weight_decay, w, g) : g; }
+};
+
+// The vector whose length is the norm: T g, T = 1 or |w| + eta (ASAM: Kwon et al., arXiv 2102.11600). w g has the square of |w| g.
+FASTSAM_HD bool needs_weight(const Row& row) { return has(row, kAdaptive) || has(row, kDecays); }
 template <class T>
 struct Steepest {
+  Decay<T> decay;
   T eta;
-  FASTSAM_HD explicit Steepest(const Row& row) : eta(static_cast<T>(row.eta)) {}
-  FASTSAM_HD T operator()(T w, T g) const { return eta == 0 ? w * g : (abs(w) + eta) * g; }
+  bool adaptive;
+  FASTSAM_HD explicit Steepest(const Row& row) : decay(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
+  FASTSAM_HD T operator()(T w, T g) const {
+    g = decay(w, g);
+    return !adaptive ? g : eta == 0 ? w * g : (abs(w) + eta) * g;
+  }
 };
 
 // ---- Perturbation: w + e(w), e = rho g / (|g| + NORM_EPS) (SAM: Foret et al., arXiv 2010.01412, eq. 2) or
@@ -166,17 +181,51 @@ FASTSAM_HD T perturbation_scale(const Row& row, double sum) {
 template <class T>
 struct Perturb {
   T scale;  // not 0, which the caller must branch on: 0 * inf is NaN
+  Decay<T> decay;
   T eta;
   bool adaptive;
   FASTSAM_HD Perturb(const Row& row, double sum)
-      : scale(perturbation_scale<T>(row, sum)), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
+      : scale(perturbation_scale<T>(row, sum)), decay(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
   FASTSAM_HD T operator()(T w, T g) const {
+    g = decay(w, g);
     if (adaptive) {
       const T t = abs(w) + eta;
       g = eta == 0 ? (w * w) * g : t * (t * g);
     }
     const T e = g * scale;
     return w + e;
+  }
+};
+
+// ---- The same for another norm than the second: e maximises <e, g> where |e / T|_p = rho, p in (1, inf] (arXiv 2010.01412, eq. 2), with q =
+// p / (p - 1). In float64: |x|^q underflows float32 for p near 1. Not bit-equal between backends, as exp2 and log2 are not.
+
+FASTSAM_HD double power(double x, double exponent) { return x == 0 ? 0 : ::exp2(exponent * ::log2(x)); }
+
+template <class T>
+struct PowerPerturb {
+  Decay<T> decay;
+  T eta;
+  bool adaptive;
+  double rho, norm, exponent;  // rho is 0 where the norm is not finite; exponent = q - 1, 0 for p = inf, which has no norm
+  FASTSAM_HD PowerPerturb(const Row& row, double sum, double q)
+      : decay(row),
+        eta(static_cast<T>(row.eta)),
+        adaptive(has(row, kAdaptive)),
+        rho(has(row, kMaximize) ? -row.rho : row.rho),
+        norm(1),
+        exponent(q - 1) {
+    if (q == 1) return;
+    norm = power(sum, 1 / q) + kNormEps;
+    if (!is_finite(norm)) rho = 0;
+  }
+  // rho T sign(g) (|T g| / norm)^(q - 1); 0 for an element that is not finite, which only p = inf gets to see.
+  FASTSAM_HD T operator()(T w, T g) const {
+    const double t = adaptive ? static_cast<double>(abs(w) + eta) : 1.0;
+    const double x = static_cast<double>(decay(w, g)) * t, size = abs(x);
+    const double length = exponent == 0 ? (size != 0) : power(size / norm, exponent);
+    const double e = is_finite(x) ? rho * t * (x < 0 ? -length : length) : 0;
+    return w + static_cast<T>(e);
   }
 };
 

@@ -26,7 +26,8 @@ cpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, con
 }
 
 void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
-               int64_t slot, double max_norm, std::optional<Tensor> clip, std::optional<Tensor> grad_scale) {
+               int64_t slot, double q,
+               double max_norm, std::optional<Tensor> clip, std::optional<Tensor> grad_scale) {
   cpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.partials =
       static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCpu, ScalarType::Double, launch.n_chunks, 0));
@@ -35,6 +36,7 @@ void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks
   double* const factor = scalar<double>("grad_norm", "clip", clip, Place::kCpu, ScalarType::Double);
   const float* const scale = scalar<float>("grad_norm", "grad_scale", grad_scale, Place::kCpu, ScalarType::Float);
   launch.plain = factor;
+  launch.q = q;
   sums[slot] = cpu::grad_norm(launch);
   if (!factor) return;
   double sum = 0;
@@ -43,13 +45,14 @@ void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks
 }
 
 void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums,
-              std::optional<Tensor> overflows) {
+              double q, std::optional<Tensor> overflows) {
   cpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.perturbed =
       static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   const double* const slots = static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
   for (int64_t i = 0; i < sums.size(0); i++) launch.sum += slots[i];
   launch.overflows = counters("perturb_", overflows, Place::kCpu);
+  launch.q = q;
   cpu::perturb(launch);
 }
 
@@ -72,10 +75,10 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def(
       "grad_norm(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
-      "Tensor(a!) partials, Tensor(b!) out, int slot, float max_norm, Tensor(c!)? clip, Tensor? grad_scale) -> ()");
+      "Tensor(a!) partials, Tensor(b!) out, int slot, float q, float max_norm, Tensor(c!)? clip, Tensor? grad_scale) -> ()");
   m.def(
       "perturb_(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
-      "Tensor(a!) perturbed, Tensor sums, Tensor(b!)? overflows) -> ()");
+      "Tensor(a!) perturbed, Tensor sums, float q, Tensor(b!)? overflows) -> ()");
   m.def(
       "update_(int dtype, int grad_dtype, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
       "Tensor(a!) perturbed, Tensor? grad_scale, Tensor? found_inf, Tensor? clip, "

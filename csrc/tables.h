@@ -17,7 +17,7 @@ constexpr double kClipEps = 1e-6;   // added to the norm that gradients are clip
 
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 enum Rule { kNoRule = -1, kSgd, kAdam, kRules };
-enum Flag { kAdaptive = 1, kNesterov = 2, kMaximize = 4, kDecoupled = 8, kAmsgrad = 16, kLrFloat64 = 32 };
+enum Flag { kAdaptive = 1, kNesterov = 2, kMaximize = 4, kDecoupled = 8, kAmsgrad = 16, kLrFloat64 = 32, kDecays = 64 };
 
 // The dtypes of weights and gradients for which there are loops and kernels: equal ones first, in the order of Dtype.
 constexpr int kMixed = 4;

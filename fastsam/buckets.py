@@ -83,6 +83,11 @@ class Bucket:
         return self.owner.rows
 
     @property
+    def q(self) -> float:
+        """The exponent of the gradient's norm: 2, or p / (p - 1) for another norm of the perturbation."""
+        return self.owner.q
+
+    @property
     def row_table(self) -> Tensor:
         """[n_groups, 8] float64 on the host: `rows`."""
         return self.owner.row_table
@@ -405,6 +410,8 @@ class Buckets:
         second_sums: the same for the gradients of the second pass, where they are clipped.
         factors: [] float64 on each device, by which they are clipped.
         partial: whether a group has `perturb=False`.
+        q: the exponent of the gradient's norm, 1 for none.
+        decays: whether the perturbation is that of the loss with the weight decay in it.
     """
 
     def __init__(self, rule: Rule | None, backend: str, groups: Sequence[Group], state: State) -> None:
@@ -422,6 +429,7 @@ class Buckets:
         self.factors: dict[torch.device, Tensor] = {}
         self.warned: set[str] = set()
         self.captures = graphs.Captures()
+        self.q, self.decays = 2.0, False
 
     def follow(self, groups: Sequence[Group], state: State) -> None:
         """Catch up with what happened since the last pass: other groups, values or state, thawed parameters."""
@@ -456,7 +464,7 @@ class Buckets:
 
     def _read_values(self) -> None:
         """Read the groups' values: schedulers change them, momentum and betas too."""
-        rows = [rules.row(group, self.rule, self._kernels_device()) for group in self.groups]
+        rows = [rules.row(group, self.rule, self._kernels_device(), self.decays) for group in self.groups]
         if rows != self.rows:
             if len(rows) != len(self.rows):
                 for bucket in self.items:
@@ -501,10 +509,11 @@ class Buckets:
             bucket.point()
 
     def perturb(self, grads: Sequence[Gradients]) -> None:
-        """Norm over all buckets, then backup and climb."""
-        for bucket, g in zip(self.items, grads, strict=True):
-            bucket.ops.grad_norm(bucket, g, self.sums[bucket.device])
-        self._share(self.sums)
+        """Norm over all buckets, then backup and climb; for p = inf there is no norm."""
+        if self.q != 1:
+            for bucket, g in zip(self.items, grads, strict=True):
+                bucket.ops.grad_norm(bucket, g, self.sums[bucket.device])
+            self._share(self.sums)
         for bucket, g in zip(self.items, grads, strict=True):
             bucket.climb(g, self.sums[bucket.device])
 

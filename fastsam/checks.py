@@ -32,6 +32,12 @@ def check_max_grad_norm(max_grad_norm: float | None) -> None:
         raise ValueError(f"FusedSAM: max_grad_norm must be > 0, or None for no clipping, got {max_grad_norm!r}")
 
 
+def check_p(p: float) -> None:
+    """Refuse norms that have no dual norm to perturb by."""
+    if not p > 1:
+        raise ValueError(f"FusedSAM: p must be in (1, inf], got {p!r}; p = 1 would put all of rho on one weight")
+
+
 def check_class(base: type[Optimizer]) -> None:
     """Refuse base optimizers that SAM cannot wrap."""
     for refused, reason in REFUSED.items():

@@ -23,6 +23,7 @@ from fastsam.checks import (
     check_instance,
     check_keys,
     check_max_grad_norm,
+    check_p,
     check_param,
     check_values,
 )
@@ -31,6 +32,7 @@ from fastsam.segments import real_dtype
 
 CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb")
+KEPT = ("base_optimizer", "closure_calls", "max_grad_norm", "p", "perturb_with_weight_decay")  # in copies and pickles
 CLOSURE_RECIPE = (
     "either let the closure clear the gradients, run forward and backward and return the loss (FusedSAM calls it "
     "twice), or pass closure_calls=1, run the first forward and backward before step(closure) yourself"
@@ -99,8 +101,12 @@ class FusedSAM(Optimizer):
         adaptive: ASAM instead of SAM.
         eta: added to abs(w) in ASAM, >= 0; the paper's code uses 0.01 (see `asam_groups`).
         perturb: False leaves a group's weights, and its gradients in the norm, out of the perturbation.
+        p: the norm in which the perturbation has length rho, in (1, inf] (eq. 2 of the paper). Another than 2 is slow,
+            by its powers in float64, but for inf, which needs no norm: e = rho T sign(g1). Not saved, as the next two.
+        perturb_with_weight_decay: perturb along the gradient of the loss with weight_decay/2 |w|^2 in it, as the
+            paper's own code does; by default along the gradient alone, as the well-known PyTorch file does.
         max_grad_norm: clip the gradients of the second pass to this norm over all parameters, as
-            torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them. Not saved.
+            torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them.
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".
@@ -127,6 +133,8 @@ class FusedSAM(Optimizer):
         *,
         eta: float = 0.0,
         perturb: bool = True,
+        p: float = 2.0,
+        perturb_with_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         closure_calls: int = 2,
         backend: str = "auto",
@@ -138,6 +146,7 @@ class FusedSAM(Optimizer):
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": perturb}
         check_values(own)
         check_max_grad_norm(max_grad_norm)
+        check_p(p)
         chosen = ops.resolve(backend)
         if isinstance(base_optimizer, Optimizer):
             check_instance(base_optimizer, params, base_kwargs)
@@ -158,6 +167,7 @@ class FusedSAM(Optimizer):
             check_differentiable(group)
         self.base_optimizer = base
         self.closure_calls, self.max_grad_norm = closure_calls, max_grad_norm
+        self.p, self.perturb_with_weight_decay = p, perturb_with_weight_decay
         self.defaults = {**base.defaults, **own}
         self.param_groups = base.param_groups
         self.state = base.state
@@ -330,7 +340,7 @@ class FusedSAM(Optimizer):
         first = buckets.items[0]
         overflows = first.overflows.clone() if first.overflows is not None else (None, None)
         return Stats(
-            buckets.sums[first.device].sum().sqrt(),
+            buckets.sums[first.device].sum() ** (1 / buckets.q) if buckets.q != 1 else None,
             None if self.max_grad_norm is None else buckets.second_sums[first.device].sum().sqrt(),
             second_loss - loss if known else None,
             *overflows,
@@ -354,8 +364,11 @@ class FusedSAM(Optimizer):
             for key in OWN_KEYS:  # a group that came in through the base optimizer
                 if key not in group:
                     group[key] = self.defaults[key]
-        self._sam.buckets.follow(self.param_groups, self.state)
-        return self._sam.buckets
+        buckets = self._sam.buckets
+        buckets.q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
+        buckets.decays = self.perturb_with_weight_decay
+        buckets.follow(self.param_groups, self.state)
+        return buckets
 
     def _meet_base(self) -> None:
         """Share groups and state with the base optimizer again after one of the two was given others."""
@@ -568,7 +581,7 @@ class FusedSAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and deep-copied: no tables of addresses, no backup."""
         self._require_clean("copying or pickling the optimizer")
-        kept = {name: getattr(self, name) for name in ("base_optimizer", "closure_calls", "max_grad_norm")}
+        kept = {name: getattr(self, name) for name in KEPT}
         return {**super().__getstate__(), **kept, "_backend": self._sam.buckets.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

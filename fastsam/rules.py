@@ -19,6 +19,7 @@ MAXIMIZE = 4
 DECOUPLED = 8
 AMSGRAD = 16
 LR_FLOAT64 = 32  # lr_address is that of a float64
+DECAYS = 64  # the perturbation is that of the loss with the weight decay in it
 
 LR_DTYPES = (torch.float32, torch.float64)
 
@@ -103,17 +104,19 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
 }
 
 
-def row(group: Group, rule: Rule | None, device: torch.device | None = None) -> Row:
+def row(group: Group, rule: Rule | None, device: torch.device | None = None, decays: bool = False) -> Row:
     """Read one parameter group. Values are read every step: schedulers change `lr`, `momentum` and `betas`.
 
     Args:
         group: the parameter group.
         rule: the fused base optimizer.
         device: where kernels can read a tensor lr themselves. Elsewhere it is read here, which waits for a GPU.
+        decays: whether the perturbation is that of the loss with the weight decay in it.
     """
     flags = ADAPTIVE * bool(group["adaptive"]) | MAXIMIZE * bool(group.get("maximize", False))
     beta1, beta2, eps, rule_flags = rule.scalars(group) if rule else (0.0, 0.0, 0.0, 0)
     weight_decay = float(group.get("weight_decay", 0.0))
+    flags |= DECAYS * (decays and weight_decay != 0)
     rho, eta = float(group["rho"]), float(group["eta"])
     lr, address = group["lr"], 0
     if isinstance(lr, torch.Tensor) and lr.device == device and lr.numel() == 1 and lr.dtype in LR_DTYPES:

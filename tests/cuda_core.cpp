@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../csrc/cuda/kernels.h"
+#include "../csrc/cuda/power.h"
 
 #ifndef FASTSAM_TICKET_ORDER  // a weaker one is a race, for ThreadSanitizer to find
 #define FASTSAM_TICKET_ORDER __ATOMIC_ACQ_REL
@@ -74,7 +74,7 @@ struct Launch {  // what the test hands over; the same in test_cuda_core.py
   const float* found_inf;
   double* clip;
   int64_t* overflows;
-  double max_norm;
+  double q, max_norm;
   int64_t n_chunks, n_segments, n_groups, n_sums, slot;
   int64_t split_bits, by_value, seed, threads;
 };
@@ -114,8 +114,9 @@ void run(const Launch& launch, const Body& body) {
   args->n_groups = static_cast<int32_t>(launch.n_groups);
   args->split_bits = static_cast<int32_t>(launch.split_bits);
   args->slot = static_cast<int32_t>(launch.slot);
+  args->q = launch.q;
   args->max_norm = launch.max_norm;
-  args->adaptive = !(launch.max_norm > 0) && std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return has(row, kAdaptive); });
+  args->adaptive = !(launch.max_norm > 0) && std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return needs_weight(row); });
   args->n_sums = static_cast<int32_t>(launch.n_sums);
   args->partials = launch.partials;
   args->sums = launch.sums;
@@ -148,6 +149,23 @@ void grad_norm(const Launch& launch) {
 }
 
 template <class S, class G>
+void power_norm(const Launch& launch) {
+  run(launch, [](HostContext& ctx, const auto& args) {
+    PowerNormShared shared;
+    power_norm_block<S, G>(ctx, args, shared);
+  });
+}
+
+template <class S, class G>
+void power_perturb(const Launch& launch) {
+  if (launch.n_chunks == 0) return;
+  run(launch, [](HostContext& ctx, const auto& args) {
+    PowerPerturbShared<S> shared;
+    power_perturb_block<S, G>(ctx, args, shared);
+  });
+}
+
+template <class S, class G>
 void perturb(const Launch& launch) {
   if (launch.n_chunks == 0) return;
   run(launch, [](HostContext& ctx, const auto& args) {
@@ -167,8 +185,8 @@ void update(const Launch& launch) {
 template <class S, class G>
 void run_operation(int operation, const Launch& launch) {
   switch (operation) {
-    case 0: return grad_norm<S, G>(launch);
-    case 1: return perturb<S, G>(launch);
+    case 0: return launch.q == 2 ? grad_norm<S, G>(launch) : power_norm<S, G>(launch);
+    case 1: return launch.q == 2 ? perturb<S, G>(launch) : power_perturb<S, G>(launch);
     case 2: return update<Kernel::kRestore, S, G>(launch);
     case 3: return update<Kernel::kSgd, S, G>(launch);
     case 4: return update<Kernel::kAdam, S, G>(launch);
@@ -254,6 +272,7 @@ struct Problem {
     launch.n_chunks = static_cast<int64_t>(chunks.size());
     launch.n_segments = kSegments;
     launch.n_groups = launch.n_sums = 1;
+    launch.q = 2;
     launch.by_value = 3;
     launch.split_bits = split_bits;
     launch.seed = seed;

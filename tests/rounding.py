@@ -174,6 +174,7 @@ def bucket_of(params, option, states=0.0, spread=1):
     bucket.backups = [torch.full_like(p, float("nan")) for p in params]
     bucket.states = [[torch.full_like(p, states) for p in params] for _ in range(3)]
     bucket.steps = torch.zeros(n)
+    bucket.q = 2.0
     bucket.overflows = torch.zeros(2, dtype=torch.int64)
     bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
     bucket.grad_table = torch.zeros(n, dtype=torch.int64)

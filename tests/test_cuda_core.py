@@ -43,6 +43,7 @@ OFFSETS = [(0, 0), (8, 0), (0, 8), (4, 12), (12, 8), (8, 8), (2, 6), (14, 10)]  
 class Launch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
+        ("q", ctypes.c_double),
         ("max_norm", ctypes.c_double),
         *((name, ctypes.c_int64) for name in NUMBERS),
     ]
@@ -96,6 +97,7 @@ class Emulated:
             n_sums=len(pointers["sums"]) if "sums" in pointers else 0,
             split_bits=0 if operation == GRAD_NORM else self.split_bits,
             slot=slot,
+            q=bucket.q if max_norm == 0 else 2.0,
             max_norm=max_norm,
             by_value=self.by_value,
             seed=self.seed,

@@ -61,6 +61,16 @@ static double chunk_sum(const S* w, const G* g, int n, const Row& row) {
   return fold(lanes, pairs, width);
 }
 
+// The sum of |T g|^q, in no order that is promised.
+template <class S, class G>
+static double chunk_power_sum(const S* w, const G* g, int n, const Row& row, double q) {
+  using T = typename Compute<S>::type;
+  const Steepest<T> steepest(row);
+  double sum = 0;
+  for (int i = 0; i < n; i++) sum += power(abs(steepest(widen(w[i]), static_cast<T>(widen(g[i])))), q);
+  return sum;
+}
+
 template <class S, class G>
 static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; c++) {
@@ -74,15 +84,17 @@ static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
     }
     const G* const g = at<const G>(address, chunk);
     const S* const w = at<const S>(segment.weight, chunk);
-    launch.partials[c] = has(row, kAdaptive) && !launch.plain ? chunk_sum<S, G, true>(w, g, chunk.length, row)
-                                             : chunk_sum<S, G, false>(w, g, chunk.length, row);
+    launch.partials[c] = launch.q != 2                          ? chunk_power_sum(w, g, chunk.length, row, launch.q)
+                         : needs_weight(row) && !launch.plain ? chunk_sum<S, G, true>(w, g, chunk.length, row)
+                                                              : chunk_sum<S, G, false>(w, g, chunk.length, row);
   }
 }
 
 // ---- perturb_: reads 2n, writes 2n elements.
 
-template <class S, class G, class T>
-static void perturb_chunk(S* w, S* backup, const G* g, int n, const Perturb<T>& perturb, bool stream) {
+template <class S, class G, class P>
+static void perturb_chunk(S* w, S* backup, const G* g, int n, const P& perturb, bool stream) {
+  using T = typename Compute<S>::type;
   alignas(64) T w_tile[kTile], g_tile[kTile], new_w[kTile];
   alignas(64) S rounded[kTile];
   for (int start = 0; start < n; start += kTile) {
@@ -102,13 +114,18 @@ static void perturb(const Launch& launch, int64_t begin, int64_t end) {
     const Segment& segment = launch.segments[chunk.segment];
     const int64_t address = launch.grads[chunk.segment];
     if (!address) continue;
-    const Perturb<typename Compute<S>::type> perturb(launch.rows[segment.group], launch.sum);
+    const Row& row = launch.rows[segment.group];
     S* const w = at<S>(segment.weight, chunk);
     S* const backup = at<S>(segment.backup, chunk);
-    if (perturb.scale == 0) {
+    const G* const g = at<const G>(address, chunk);
+    const Perturb<typename Compute<S>::type> perturb(row, launch.sum);
+    const PowerPerturb<typename Compute<S>::type> power(row, launch.sum, launch.q);
+    if (launch.q == 2 ? perturb.scale == 0 : power.rho == 0) {
       store(backup, w, chunk.length, launch.stream);
+    } else if (launch.q == 2) {
+      perturb_chunk(w, backup, g, chunk.length, perturb, launch.stream);
     } else {
-      perturb_chunk(w, backup, at<const G>(address, chunk), chunk.length, perturb, launch.stream);
+      perturb_chunk(w, backup, g, chunk.length, power, launch.stream);
     }
   }
   store_fence(launch.stream);

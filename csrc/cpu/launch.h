@@ -16,6 +16,7 @@ struct Launch {
 
   double* partials = nullptr;  // grad_norm: [n_chunks]
   bool plain = false;          // grad_norm: T = 1 in all groups
+  double q = 2;                // grad_norm and perturb_: the norm's exponent
   double sum = 0;              // perturb_: the squared norm over all buckets
   bool* perturbed = nullptr;   // [n_segments] whether the backup holds the weights: perturb_ sets it, update_ clears it
 

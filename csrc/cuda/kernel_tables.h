@@ -20,7 +20,8 @@ struct Variants {
 };
 
 // By pair of dtypes. Mixed ones have the large arguments only.
-extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], restore_kernels[kDtypes], sgd_kernels[kPairs],
+extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], power_norm_kernels[kPairs],
+    power_perturb_kernels[kPairs], restore_kernels[kDtypes], sgd_kernels[kPairs],
     adam_kernels[kPairs], amsgrad_kernels[kPairs];
 
 // clang-format off
@@ -33,6 +34,12 @@ extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], restore_ker
   {FASTSAM_EQUAL(kernel),                                                                  \
    FASTSAM_ONE(kernel, float, bfloat16), FASTSAM_ONE(kernel, float, float16),              \
    FASTSAM_ONE(kernel, bfloat16, float), FASTSAM_ONE(kernel, float16, float)}
+// Kernels that are not in a hurry have the large arguments only.
+#define FASTSAM_LARGE(kernel)                                                                  \
+  {FASTSAM_ONE(kernel, float, float),       FASTSAM_ONE(kernel, double, double),               \
+   FASTSAM_ONE(kernel, bfloat16, bfloat16), FASTSAM_ONE(kernel, float16, float16),             \
+   FASTSAM_ONE(kernel, float, bfloat16),    FASTSAM_ONE(kernel, float, float16),               \
+   FASTSAM_ONE(kernel, bfloat16, float),    FASTSAM_ONE(kernel, float16, float)}
 // clang-format on
 
 // Blocks that a processor holds at least: as many as registers allow without spilling. 16-byte loads under way follow: benchmarks/

@@ -22,6 +22,7 @@ struct Header {
   int32_t n_sums, slot;
   double* partials;  // grad_norm: [n_chunks]
   double* sums;      // [n_sums], the squared norm in parts; grad_norm writes that in `slot`
+  double q;          // grad_norm, perturb_: the norm's exponent
   double max_norm;   // grad_norm, where it writes a clip factor
   double* clip;      // [1] or null, as the two below: grad_norm writes it, update_ reads it
   const float* grad_scale;
@@ -120,7 +121,7 @@ struct NormShared {
   using T = typename Compute<G>::type;
   static constexpr int kGroups = kLanes / (kThreads * Pack<G>::kElements);
   T warps[kGroups][kWarps];
-  double slots[kWarps];
+  double slots[1][kWarps];
   bool last;
 };
 
@@ -213,45 +214,16 @@ FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& sums, T (&warps)[kGroups][kW
   ctx.sync();
 }
 
-template <class S, class G, class Ctx, class A>
-FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
-  using T = typename Compute<S>::type;
-  using Shared = NormShared<G>;
-  const int index = ctx.block();
-  int64_t address = 0;
-  if (index < args.n_chunks) {
-    const Chunk chunk = args.chunks[index];
-    address = args.grad(chunk.segment);
-    if (address) {
-      const G* const g = element_of<const G>(address, chunk, 0);
-      const Segment* const segment = args.segments + chunk.segment;
-      typename Ctx::template PerThread<Several<T, Shared::kGroups>> sums;
-      Row row{};
-      if (args.adaptive) row = args.row(segment->group);  // spares the others the wait for two dependent reads
-      const Steepest<T> steepest(row);
-      if (has(row, kAdaptive)) {
-        const S* const w = element_of<const S>(segment->weight, chunk, 0);
-        ctx.threads([&](int t) { sums[t] = lane_sums<S, G, true>(w, g, chunk.length, steepest, t); });
-      } else {
-        ctx.threads([&](int t) { sums[t] = lane_sums<S, G, false>(nullptr, g, chunk.length, steepest, t); });
-      }
-      fold_warps(ctx, sums, shared.warps);
-    }
-  }
+// Thread 0 knows the block's partial sum; the last block to arrive sees those of all: lane i mod 1024 takes them in order.
+template <class Shared, class Ctx, class A, class Partial>
+FASTSAM_DEVICE void sum_partials(Ctx& ctx, const A& args, Shared& shared, const Partial& partial) {
   ctx.threads([&](int t) {
     if (t != 0) return;
-    if (index < args.n_chunks) {
-      T groups[Shared::kGroups];
-      FASTSAM_UNROLL
-      for (int j = 0; j < Shared::kGroups; j++) groups[j] = address ? pair_sum<kWarps>(shared.warps[j]) : T(0);
-      args.partials[index] = static_cast<double>(pair_sum<Shared::kGroups>(groups));
-    }
+    if (ctx.block() < args.n_chunks) args.partials[ctx.block()] = partial();
     shared.last = ctx.arrive(args.ticket);
   });
   ctx.sync();
   if (!shared.last) return;
-
-  // The last block to arrive sees the partial sums of all: lane i mod 1024 takes them in order.
   constexpr int kEach = kSlots / kThreads;
   typename Ctx::template PerThread<Several<double, 1>> sums;
   ctx.threads([&](int t) {
@@ -265,12 +237,43 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
     }
     sums[t].each[0] = pair_sum<kEach>(acc);
   });
-  double(&slots)[1][kWarps] = reinterpret_cast<double(&)[1][kWarps]>(shared.slots);
-  fold_warps(ctx, sums, slots);
+  fold_warps(ctx, sums, shared.slots);
   ctx.threads([&](int t) {
     if (t != 0) return;
-    args.sums[args.slot] = pair_sum<kWarps>(shared.slots);
+    args.sums[args.slot] = pair_sum<kWarps>(shared.slots[0]);
     if (args.clip) *args.clip = clip_factor(args.max_norm, ordered_sum(args), args.grad_scale);
+  });
+}
+
+template <class S, class G, class Ctx, class A>
+FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
+  using T = typename Compute<S>::type;
+  using Shared = NormShared<G>;
+  int64_t address = 0;
+  if (ctx.block() < args.n_chunks) {
+    const Chunk chunk = args.chunks[ctx.block()];
+    address = args.grad(chunk.segment);
+    if (address) {
+      const G* const g = element_of<const G>(address, chunk, 0);
+      const Segment* const segment = args.segments + chunk.segment;
+      typename Ctx::template PerThread<Several<T, Shared::kGroups>> sums;
+      Row row{};
+      if (args.adaptive) row = args.row(segment->group);  // spares the others the wait for two dependent reads
+      const Steepest<T> steepest(row);
+      if (needs_weight(row)) {
+        const S* const w = element_of<const S>(segment->weight, chunk, 0);
+        ctx.threads([&](int t) { sums[t] = lane_sums<S, G, true>(w, g, chunk.length, steepest, t); });
+      } else {
+        ctx.threads([&](int t) { sums[t] = lane_sums<S, G, false>(nullptr, g, chunk.length, steepest, t); });
+      }
+      fold_warps(ctx, sums, shared.warps);
+    }
+  }
+  sum_partials(ctx, args, shared, [&] {
+    T groups[Shared::kGroups];
+    FASTSAM_UNROLL
+    for (int j = 0; j < Shared::kGroups; j++) groups[j] = address ? pair_sum<kWarps>(shared.warps[j]) : T(0);
+    return static_cast<double>(pair_sum<Shared::kGroups>(groups));
   });
 }
 
@@ -288,6 +291,15 @@ struct PerturbTile {
   Run<G, Pack<S>::kElements> g[n];
 };
 
+// One block of the grid tells whether the norm was finite.
+template <class Ctx, class A>
+FASTSAM_DEVICE void count_overflow(Ctx& ctx, const A& args) {
+  if (!args.overflows || ctx.block() != 0) return;
+  ctx.threads([&](int t) {
+    if (t == 0 && !is_finite(ordered_sum(args))) args.overflows[0]++;
+  });
+}
+
 template <class S, class G, class Ctx, class A>
 FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& shared) {
   using P = Pack<S>;
@@ -299,11 +311,7 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
   const Chunk chunk = args.chunks[part.chunk];
   const int64_t address = args.grad(chunk.segment);
   const int n = part_length(part, chunk), full = n - n % kElements;
-  if (args.overflows && ctx.block() == 0) {
-    ctx.threads([&](int t) {
-      if (t == 0 && !is_finite(ordered_sum(args))) args.overflows[0]++;
-    });
-  }
+  count_overflow(ctx, args);
   if (!address || n == 0) return;
   const Segment* const segment = args.segments + chunk.segment;
   S* const w = element_of<S>(segment->weight, chunk, part.begin);

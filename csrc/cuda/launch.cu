@@ -139,8 +139,9 @@ cudaError_t grad_norm(const gpu::Launch& launch) {
   header.max_norm = launch.max_norm;
   header.clip = launch.clip;
   header.grad_scale = launch.grad_scale;
-  header.adaptive = !launch.clip && std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return has(row, kAdaptive); });
-  return run(norm_kernels, launch, header, &control_of(launch)->norm_ticket, true);
+  header.adaptive = !launch.clip && std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return needs_weight(row); });
+  header.q = launch.q;
+  return run(launch.q == 2 ? norm_kernels : power_norm_kernels, launch, header, &control_of(launch)->norm_ticket, true);
 }
 
 cudaError_t perturb(const gpu::Launch& launch) {
@@ -149,7 +150,8 @@ cudaError_t perturb(const gpu::Launch& launch) {
   header.sums = launch.sums;
   header.n_sums = static_cast<int32_t>(launch.n_sums);
   header.overflows = launch.overflows;
-  return run(perturb_kernels, launch, header, nullptr, false);
+  header.q = launch.q;
+  return run(launch.q == 2 ? perturb_kernels : power_perturb_kernels, launch, header, nullptr, false);
 }
 
 const Variants* update_kernels(const gpu::Launch& launch) {

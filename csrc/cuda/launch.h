@@ -32,7 +32,7 @@ struct Launch {
   double* partials = nullptr;
   double* sums = nullptr;
   int64_t n_sums = 0, slot = 0;
-  double max_norm = 0;
+  double q = 2, max_norm = 0;
   const bool* perturbed = nullptr;  // on the host
   Rule rule = kNoRule;
   const float* grad_scale = nullptr;

@@ -44,7 +44,7 @@ void expect_success(const char* operation, const char* error, int device) {
                   "and later; errors of earlier work may show here)");
 }
 
-void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out, int64_t slot, double max_norm, std::optional<Tensor> clip,
+void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out, int64_t slot, double q, double max_norm, std::optional<Tensor> clip,
                std::optional<Tensor> grad_scale) {
   gpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.partials =
@@ -56,6 +56,7 @@ void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks
   launch.n_sums = out.size(0);
   launch.slot = slot;
   launch.max_norm = max_norm;
+  launch.q = q;
   launch.clip = scalar<double>("grad_norm", "clip", clip, Place::kCuda, ScalarType::Double);
   launch.grad_scale = scalar<float>("grad_norm", "grad_scale", grad_scale, Place::kCuda, ScalarType::Float);
   if (clip) expect_device("grad_norm", "clip", *clip, launch.device);
@@ -65,13 +66,14 @@ void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks
 }
 
 void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums,
-              std::optional<Tensor> overflows) {
+              double q, std::optional<Tensor> overflows) {
   gpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
   bool* const marks =
       static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.sums = static_cast<double*>(checked("perturb_", "sums", sums, Place::kCuda, ScalarType::Double, -1, 0));
   launch.n_sums = sums.size(0);
   launch.overflows = counters("perturb_", overflows, Place::kCuda);
+  launch.q = q;
   if (overflows) expect_device("perturb_", "overflows", *overflows, launch.device);
   expect_device("perturb_", "sums", sums, launch.device);
   const DeviceGuard guard(launch.device);

@@ -1,7 +1,7 @@
 """The operations of a SAM step, one name each, and the choice of the backend that runs them.
 
 `grad_norm(bucket, grads, out, *, clip)`, `perturb_(bucket, grads, sums)` and `update_(bucket, grads, *, grad_scale,
-found_inf, clip)` stand in `reference.py` with their formulas; every other backend is its twin, with the same signatures.
+found_inf, clip)` stand in `reference.py` with their formulas; every other backend is a twin with the same signatures.
 """
 
 from __future__ import annotations

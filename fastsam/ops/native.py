@@ -64,6 +64,7 @@ def grad_norm(
         bucket.partials,
         out,
         bucket.slot,
+        bucket.q if clip is None else 2.0,
         max_norm,
         factor,
         grad_scale,
@@ -81,6 +82,7 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
         bucket.row_table,
         bucket.perturbed,
         sums,
+        bucket.q,
         bucket.overflows,
     )
 

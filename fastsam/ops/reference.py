@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsam.rules import ADAPTIVE, AMSGRAD, DECOUPLED, MAXIMIZE, NESTEROV, Row
+from fastsam.rules import ADAPTIVE, AMSGRAD, DECAYS, DECOUPLED, MAXIMIZE, NESTEROV, Row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,10 +44,10 @@ class Clip(NamedTuple):
 
 
 def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, clip: Clip | None = None) -> None:
-    """Write `sum((T g)^2)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM).
+    """Write `sum(abs(T g)^q)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM), q = 2 if p = 2.
 
-    The sum is one canonical tree: 2,048 lanes a chunk, folded in adjacent pairs, then float64 over 1,024 lanes of
-    chunks. The same bits come out of every backend, block size and thread count.
+    The sum of squares is one canonical tree: 2,048 lanes a chunk, folded in adjacent pairs, then float64 over 1,024
+    lanes of chunks. The same bits come out of every backend, block size and thread count.
 
     Args:
         bucket: the parameters.
@@ -63,7 +63,8 @@ def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, cl
         if grad is not None and segment.numel > 0:
             w, g = _widen(segment.flat(segment.param)), _widen(segment.flat(grad))
             x = g if clip is not None else _steepest(w, g, bucket.rows[segment.group])
-            bucket.partials[segment.chunks] = _chunk_sums(x).double()
+            powers = bucket.q != 2 and clip is None
+            bucket.partials[segment.chunks] = _chunk_power_sums(x, bucket.q) if powers else _chunk_sums(x).double()
     out[bucket.slot] = _slot_sum(bucket.partials)
     if clip is not None:
         clip.factor.copy_(clip_factor(clip, out))
@@ -96,7 +97,8 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
     Equivalent to:
         backup.copy_(w); w.add_(g * (rho / (norm + 1e-12)))
     """
-    norm = _sqrt(_ordered_sum(sums)) + NORM_EPS
+    total = _ordered_sum(sums)
+    norm = (_sqrt(total) if bucket.q == 2 else _raise(total, 1 / bucket.q)) + NORM_EPS
     if bucket.overflows is not None:
         bucket.overflows[0] += ~norm.isfinite()
     for i, (segment, grad) in enumerate(zip(bucket.segments, grads, strict=True)):
@@ -111,7 +113,8 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
         if row.flags & MAXIMIZE:
             scale = -scale
         # A zero scale is a branch, never a product: 0 * inf is NaN.
-        segment.store(torch.where(scale != 0, w + _climb(w, g, scale, row), w))
+        e = _climb(w, g, scale, row) if bucket.q == 2 else _power_climb(w, g, norm, bucket.q, row)
+        segment.store(torch.where(scale != 0, w + e, w))
 
 
 def update_(
@@ -174,8 +177,16 @@ def update_(
             segment.step.add_(1.0 if skip is None else torch.where(skip, 0.0, 1.0))
 
 
+def _decay(w: Tensor, g: Tensor, row: Row) -> Tensor:
+    """The gradient of the loss with weight_decay/2 |w|^2 in it, where that is to be perturbed along."""
+    if not row.flags & DECAYS:
+        return g
+    return _fma(-row.weight_decay if row.flags & MAXIMIZE else row.weight_decay, w, g)
+
+
 def _steepest(w: Tensor, g: Tensor, row: Row) -> Tensor:
     """T g, whose length is the norm."""
+    g = _decay(w, g, row)
     if not row.flags & ADAPTIVE:
         return g
     return w * g if row.eta == 0 else (w.abs() + row.eta) * g
@@ -183,12 +194,26 @@ def _steepest(w: Tensor, g: Tensor, row: Row) -> Tensor:
 
 def _climb(w: Tensor, g: Tensor, scale: Tensor, row: Row) -> Tensor:
     """The perturbation e = T^2 g * scale."""
+    g = _decay(w, g, row)
     if not row.flags & ADAPTIVE:
         return g * scale
     if row.eta == 0:
         return ((w * w) * g) * scale
     t = w.abs() + row.eta
     return (t * (t * g)) * scale
+
+
+def _power_climb(w: Tensor, g: Tensor, norm: Tensor, q: float, row: Row) -> Tensor:
+    """The perturbation for general p: e = rho T sign(g) (|T g| / norm)^(q - 1), in float64; it maximises <e, g>.
+
+    For p = inf, q = 1, it is rho T sign(g), and 0 for each element that is not finite.
+    """
+    t = (w.abs() + row.eta).double() if row.flags & ADAPTIVE else 1.0
+    x = _decay(w, g, row).double() * t
+    e = -row.rho if row.flags & MAXIMIZE else row.rho
+    if q == 1:
+        return torch.where(x.isfinite(), e * t * x.sign(), 0.0).to(w.dtype)
+    return (e * t * (x.sign() * _raise(x.abs() / norm, q - 1))).to(w.dtype)
 
 
 def _sgd(
@@ -258,6 +283,17 @@ def _chunk_sums(x: Tensor) -> Tensor:
     for k in range(1, CHUNK // LANES):
         acc = _fma(rows[:, k], rows[:, k], acc)
     return _fold(acc)
+
+
+def _chunk_power_sums(x: Tensor, q: float) -> Tensor:
+    """[chunks] float64: the sum of abs(x)^q over each 8,192 elements; float32 would underflow for p near 1."""
+    powers = _raise(x.double().abs(), q)
+    return torch.stack([part.sum() for part in torch.split(powers, CHUNK)])
+
+
+def _raise(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent for x >= 0, in float64, as the kernels take it."""
+    return torch.where(x == 0, 0.0, torch.exp2(exponent * torch.log2(x)))
 
 
 def _slot_sum(partials: Tensor) -> Tensor:
