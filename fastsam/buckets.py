@@ -21,7 +21,7 @@ from fastsam.checks import check_param
 from fastsam.ops import native
 from fastsam.ops.native import reader
 from fastsam.rules import Group, Row, Rule
-from fastsam.segments import STATE_SLOTS, Segment, is_dense, layout, overlapping, place_of, real_dtype, real_numel
+from fastsam.segments import Segment, is_dense, layout, overlapping, place_of, real_dtype, real_numel
 
 CHUNK = 8192  # elements a row of the chunk table covers, the unit of the canonical sum
 ALIGN = 64  # a segment starts at a multiple of this many elements
@@ -44,8 +44,8 @@ class Bucket:
     Attributes:
         slot: the bucket's place in `sums`.
         grad_dtype: of this pass's gradients; another than `dtype` only where `ops.MIXED_DTYPES` has both.
-        segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and step count; the
-            group.
+        segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and progress (step
+            count, NAdam's product of momenta); the group.
             For the CUDA kernels rows of their own follow.
         chunk_table: [n_chunks, 4] int32: segment, start / 64, length, and the padded lengths of all chunks before / 64.
         grad_table: [n_segments] int64 on the host: addresses of this pass's gradients, 0 for none.
@@ -93,12 +93,12 @@ class Bucket:
         self._refuse_capture()
         sizes = [real_numel(param) for param, _ in members]
         backups = self._page(sizes)
-        steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
+        progress = torch.zeros(len(members), 2, dtype=torch.float32, device=self.device)
         chunk = self.segments[-1].chunks.stop if self.segments else 0
         for i, (param, group) in enumerate(members):
             chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
             self.segments.append(
-                Segment(param, layout(param), group, sizes[i], is_dense(param), chunks, backups[i], steps[i])
+                Segment(param, layout(param), group, sizes[i], is_dense(param), chunks, backups[i], progress[i])
             )
         self.params = [segment.param for segment in self.segments]
         self.largest = max(range(len(self.segments)), key=lambda i: self.segments[i].numel)
@@ -113,14 +113,16 @@ class Bucket:
             self.absorb(state, self.segments)
 
     def _allocate(self) -> bool:
-        needs = [(segment, self.owner.states_used(segment.group)) for segment in self.segments]
+        if self.rule is None:
+            return False
         grown = False
-        for slot in range(STATE_SLOTS):
-            bare = [segment for segment, count in needs if slot < count and segment.states[slot] is None]
+        used = [self.rule.used(group) for group in self.owner.groups]
+        for slot, name in enumerate(self.rule.states):
+            bare = [s for s in self.segments if name in used[s.group] and s.states[slot] is None]
             if bare:
                 self._refuse_capture()
             for segment, flat in zip(bare, self._page([s.numel for s in bare]), strict=True):
-                segment.states[slot] = flat.zero_()
+                segment.states[slot] = flat.fill_(self.rule.initial(self.owner.defaults))
             grown = grown or bool(bare)
         return grown
 
@@ -159,7 +161,7 @@ class Bucket:
         rows = []
         for segment in self.segments:
             segment.layout = layout(segment.param)
-            owned = (segment.backup, *segment.states, None, segment.step)
+            owned = (segment.backup, *segment.states, None, segment.progress)
             rows.append([segment.layout.address, *(0 if t is None else t.data_ptr() for t in owned), segment.group])
         self.places = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8)  # on the host, for the reader
         own = native.own_rows(len(rows), len(self.owner.groups)) if self.backend == "cuda" else 0
@@ -320,14 +322,15 @@ class Bucket:
             held = state[segment.param] if segment.param in state else {}
             values = {name: held.get(name) for name in rule.states}
             segment.shown = any(value is not None for value in values.values()) or "step" in held
-            segment.step.fill_(float(held.get("step", 0.0) if rule.has_step else values[rule.states[0]] is not None))
-            segment.views = {"step": segment.step} if rule.has_step else {}
+            segment.step.fill_(float(held.get("step", 0.0) if rule.counters else values[rule.states[0]] is not None))
+            segment.mu_product.fill_(float(held.get("mu_product", 1.0)))
+            segment.views = {name: getattr(segment, name) for name in rule.counters}
             for (name, value), flat in zip(values.items(), segment.states, strict=False):
                 if flat is None:
                     continue
                 view = segment.views[name] = segment.shaped(flat)
                 if value is None:
-                    flat.zero_()
+                    flat.fill_(rule.initial(self.owner.defaults))
                 elif value.shape != view.shape:
                     raise ValueError(
                         f"FusedSAM: state[{name!r}] of {place_of(segment.param, self.owner.groups)} must have its "
@@ -338,7 +341,7 @@ class Bucket:
                     view.copy_(value)
             if segment.shown:
                 self._show(segment, state, rule)
-        stateful = [rule.has_step or self.owner.states_used(i) > 0 for i in range(len(self.owner.groups))]
+        stateful = [bool(rule.counters or rule.used(group)) for group in self.owner.groups]
         self.silent = [i for i, s in enumerate(self.segments) if stateful[s.group] and not s.shown]
 
     def publish(self, grads: Sequence[Tensor | None], state: State) -> None:
@@ -353,9 +356,9 @@ class Bucket:
 
     def _show(self, segment: Segment, state: State, rule: Rule) -> None:
         segment.shown = True
-        names = rule.states[: self.owner.states_used(segment.group)]
-        if rule.has_step or names:
-            state[segment.param].update({n: v for n, v in segment.views.items() if n in names or n == "step"})
+        names = (*rule.counters, *rule.used(self.owner.groups[segment.group]))
+        if names:
+            state[segment.param].update({name: segment.views[name] for name in names})
 
     def replaced(self, state: State) -> bool:
         """Whether somebody put other tensors into `state[param]` than the ones shown there."""
@@ -373,7 +376,7 @@ class Bucket:
             held = state[segment.param] if segment.param in state else {}
             for name, view in segment.views.items():
                 if held.get(name) is view:
-                    like = view if name == "step" else segment.param
+                    like = view if name in ("step", "mu_product") else segment.param
                     held[name] = view.to(segment.param.device, like.dtype, copy=True)
 
 
@@ -386,9 +389,9 @@ class Buckets:
         partial: whether a group has `perturb=False`.
     """
 
-    def __init__(self, rule: Rule | None, backend: str, groups: Sequence[Group], state: State) -> None:
-        """No buckets yet: `follow` builds them."""
-        self.rule, self.backend, self.groups, self.state = rule, backend, groups, state
+    def __init__(self, rule: Rule | None, backend: str, defaults: Group, groups: Sequence[Group], state: State) -> None:
+        """No buckets yet: `follow` builds them. `defaults` are the base optimizer's."""
+        self.rule, self.backend, self.defaults, self.groups, self.state = rule, backend, defaults, groups, state
         self.items: list[Bucket] = []
         self.params: list[Tensor] = []  # of all groups, in order
         self.frozen: list[Member] = []  # never had a gradient: no memory is spent on them
@@ -562,10 +565,6 @@ class Buckets:
             same[0].append(group_members, self.state)
         devices = {bucket.device for bucket in self.items}
         self.sums = {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices}
-
-    def states_used(self, group: int) -> int:
-        """How many of the rule's states a parameter group needs."""
-        return 0 if self.rule is None else self.rule.used(self.groups[group])
 
     def _share_sums(self) -> None:
         """Bring the sums of all devices together; copies between devices do not wait for the host."""

@@ -144,12 +144,11 @@ cudaError_t update(const gpu::Launch& launch) {
   header.grad_scale = launch.grad_scale;
   header.found_inf = launch.found_inf;
   header.clip = launch.clip;
-  const bool amsgrad = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return adam_states(row) == 3; });
-  const Variants* const kernels = launch.rule == kNoRule ? restore_kernels
-                                  : launch.rule == kSgd  ? sgd_kernels
-                                  : amsgrad              ? amsgrad_kernels
-                                                         : adam_kernels;
-  return run(kernels, launch, header, &control_of(launch)->update_ticket, false);
+#define FASTSAM_ROW(name, ...) name##_kernels,
+  static const Variants* const kernels[] = {FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)};
+#undef FASTSAM_ROW
+  const Variants* const chosen = kernels[kernel_for(launch.rule, launch.rows, launch.n_groups)];
+  return run(chosen, launch, header, &control_of(launch)->update_ticket, false);
 }
 
 cudaError_t upload_rows(const gpu::Launch& launch) {
