@@ -144,10 +144,10 @@ FASTSAM_HD int tree_width(int64_t n, int most) {
 
 // The gradient of the loss with weight_decay/2 |w|^2 in it, where that is to be perturbed along, as in the paper's code.
 template <class T>
-struct Decay {
+struct LossGradient {
   T weight_decay;
   bool decays;
-  FASTSAM_HD explicit Decay(const Row& row)
+  FASTSAM_HD explicit LossGradient(const Row& row)
       : weight_decay(static_cast<T>(has(row, kMaximize) ? -row.weight_decay : row.weight_decay)), decays(has(row, kDecays)) {}
   FASTSAM_HD T operator()(T w, T g) const { return decays ? fma(weight_decay, w, g) : g; }
 };
@@ -156,12 +156,12 @@ struct Decay {
 FASTSAM_HD bool needs_weight(const Row& row) { return has(row, kAdaptive) || has(row, kDecays); }
 template <class T>
 struct Steepest {
-  Decay<T> decay;
+  LossGradient<T> loss_gradient;
   T eta;
   bool adaptive;
-  FASTSAM_HD explicit Steepest(const Row& row) : decay(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
+  FASTSAM_HD explicit Steepest(const Row& row) : loss_gradient(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
   FASTSAM_HD T operator()(T w, T g) const {
-    g = decay(w, g);
+    g = loss_gradient(w, g);
     return !adaptive ? g : eta == 0 ? w * g : (abs(w) + eta) * g;
   }
 };
@@ -181,13 +181,13 @@ FASTSAM_HD T perturbation_scale(const Row& row, double sum) {
 template <class T>
 struct Perturb {
   T scale;  // not 0, which the caller must branch on: 0 * inf is NaN
-  Decay<T> decay;
+  LossGradient<T> loss_gradient;
   T eta;
   bool adaptive;
   FASTSAM_HD Perturb(const Row& row, double sum)
-      : scale(perturbation_scale<T>(row, sum)), decay(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
+      : scale(perturbation_scale<T>(row, sum)), loss_gradient(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
   FASTSAM_HD T operator()(T w, T g) const {
-    g = decay(w, g);
+    g = loss_gradient(w, g);
     if (adaptive) {
       const T t = abs(w) + eta;
       g = eta == 0 ? (w * w) * g : t * (t * g);
@@ -204,12 +204,12 @@ FASTSAM_HD double power(double x, double exponent) { return x == 0 ? 0 : ::exp2(
 
 template <class T>
 struct PowerPerturb {
-  Decay<T> decay;
+  LossGradient<T> loss_gradient;
   T eta;
   bool adaptive;
   double rho, norm, exponent;  // rho is 0 where the norm is not finite; exponent = q - 1, 0 for p = inf, which has no norm
   FASTSAM_HD PowerPerturb(const Row& row, double sum, double q)
-      : decay(row),
+      : loss_gradient(row),
         eta(static_cast<T>(row.eta)),
         adaptive(has(row, kAdaptive)),
         rho(has(row, kMaximize) ? -row.rho : row.rho),
@@ -222,7 +222,7 @@ struct PowerPerturb {
   // rho T sign(g) (|T g| / norm)^(q - 1); 0 for an element that is not finite, which only p = inf gets to see.
   FASTSAM_HD T operator()(T w, T g) const {
     const double t = adaptive ? static_cast<double>(abs(w) + eta) : 1.0;
-    const double x = static_cast<double>(decay(w, g)) * t, size = abs(x);
+    const double x = static_cast<double>(loss_gradient(w, g)) * t, size = abs(x);
     const double length = exponent == 0 ? (size != 0) : power(size / norm, exponent);
     const double e = is_finite(x) ? rho * t * (x < 0 ? -length : length) : 0;
     return w + static_cast<T>(e);
@@ -241,9 +241,6 @@ FASTSAM_HD Decision decide(bool perturbed, bool has_grad, bool found_inf) {
   const bool rule = has_grad && !found_inf;
   return {perturbed ? Source::kBackup : rule ? Source::kWeight : Source::kNone, rule, rule};
 }
-
-// Whether a step of this group counts. SGD counts the steps with momentum: its first step is the one without a buffer.
-FASTSAM_HD bool counts(Rule rule, const Row& row) { return rule != kSgd || row.beta1 != 0; }
 
 // torch.nn.utils.clip_grad_norm_: the factor, at most 1, that brings gradients of this squared norm down to max_norm. NaN where the norm is
 // not finite, so that it shows.
@@ -268,67 +265,193 @@ struct Gradient {
   FASTSAM_HD T operator()(T g) const { return select(clip == 0, T(0), (g * inverse) * clip); }
 };
 
-// The rules are templates over the number of state tensors that a group of theirs reads and writes.
+// ---- The rules. kStates is the set of state slots that a group of theirs reads and writes, as bits; `states` gives it,
+// `advance` is what happens to a segment's progress after all of it was updated.
 
-// torch.optim.SGD. Without momentum (kStates = 0) there is no buffer and no dampening.
+struct CountsAll {
+  static FASTSAM_HD void advance(const Row&, Progress& progress) { progress.step += 1; }
+};
+
+// torch.optim.SGD. Without momentum (kStates = 0) there is no buffer and no dampening. It counts the steps with momentum:
+// torch's first step is the one that finds no buffer.
 template <class T, int kStates>
 struct Sgd {
   T neg_lr, weight_decay, momentum, one_minus_dampening;
   bool decay, first, nesterov;
-  FASTSAM_HD Sgd(const Row& row, float step)
+  FASTSAM_HD Sgd(const Row& row, const Progress& progress)
       : neg_lr(static_cast<T>(-row.lr)),
         weight_decay(static_cast<T>(row.weight_decay)),
         momentum(static_cast<T>(row.beta1)),
         one_minus_dampening(static_cast<T>(1.0 - row.beta2)),
         decay(row.weight_decay != 0),
-        first(step == 0),
+        first(progress.step == 0),
         nesterov(has(row, kNesterov)) {}
   FASTSAM_HD T operator()(T w, T g, T* state) const {
     if (decay) g = fma(weight_decay, w, g);
-    if (kStates > 0) {
+    if (kStates) {
       const T buf = first ? g : fma(one_minus_dampening, g, state[0] * momentum);
       g = nesterov ? fma(momentum, buf, g) : buf;
       state[0] = buf;
     }
     return fma(neg_lr, g, w);
   }
+  static FASTSAM_HD int states(const Row& row) { return row.beta1 != 0; }
+  static FASTSAM_HD void advance(const Row& row, Progress& progress) { progress.step += row.beta1 != 0; }
 };
-FASTSAM_HD int sgd_states(const Row& row) { return row.beta1 != 0; }
 
-// torch.optim.Adam (Kingma & Ba, arXiv 1412.6980), AdamW (Loshchilov & Hutter, arXiv 1711.05101); with amsgrad kStates
-// = 3.
-template <class T, int kStates>
-struct Adam {
-  T step_size, decay_factor, weight_decay, one_minus_beta1, beta2, one_minus_beta2, correction2_sqrt, eps;
+// Weight decay of Adam's family: of the weights themselves (decoupled: arXiv 1711.05101), or through the gradient.
+template <class T>
+struct Decay {
+  T factor, weight_decay;
   bool decoupled, coupled;
-  FASTSAM_HD Adam(const Row& row, float step)
-      : decay_factor(static_cast<T>(1.0 - row.lr * row.weight_decay)),
+  FASTSAM_HD explicit Decay(const Row& row)
+      : factor(static_cast<T>(1.0 - row.lr * row.weight_decay)),
         weight_decay(static_cast<T>(row.weight_decay)),
-        one_minus_beta1(static_cast<T>(1.0 - row.beta1)),
+        decoupled(row.weight_decay != 0 && has(row, kDecoupled)),
+        coupled(row.weight_decay != 0 && !has(row, kDecoupled)) {}
+  FASTSAM_HD void operator()(T& w, T& g) const {
+    w = select(decoupled, w * factor, w);
+    g = select(coupled, fma(weight_decay, w, g), g);
+  }
+};
+
+// torch.optim.Adam (Kingma & Ba, arXiv 1412.6980), AdamW (Loshchilov & Hutter, arXiv 1711.05101); the third state is
+// amsgrad's.
+template <class T, int kStates>
+struct Adam : CountsAll {
+  T step_size, one_minus_beta1, beta2, one_minus_beta2, correction2_sqrt, eps;
+  Decay<T> decay;
+  FASTSAM_HD Adam(const Row& row, const Progress& progress)
+      : one_minus_beta1(static_cast<T>(1.0 - row.beta1)),
         beta2(static_cast<T>(row.beta2)),
         one_minus_beta2(static_cast<T>(1.0 - row.beta2)),
         eps(static_cast<T>(row.eps)),
-        decoupled(row.weight_decay != 0 && has(row, kDecoupled)),
-        coupled(row.weight_decay != 0 && !has(row, kDecoupled)) {
-    const uint32_t t = static_cast<uint32_t>(step) + 1;
+        decay(row) {
+    const uint32_t t = static_cast<uint32_t>(progress.step) + 1;
     const double correction1 = 1.0 - ipow(row.beta1, t);
     const double correction2 = 1.0 - ipow(row.beta2, t);
     step_size = static_cast<T>(-(row.lr / correction1));
     correction2_sqrt = static_cast<T>(sqrt(correction2));
   }
   FASTSAM_HD T operator()(T w, T g, T* state) const {
-    w = select(decoupled, w * decay_factor, w);
-    g = select(coupled, fma(weight_decay, w, g), g);
+    decay(w, g);
     const T exp_avg = lerp(state[0], g, one_minus_beta1);
     const T exp_avg_sq = fma(one_minus_beta2 * g, g, state[1] * beta2);
     T second = exp_avg_sq;
-    if (kStates > 2) state[2] = second = maximum(state[2], exp_avg_sq);
+    if (kStates & 4) state[2] = second = maximum(state[2], exp_avg_sq);
     state[0] = exp_avg;
     state[1] = exp_avg_sq;
     const T denom = sqrt(second) / correction2_sqrt + eps;
     return w + (step_size * exp_avg) / denom;
   }
+  static FASTSAM_HD int states(const Row& row) { return has(row, kAmsgrad) ? 7 : 3; }
 };
-FASTSAM_HD int adam_states(const Row& row) { return has(row, kAmsgrad) ? 3 : 2; }
+
+// torch.optim.RMSprop (Tieleman & Hinton's lecture; centered: Graves, arXiv 1308.0850). States: the averages of squares,
+// the momentum, the averages of gradients (centered).
+template <class T, int kStates>
+struct Rmsprop : CountsAll {
+  T neg_lr, weight_decay, momentum, alpha, one_minus_alpha, eps;
+  bool decay;
+  FASTSAM_HD Rmsprop(const Row& row, const Progress&)
+      : neg_lr(static_cast<T>(-row.lr)),
+        weight_decay(static_cast<T>(row.weight_decay)),
+        momentum(static_cast<T>(row.beta1)),
+        alpha(static_cast<T>(row.beta2)),
+        one_minus_alpha(static_cast<T>(1.0 - row.beta2)),
+        eps(static_cast<T>(row.eps)),
+        decay(row.weight_decay != 0) {}
+  FASTSAM_HD T operator()(T w, T g, T* state) const {
+    if (decay) g = fma(weight_decay, w, g);
+    T second = state[0] = fma(one_minus_alpha * g, g, state[0] * alpha);
+    if (kStates & 4) {
+      const T grad_avg = state[2] = lerp(state[2], g, one_minus_alpha);
+      second = fma(-grad_avg, grad_avg, second);
+    }
+    const T denom = sqrt(second) + eps;
+    if (kStates & 2) {
+      const T buf = state[1] = state[1] * momentum + g / denom;
+      return fma(neg_lr, buf, w);
+    }
+    return w + (neg_lr * g) / denom;
+  }
+  static FASTSAM_HD int states(const Row& row) { return 1 | (row.beta1 > 0 ? 2 : 0) | (has(row, kCentered) ? 4 : 0); }
+};
+
+// torch.optim.Adagrad (Duchi et al., JMLR 12, 2011); lr_decay is the row's `extra`. State: the sum of squares.
+template <class T, int kStates>
+struct Adagrad : CountsAll {
+  T neg_clr, weight_decay, eps;
+  bool decay;
+  FASTSAM_HD Adagrad(const Row& row, const Progress& progress)
+      : neg_clr(static_cast<T>(-(row.lr / (1.0 + static_cast<double>(progress.step) * row.extra)))),
+        weight_decay(static_cast<T>(row.weight_decay)),
+        eps(static_cast<T>(row.eps)),
+        decay(row.weight_decay != 0) {}
+  FASTSAM_HD T operator()(T w, T g, T* state) const {
+    if (decay) g = fma(weight_decay, w, g);
+    const T sum = state[0] = fma(g, g, state[0]);
+    const T denom = sqrt(sum) + eps;
+    return w + (neg_clr * g) / denom;
+  }
+  static FASTSAM_HD int states(const Row&) { return 1; }
+};
+
+// ---- The table of rules: functor and all that `states` may give.
+#define FASTSAM_RULES(row)             \
+  row(kSgd, Sgd, 0, 1)                 \
+  row(kAdam, Adam, 3, 7)               \
+  row(kRmsprop, Rmsprop, 1, 3, 5, 7)   \
+  row(kAdagrad, Adagrad, 1)
+
+template <int kStates>
+struct StateSet {
+  static constexpr int value = kStates;
+};
+
+template <template <class, int> class kFunctor, int... kSets>
+struct RuleRow {
+  template <class T, int kStates>
+  using Functor = kFunctor<T, kStates>;
+
+  // Call f with the set of states that the group uses, as a type, and no code for sets with more than `kMost`.
+  template <int kMost, class F>
+  static FASTSAM_HD void with_states(const Row& row, const F& f) {
+    const int states = kFunctor<float, 0>::states(row);
+    (with_set<kMost, kSets>(states, f), ...);
+  }
+
+ private:
+  template <int kMost, int kSet, class F>
+  static FASTSAM_HD void with_set(int states, const F& f) {
+    if constexpr ((kSet & ~kMost) == 0) {
+      if (states == kSet) f(StateSet<kSet>());
+    }
+  }
+};
+
+template <Rule kRule>
+struct RuleOf;
+#define FASTSAM_ROW(rule, Functor, ...) \
+  template <>                           \
+  struct RuleOf<rule> : RuleRow<Functor, __VA_ARGS__> {};
+FASTSAM_RULES(FASTSAM_ROW)
+#undef FASTSAM_ROW
+
+// Which states a group uses, and what an update does to a segment's progress, for rules that are known at run time only.
+FASTSAM_HD int states_of(Rule rule, const Row& row) {
+#define FASTSAM_ROW(code, Functor, ...) \
+  if (rule == code) return Functor<float, 0>::states(row);
+  FASTSAM_RULES(FASTSAM_ROW)
+#undef FASTSAM_ROW
+  return 0;
+}
+FASTSAM_HD void advance(Rule rule, const Row& row, Progress& progress) {
+#define FASTSAM_ROW(code, Functor, ...) \
+  if (rule == code) Functor<float, 0>::advance(row, progress);
+  FASTSAM_RULES(FASTSAM_ROW)
+#undef FASTSAM_ROW
+}
+FASTSAM_HD constexpr int count_states(int states) { return (states & 1) + (states >> 1 & 1) + (states >> 2 & 1); }
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -16,8 +16,17 @@ constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divid
 constexpr double kClipEps = 1e-6;   // added to the norm that gradients are clipped by, as torch does
 
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
-enum Rule { kNoRule = -1, kSgd, kAdam, kRules };
-enum Flag { kAdaptive = 1, kNesterov = 2, kMaximize = 4, kDecoupled = 8, kAmsgrad = 16, kLrFloat64 = 32, kDecays = 64 };
+enum Rule { kNoRule = -1, kSgd, kAdam, kRmsprop, kAdagrad, kRules };
+enum Flag {
+  kAdaptive = 1,
+  kNesterov = 2,
+  kMaximize = 4,
+  kDecoupled = 8,
+  kAmsgrad = 16,
+  kLrFloat64 = 32,
+  kCentered = 64,
+  kDecays = 128
+};
 
 // The dtypes of weights and gradients for which there are loops and kernels: equal ones first, in the order of Dtype.
 constexpr int kMixed = 4;
@@ -27,10 +36,10 @@ constexpr Dtype kMixedDtypes[kMixed][2] = {
 
 struct Row {  // one parameter group, 10 float64
   double lr, weight_decay;
-  double beta1, beta2;  // SGD: momentum, dampening
+  double beta1, beta2;  // SGD: momentum, dampening; RMSprop: momentum, alpha
   double eps, rho, eta;
   double flags;  // bits of Flag, as an exact float
-  double extra;  // what else a rule needs
+  double extra;  // Adagrad: lr_decay
   double lr_address;  // not 0: lr is read from the device, float32 or with kLrFloat64 float64; exact, as addresses are below 2^53
 };
 
@@ -38,8 +47,13 @@ struct Segment {  // one parameter, 8 int64; the addresses are absolute, 0 where
   int64_t weight, backup;
   int64_t state[kMaxStates];
   int64_t master;
-  int64_t step;  // float32: how many updates so far
+  int64_t progress;
   int64_t group;
+};
+
+struct Progress {  // of one segment, 2 float32
+  float step;        // how many updates so far
+  float mu_product;  // NAdam: the product of all momenta so far
 };
 
 struct Chunk {  // up to kChunk elements of one segment, 4 int32
@@ -51,6 +65,7 @@ struct Chunk {  // up to kChunk elements of one segment, 4 int32
 
 constexpr int kRowColumns = sizeof(Row) / 8;
 
-static_assert(sizeof(Row) == 80 && sizeof(Segment) == 64 && sizeof(Chunk) == 16, "the tables' row sizes");
+static_assert(sizeof(Row) == 80 && sizeof(Segment) == 64 && sizeof(Chunk) == 16 && sizeof(Progress) == 8,
+              "the tables' row sizes");
 
 }  // namespace fastsam

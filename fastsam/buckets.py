@@ -22,7 +22,7 @@ from fastsam.ops import graphs
 from fastsam.ops.native import reader
 from fastsam.ops.reference import Clip, clip_factor
 from fastsam.rules import Group, Row, Rule
-from fastsam.segments import STATE_SLOTS, Segment, is_dense, layout, overlapping, place_of, real_dtype, real_numel
+from fastsam.segments import Segment, is_dense, layout, overlapping, place_of, real_dtype, real_numel
 
 CHUNK = 8192  # elements a row of the chunk table covers, the unit of the canonical sum
 ALIGN = 64  # a segment starts at a multiple of this many elements
@@ -45,9 +45,8 @@ class Bucket:
     Attributes:
         slot: the bucket's place in `sums`.
         grad_dtype: of this pass's gradients; another than `dtype` only where `ops.MIXED_DTYPES` has both.
-        segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and step count; the
-            group.
-            A backend's own rows may follow.
+        segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and progress (step
+            count, NAdam's product of momenta); the group. A backend's own rows may follow.
         chunk_table: [n_chunks, 4] int32: segment, start / 64, length, and the padded lengths of all chunks before / 64.
         grad_table: [n_segments] int64 on the host: addresses of this pass's gradients, 0 for none.
         perturbed: [n_segments] bool on the host: the backup holds the weights; `perturb_` sets it, `update_` clears it.
@@ -104,13 +103,13 @@ class Bucket:
         self._refuse_capture()
         sizes = [real_numel(param) for param, _ in members]
         backups = self._page(sizes)
-        steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
+        progress = torch.zeros(len(members), 2, dtype=torch.float32, device=self.device)
         before = len(self.segments)
         chunk = self.segments[-1].chunks.stop if self.segments else 0
         for i, (param, group) in enumerate(members):
             chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
             self.segments.append(
-                Segment(param, layout(param), group, sizes[i], is_dense(param), chunks, backups[i], steps[i])
+                Segment(param, layout(param), group, sizes[i], is_dense(param), chunks, backups[i], progress[i])
             )
         try:
             self._allocate()
@@ -130,14 +129,16 @@ class Bucket:
             self.absorb(state, self.segments)
 
     def _allocate(self) -> None:
-        needs = [(segment, self.owner.states_used(segment.group)) for segment in self.segments]
-        for slot in range(STATE_SLOTS):
-            bare = [segment for segment, count in needs if slot < count and segment.states[slot] is None]
+        if self.rule is None:
+            return
+        used = [self.rule.used(group) for group in self.owner.groups]
+        for slot, name in enumerate(self.rule.states):
+            bare = [s for s in self.segments if name in used[s.group] and s.states[slot] is None]
             if bare:
                 self._refuse_capture()
                 self.pointed = False
             for segment, flat in zip(bare, self._page([s.numel for s in bare]), strict=True):
-                segment.states[slot] = flat.zero_()
+                segment.states[slot] = flat.fill_(self.rule.initial(self.owner.defaults))
 
     def _page(self, sizes: Sequence[int]) -> list[Tensor]:
         """One new flat tensor, not initialised, cut into pieces of these sizes that start at multiples of ALIGN."""
@@ -176,7 +177,7 @@ class Bucket:
         rows = []
         for segment in self.segments:
             segment.layout = layout(segment.param)
-            owned = (segment.backup, *segment.states, None, segment.step)
+            owned = (segment.backup, *segment.states, None, segment.progress)
             rows.append([segment.layout.address, *(0 if t is None else t.data_ptr() for t in owned), segment.group])
         places = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8)
         own = 0 if self.graphs is None else self.graphs.own_rows(len(rows), len(self.owner.groups))
@@ -344,14 +345,15 @@ class Bucket:
             held = state[segment.param] if segment.param in state else {}
             values = {name: held.get(name) for name in rule.states}
             segment.shown = any(value is not None for value in values.values()) or "step" in held
-            segment.step.fill_(float(held.get("step", 0.0) if rule.has_step else values[rule.states[0]] is not None))
-            segment.views = {"step": segment.step} if rule.has_step else {}
+            segment.step.fill_(float(held.get("step", 0.0) if rule.counters else values[rule.states[0]] is not None))
+            segment.mu_product.fill_(float(held.get("mu_product", 1.0)))
+            segment.views = {name: getattr(segment, name) for name in rule.counters}
             for (name, value), flat in zip(values.items(), segment.states, strict=False):
                 if flat is None:
                     continue
                 view = segment.views[name] = segment.shaped(flat)
                 if value is None:
-                    flat.zero_()
+                    flat.fill_(rule.initial(self.owner.defaults))
                 elif value.shape != view.shape:
                     raise ValueError(
                         f"FusedSAM: state[{name!r}] of {place_of(segment.param, self.owner.groups)} must have its "
@@ -362,7 +364,7 @@ class Bucket:
                     view.copy_(value)
             if segment.shown:
                 self._show(segment, state, rule)
-        stateful = [rule.has_step or self.owner.states_used(i) > 0 for i in range(len(self.owner.groups))]
+        stateful = [bool(rule.counters or rule.used(group)) for group in self.owner.groups]
         self.silent = [i for i, s in enumerate(self.segments) if stateful[s.group] and not s.shown]
 
     def publish(self, grads: Sequence[Tensor | None], state: State) -> None:
@@ -377,9 +379,9 @@ class Bucket:
 
     def _show(self, segment: Segment, state: State, rule: Rule) -> None:
         segment.shown = True
-        names = rule.states[: self.owner.states_used(segment.group)]
-        if rule.has_step or names:
-            state[segment.param].update({n: v for n, v in segment.views.items() if n in names or n == "step"})
+        names = (*rule.counters, *rule.used(self.owner.groups[segment.group]))
+        if names:
+            state[segment.param].update({name: segment.views[name] for name in names})
 
     def replaced(self, state: State) -> bool:
         """Whether somebody put other tensors into `state[param]` than the ones shown there."""
@@ -397,7 +399,7 @@ class Bucket:
             held = state[segment.param] if segment.param in state else {}
             for name, view in segment.views.items():
                 if held.get(name) is view:
-                    like = view if name == "step" else segment.param
+                    like = view if name in ("step", "mu_product") else segment.param
                     held[name] = view.to(segment.param.device, like.dtype, copy=True)
 
 
@@ -414,9 +416,9 @@ class Buckets:
         decays: whether the perturbation is that of the loss with the weight decay in it.
     """
 
-    def __init__(self, rule: Rule | None, backend: str, groups: Sequence[Group], state: State) -> None:
-        """No buckets yet: `follow` builds them."""
-        self.rule, self.backend, self.groups, self.state = rule, backend, groups, state
+    def __init__(self, rule: Rule | None, backend: str, defaults: Group, groups: Sequence[Group], state: State) -> None:
+        """No buckets yet: `follow` builds them. `defaults` are the base optimizer's."""
+        self.rule, self.backend, self.defaults, self.groups, self.state = rule, backend, defaults, groups, state
         self.items: list[Bucket] = []
         self.params: list[Tensor] = []  # of all groups, in order
         self.frozen: list[Member] = []  # never had a gradient: no memory is spent on them
@@ -629,10 +631,6 @@ class Buckets:
             {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices} for _ in range(2)
         )
         self.factors = {d: torch.ones((), dtype=torch.float64, device=d) for d in devices}
-
-    def states_used(self, group: int) -> int:
-        """How many of the rule's states a parameter group needs."""
-        return 0 if self.rule is None else self.rule.used(self.groups[group])
 
     def _share(self, sums: Mapping[torch.device, Tensor]) -> None:
         """Bring the sums of all devices together; copies between devices do not wait for the host."""

@@ -171,7 +171,7 @@ class FusedSAM(Optimizer):
         self.defaults = {**base.defaults, **own}
         self.param_groups = base.param_groups
         self.state = base.state
-        self._sam = _Progress(Buckets(RULES.get(type(base)), chosen, self.param_groups, self.state))
+        self._sam = _Progress(Buckets(RULES.get(type(base)), chosen, base.defaults, self.param_groups, self.state))
         for i, group in enumerate(self.param_groups):
             self._check_group(i, group)
 
@@ -537,7 +537,7 @@ class FusedSAM(Optimizer):
         """
         self._require_clean("state_dict()")
         self._meet_base()
-        buckets = self._sam.buckets
+        buckets, rule = self._sam.buckets, self._sam.buckets.rule
         for bucket in buckets.items:
             if self.state is not buckets.state or bucket.replaced(self.state):
                 bucket.absorb(self.state, bucket.segments)
@@ -546,11 +546,12 @@ class FusedSAM(Optimizer):
         segments = {id(segment.param): segment for bucket in buckets.items for segment in bucket.segments}
         for i, param in enumerate(params):
             segment = segments.get(id(param))
-            if i in out["state"] and segment is not None and segment.shown:
-                if segment.step == 0:  # an overflow kept its first step from happening
+            if rule is not None and i in out["state"] and segment is not None and segment.shown:
+                if segment.step == 0 and not rule.eager:  # an overflow kept its first step from happening
                     del out["state"][i]
-                elif "step" in out["state"][i]:
-                    out["state"][i] = {**out["state"][i], "step": segment.step.cpu().clone()}
+                else:
+                    counters = {name: segment.views[name].cpu().clone() for name in rule.counters}
+                    out["state"][i] = {**out["state"][i], **counters}
         return out
 
     @torch.no_grad()
@@ -590,7 +591,8 @@ class FusedSAM(Optimizer):
         super().__setstate__(state)
         if backend is not None:
             rule = RULES.get(type(self.base_optimizer))
-            self._sam = _Progress(Buckets(rule, backend, self.param_groups, self.state))
+            defaults = self.base_optimizer.defaults
+            self._sam = _Progress(Buckets(rule, backend, defaults, self.param_groups, self.state))
         type(self.base_optimizer).__setstate__(
             self.base_optimizer, {"state": self.state, "param_groups": self.param_groups}
         )

@@ -19,7 +19,8 @@ MAXIMIZE = 4
 DECOUPLED = 8
 AMSGRAD = 16
 LR_FLOAT64 = 32  # lr_address is that of a float64
-DECAYS = 64  # the perturbation is that of the loss with the weight decay in it
+CENTERED = 64
+DECAYS = 128  # the perturbation is that of the loss with the weight decay in it
 
 LR_DTYPES = (torch.float32, torch.float64)
 
@@ -34,14 +35,24 @@ class Row(NamedTuple):
 
     lr: float
     weight_decay: float
-    beta1: float  # SGD: momentum
-    beta2: float  # SGD: dampening
+    beta1: float  # SGD, RMSprop: momentum
+    beta2: float  # SGD: dampening; RMSprop: alpha
     eps: float
     rho: float
     eta: float
     flags: int
-    extra: float = 0.0  # what else a rule needs
+    extra: float = 0.0  # Adagrad: lr_decay
     lr_address: int = 0  # not 0: kernels read lr there, a float32 (or float64: LR_FLOAT64) on their device
+
+
+class Values(NamedTuple):
+    """What a rule reads of a parameter group, for the columns of `Row` of these names."""
+
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    flags: int = 0
+    extra: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,50 +61,76 @@ class Rule:
 
     Attributes:
         name: the functor's name.
-        code: how the native library calls it.
+        code: how the native library calls it: csrc/tables.h.
+        values: what it reads of a group.
         states: torch's names of the per-element state, in slot order.
-        used: how many of `states` a group needs.
+        used: which of `states` a group needs.
+        counters: torch's names of the per-parameter numbers: none, the step count, or with it NAdam's `mu_product`.
         counts: whether a step of this group advances the parameters' step count. SGD counts the steps with momentum,
             because torch's "first step" is the first that finds no momentum buffer.
-        scalars: `(beta1, beta2, eps, flags)` of a group.
+        initial: what states begin with, from the base optimizer's defaults.
+        eager: whether torch has the state before the first step.
     """
 
     name: str
     code: int
+    values: Callable[[Group], Values]
     states: tuple[str, ...]
-    used: Callable[[Group], int]
-    counts: Callable[[Group], bool]
-    scalars: Callable[[Group], tuple[float, float, float, int]]
-    has_step: bool
+    used: Callable[[Group], tuple[str, ...]]
+    counters: tuple[str, ...] = ("step",)
+    counts: Callable[[Group], bool] = lambda group: True
+    initial: Callable[[Group], float] = lambda defaults: 0.0
+    eager: bool = False
 
 
-def _sgd_scalars(group: Group) -> tuple[float, float, float, int]:
-    return float(group["momentum"]), float(group["dampening"]), 0.0, NESTEROV * bool(group["nesterov"])
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _adam_scalars(group: Group) -> tuple[float, float, float, int]:
+def _adam_values(group: Group) -> Values:
     beta1, beta2 = group["betas"]
     flags = DECOUPLED * bool(group["decoupled_weight_decay"]) | AMSGRAD * bool(group["amsgrad"])
-    return float(beta1), float(beta2), float(group["eps"]), flags
+    return Values(float(beta1), float(beta2), float(group["eps"]), flags)
 
 
 SGD = Rule(
     name="sgd",
     code=0,
+    values=lambda group: Values(
+        float(group["momentum"]), float(group["dampening"]), flags=NESTEROV * bool(group["nesterov"])
+    ),
     states=("momentum_buffer",),
-    used=lambda group: int(group["momentum"] != 0),
+    used=lambda group: ("momentum_buffer",) if group["momentum"] != 0 else (),
+    counters=(),
     counts=lambda group: bool(group["momentum"] != 0),
-    scalars=_sgd_scalars,
-    has_step=False,
 )
 ADAM = Rule(
     name="adam",
     code=1,
-    states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    used=lambda group: 3 if group["amsgrad"] else 2,
-    counts=lambda group: True,
-    scalars=_adam_scalars,
-    has_step=True,
+    values=_adam_values,
+    states=(*MOMENTS, "max_exp_avg_sq"),
+    used=lambda group: (*MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else MOMENTS,
+)
+RMSPROP = Rule(
+    name="rmsprop",
+    code=2,
+    values=lambda group: Values(
+        float(group["momentum"]), float(group["alpha"]), float(group["eps"]), CENTERED * bool(group["centered"])
+    ),
+    states=("square_avg", "momentum_buffer", "grad_avg"),
+    used=lambda group: (
+        "square_avg",
+        *(("momentum_buffer",) if group["momentum"] > 0 else ()),
+        *(("grad_avg",) if group["centered"] else ()),
+    ),
+)
+ADAGRAD = Rule(
+    name="adagrad",
+    code=3,
+    values=lambda group: Values(eps=float(group["eps"]), extra=float(group["lr_decay"])),
+    states=("sum",),
+    used=lambda group: ("sum",),
+    initial=lambda defaults: float(defaults["initial_accumulator_value"]),
+    eager=True,
 )
 
 # By exact class: a subclass may do anything in its step.
@@ -101,6 +138,8 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: ADAM,
     torch.optim.AdamW: ADAM,
+    torch.optim.RMSprop: RMSPROP,
+    torch.optim.Adagrad: ADAGRAD,
 }
 
 
@@ -114,7 +153,7 @@ def row(group: Group, rule: Rule | None, device: torch.device | None = None, dec
         decays: whether the perturbation is that of the loss with the weight decay in it.
     """
     flags = ADAPTIVE * bool(group["adaptive"]) | MAXIMIZE * bool(group.get("maximize", False))
-    beta1, beta2, eps, rule_flags = rule.scalars(group) if rule else (0.0, 0.0, 0.0, 0)
+    beta1, beta2, eps, rule_flags, extra = rule.values(group) if rule else Values()
     weight_decay = float(group.get("weight_decay", 0.0))
     flags |= DECAYS * (decays and weight_decay != 0)
     rho, eta = float(group["rho"]), float(group["eta"])
@@ -122,4 +161,4 @@ def row(group: Group, rule: Rule | None, device: torch.device | None = None, dec
     if isinstance(lr, torch.Tensor) and lr.device == device and lr.numel() == 1 and lr.dtype in LR_DTYPES:
         flags |= LR_FLOAT64 * (lr.dtype == torch.float64)
         address, lr = lr.data_ptr(), 0.0
-    return Row(float(lr), weight_decay, beta1, beta2, eps, rho, eta, flags | rule_flags, extra=0.0, lr_address=address)
+    return Row(float(lr), weight_decay, beta1, beta2, eps, rho, eta, flags | rule_flags, extra, address)

@@ -45,7 +45,9 @@ class Segment:
         dense: whether its storage has no gaps, so that a kernel can walk it.
         chunks: its rows of the bucket's chunk table.
         backup: [numel], the weights before the perturbation, in storage order.
+        progress: [2] float32, the two numbers below.
         step: [] float32, the steps that the rule counted.
+        mu_product: [] float32, NAdam's product of momenta.
         states: [numel] each or None, in the rule's slot order.
         views: what `optimizer.state[param]` shows: torch's names, the parameter's shape and strides.
         shown: whether it shows them already.
@@ -58,10 +60,16 @@ class Segment:
     dense: bool
     chunks: slice
     backup: Tensor
-    step: Tensor
+    progress: Tensor
+    step: Tensor = field(init=False)
+    mu_product: Tensor = field(init=False)
     states: list[Tensor | None] = field(default_factory=lambda: [None] * STATE_SLOTS)
     views: dict[str, Tensor] = field(default_factory=dict)
     shown: bool = False
+
+    def __post_init__(self) -> None:
+        """Make the views of single numbers."""
+        self.step, self.mu_product = self.progress.unbind()
 
     def flat(self, tensor: Tensor) -> Tensor:
         """[numel]: a tensor of the parameter's layout in storage order; a view of it where the parameter is dense."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 import fastsam
 from fastsam import ops
@@ -68,18 +68,46 @@ ADAM_CONFIGS = [
         ),
     ),
 ]
-CONFIGS = SGD_CONFIGS + ADAM_CONFIGS
+RMSPROP_OPTIONS = dict(lr=0.01, alpha=0.9, eps=1e-4, weight_decay=0.05, rho=0.3)
+RMSPROP_CONFIGS = [
+    Config("rmsprop", RMSprop, RMSPROP_OPTIONS),
+    Config("rmsprop_momentum_maximize", RMSprop, dict(RMSPROP_OPTIONS, momentum=0.8, maximize=True)),
+    Config("rmsprop_centered", RMSprop, dict(RMSPROP_OPTIONS, centered=True, weight_decay=0.0)),
+    Config("rmsprop_centered_asam", RMSprop, dict(RMSPROP_OPTIONS, centered=True, momentum=0.7, adaptive=True)),
+    Config(
+        "rmsprop_groups",
+        RMSprop,
+        dict(RMSPROP_OPTIONS, momentum=0.6),
+        (
+            dict(lr=0.003, alpha=0.4, rho=0.9),
+            dict(momentum=0.0, adaptive=True, eta=0.02),
+            dict(centered=True, perturb=False),
+            dict(momentum=0.0, centered=True, eps=1e-2, maximize=True, rho=0.0),
+        ),
+    ),
+]
+ADAGRAD_OPTIONS = dict(lr=0.05, lr_decay=0.1, eps=1e-6, weight_decay=0.05, initial_accumulator_value=0.2, rho=0.3)
+ADAGRAD_CONFIGS = [
+    Config("adagrad", Adagrad, ADAGRAD_OPTIONS),
+    Config("adagrad_maximize", Adagrad, dict(ADAGRAD_OPTIONS, maximize=True, weight_decay=0.0)),
+    Config(
+        "adagrad_groups",
+        Adagrad,
+        ADAGRAD_OPTIONS,
+        (dict(lr=0.02, lr_decay=0.3, rho=0.7), dict(eps=1e-3, adaptive=True, eta=0.02), dict(perturb=False)),
+    ),
+]
+ROOT_CONFIGS = ADAM_CONFIGS + RMSPROP_CONFIGS + ADAGRAD_CONFIGS  # the rules that take a square root
+CONFIGS = SGD_CONFIGS + ROOT_CONFIGS
 
 # Every other class of torch.optim, on matrices, which Muon wants.
 UNFUSED = [
     Config("adafactor", torch.optim.Adafactor, dict(lr=0.02, rho=0.2, weight_decay=0.01)),
-    Config("adagrad", torch.optim.Adagrad, dict(lr=0.02, rho=0.2, lr_decay=0.01, initial_accumulator_value=0.3)),
     Config("adamax", torch.optim.Adamax, dict(lr=0.01, rho=0.2, weight_decay=0.01)),
     Config("asgd", torch.optim.ASGD, dict(lr=0.02, rho=0.2, t0=3, weight_decay=0.01)),
     Config("muon", torch.optim.Muon, dict(lr=0.02, rho=0.2, weight_decay=0.05)),
     Config("nadam", torch.optim.NAdam, dict(lr=0.01, rho=0.2, weight_decay=0.1, decoupled_weight_decay=True)),
     Config("radam", torch.optim.RAdam, dict(lr=0.01, rho=0.2, weight_decay=0.1, betas=(0.8, 0.95))),
-    Config("rmsprop", torch.optim.RMSprop, dict(lr=0.01, rho=0.2, momentum=0.8, centered=True, alpha=0.95)),
     Config("rprop", torch.optim.Rprop, dict(lr=0.01, rho=0.2, etas=(0.4, 1.3))),
 ]
 

@@ -76,7 +76,7 @@ struct Launch {  // what the test hands over; the same in test_cuda_core.py
   int64_t* overflows;
   double q, max_norm;
   int64_t n_chunks, n_segments, n_groups, n_sums, slot;
-  int64_t split_bits, by_value, seed, threads;
+  int64_t split_bits, by_value, seed, threads, rule;
 };
 
 template <class Body>
@@ -177,7 +177,7 @@ void perturb(const Launch& launch) {
 template <Kernel kKernel, class S, class G>
 void update(const Launch& launch) {
   run(launch, [](HostContext& ctx, const auto& args) {
-    UpdateShared<S> shared;
+    UpdateShared<kKernels[static_cast<int>(kKernel)].rule, S> shared;
     update_block<kKernel, S, G>(ctx, args, shared);
   });
 }
@@ -187,11 +187,12 @@ void run_operation(int operation, const Launch& launch) {
   switch (operation) {
     case 0: return launch.q == 2 ? grad_norm<S, G>(launch) : power_norm<S, G>(launch);
     case 1: return launch.q == 2 ? perturb<S, G>(launch) : power_perturb<S, G>(launch);
-    case 2: return update<Kernel::kRestore, S, G>(launch);
-    case 3: return update<Kernel::kSgd, S, G>(launch);
-    case 4: return update<Kernel::kAdam, S, G>(launch);
-    case 5: return update<Kernel::kAdamAmsgrad, S, G>(launch);
   }
+  using Update = void (*)(const Launch&);
+#define FASTSAM_ROW(name, ...) update<Kernel::name, S, G>,
+  static const Update kernels[] = {FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)};
+#undef FASTSAM_ROW
+  kernels[kernel_for(static_cast<Rule>(launch.rule), launch.rows, launch.n_groups)](launch);
 }
 
 }  // namespace fastsam::FASTSAM_ISA
@@ -235,7 +236,7 @@ struct Problem {
   std::vector<std::vector<float>> memory;
   std::vector<int64_t> grads = std::vector<int64_t>(kSegments);
   std::vector<uint8_t> perturbed = std::vector<uint8_t>(kSegments, 1);
-  std::vector<float> steps = std::vector<float>(kSegments);
+  std::vector<Progress> progress = std::vector<Progress>(kSegments, Progress{0, 1});
   std::vector<double> partials;
   Row row{0.1, 0.01, 0.9, 0.99, 1e-8, 0.05, 0.0, 0.0, 0.0, 0.0};
   double sum = 0;
@@ -255,7 +256,7 @@ struct Problem {
         if (k == 3) segments[i].state[1] = address;
         if (k == 4) grads[i] = i % 7 == 3 ? 0 : address;
       }
-      segments[i].step = reinterpret_cast<int64_t>(&steps[i]);
+      segments[i].progress = reinterpret_cast<int64_t>(&progress[i]);
       for (int start = 0; start < n; start += kChunk) chunks.push_back({i, start / kUnit, std::min(n - start, kChunk), 0});
     }
     partials.resize(chunks.size());
@@ -288,7 +289,8 @@ struct Problem {
     fastsam_run(1, kFloat32, kFloat32, &l);
     l.ticket = &tickets[1];
     l.perturbed = perturbed.data();
-    fastsam_run(rule, kFloat32, kFloat32, &l);
+    l.rule = rule;
+    fastsam_run(2, kFloat32, kFloat32, &l);
     return tickets[0] == 0 && tickets[1] == 0;
   }
 };
@@ -296,7 +298,7 @@ struct Problem {
 }  // namespace
 
 int main() {
-  for (const int rule : {3, 4}) {
+  for (const int rule : {kSgd, kAdam}) {
     Problem alone, together;
     for (int round = 0; round < 6; round++) {
       alone.step(0, 1, 0, rule);
@@ -304,7 +306,7 @@ int main() {
       if (alone.sum != together.sum) return std::puts("sums differ"), 1;
       if (alone.memory != together.memory) return std::puts("weights or states differ"), 1;
       for (int i = 0; i < Problem::kSegments; i++) {
-        if (together.steps[i] != (together.grads[i] ? round + 1 : 0)) return std::puts("a count is wrong"), 1;
+        if (together.progress[i].step != (together.grads[i] ? round + 1 : 0)) return std::puts("a count is wrong"), 1;
       }
     }
   }

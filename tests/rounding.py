@@ -9,7 +9,19 @@ import numpy as np
 import torch
 
 from fastsam.ops import MIXED_DTYPES, native
-from fastsam.rules import ADAM, ADAPTIVE, AMSGRAD, DECOUPLED, MAXIMIZE, NESTEROV, SGD, Row
+from fastsam.rules import (
+    ADAGRAD,
+    ADAM,
+    ADAPTIVE,
+    AMSGRAD,
+    CENTERED,
+    DECOUPLED,
+    MAXIMIZE,
+    NESTEROV,
+    RMSPROP,
+    SGD,
+    Row,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MIXED = sorted(MIXED_DTYPES, key=str)
@@ -17,22 +29,41 @@ SIZES = [0, 1, 3, 63, 64, 65, 2047, 2048, 8191, 8192, 8193, 3 * 8192 + 5]
 CHUNK = 8192
 STEPS = 3
 
-# (rule, lr, weight_decay, beta1 or momentum, beta2 or dampening, eps, flags)
+# (rule, lr, weight_decay, beta1 or momentum, beta2 or dampening or alpha, eps, flags, extra)
 OPTIONS = {
-    "sgd": (SGD, 0.07, 0.013, 0.0, 0.3, 0.0, 0),
-    "sgd-dampening": (SGD, 0.07, 0.0, 0.83, 0.3, 0.0, 0),
-    "sgd-nesterov-maximize": (SGD, 0.07, 0.013, 0.83, 0.0, 0.0, NESTEROV | MAXIMIZE),
-    "adam": (ADAM, 0.02, 0.013, 0.83, 0.97, 1e-5, 0),
-    "adam-far-lerp": (ADAM, 0.02, 0.0, 0.41, 0.97, 1e-5, 0),
-    "adamw": (ADAM, 0.02, 0.13, 0.83, 0.97, 1e-5, DECOUPLED),
-    "adamw-amsgrad-maximize": (ADAM, 0.02, 0.13, 0.83, 0.97, 1e-5, DECOUPLED | AMSGRAD | MAXIMIZE),
+    "sgd": (SGD, 0.07, 0.013, 0.0, 0.3, 0.0, 0, 0.0),
+    "sgd-dampening": (SGD, 0.07, 0.0, 0.83, 0.3, 0.0, 0, 0.0),
+    "sgd-nesterov-maximize": (SGD, 0.07, 0.013, 0.83, 0.0, 0.0, NESTEROV | MAXIMIZE, 0.0),
+    "adam": (ADAM, 0.02, 0.013, 0.83, 0.97, 1e-5, 0, 0.0),
+    "adam-far-lerp": (ADAM, 0.02, 0.0, 0.41, 0.97, 1e-5, 0, 0.0),
+    "adamw": (ADAM, 0.02, 0.13, 0.83, 0.97, 1e-5, DECOUPLED, 0.0),
+    "adamw-amsgrad-maximize": (ADAM, 0.02, 0.13, 0.83, 0.97, 1e-5, DECOUPLED | AMSGRAD | MAXIMIZE, 0.0),
+    "rmsprop": (RMSPROP, 0.02, 0.013, 0.0, 0.93, 1e-4, 0, 0.0),
+    "rmsprop-momentum-maximize": (RMSPROP, 0.02, 0.013, 0.83, 0.93, 1e-4, MAXIMIZE, 0.0),
+    "rmsprop-centered": (RMSPROP, 0.02, 0.0, 0.0, 0.93, 1e-2, CENTERED, 0.0),
+    "rmsprop-centered-momentum-far-lerp": (RMSPROP, 0.02, 0.013, 0.83, 0.41, 1e-2, CENTERED, 0.0),
+    "adagrad": (ADAGRAD, 0.07, 0.0, 0.0, 0.0, 1e-4, 0, 0.11),
+    "adagrad-decay-maximize": (ADAGRAD, 0.07, 0.013, 0.0, 0.0, 1e-4, MAXIMIZE, 0.11),
 }
+INITIAL = {ADAGRAD: 0.375}  # of the states; the others begin with 0
 PERTURBATIONS = [(0.11, 0.0, 0), (0.7, 0.0, ADAPTIVE), (0.5, 0.03, ADAPTIVE)]  # (rho, eta, flags), a group each
 
 
 def rows_of(option):
-    _, lr, weight_decay, beta1, beta2, eps, flags = OPTIONS[option]
-    return [Row(lr, weight_decay, beta1, beta2, eps, rho, eta, flags | more) for rho, eta, more in PERTURBATIONS]
+    _, lr, weight_decay, beta1, beta2, eps, flags, extra = OPTIONS[option]
+    return [Row(lr, weight_decay, beta1, beta2, eps, rho, eta, flags | more, extra) for rho, eta, more in PERTURBATIONS]
+
+
+def slots_of(option):
+    """Which of the three states the option reads and writes; the others must not be touched."""
+    rule, _, _, beta1, _, _, flags, _ = OPTIONS[option]
+    if rule is SGD:
+        return {0} if beta1 else set()
+    if rule is ADAM:
+        return {0, 1, 2} if flags & AMSGRAD else {0, 1}
+    if rule is RMSPROP:
+        return {0} | ({1} if beta1 else set()) | ({2} if flags & CENTERED else set())
+    return {0}
 
 
 # ---- The plan: one rounding a line, in float32 (float64 for float64).
@@ -126,6 +157,38 @@ def adam(w, g, state, t, row):
     return w + (cast(-(row.lr / (1 - power(row.beta1, t)))) * m) / denom, [m, v, largest]
 
 
+def lerp(a, b, weight):
+    return fma(weight, b - a, a) if weight < 0.5 else fma(weight - a.dtype.type(1), b - a, b)
+
+
+def rmsprop(w, g, state, t, row):
+    cast = w.dtype.type
+    v, buf, mean = state
+    g = -g if row.flags & MAXIMIZE else g
+    g = fma(cast(row.weight_decay), w, g) if row.weight_decay else g
+    v = fma(cast(1 - row.beta2) * g, g, v * cast(row.beta2))
+    second = v
+    if row.flags & CENTERED:
+        mean = lerp(mean, g, cast(1 - row.beta2))
+        second = fma(-mean, mean, v)
+    denom = np.sqrt(second) + cast(row.eps)
+    if row.beta1:
+        buf = buf * cast(row.beta1) + g / denom
+        return fma(cast(-row.lr), buf, w), [v, buf, mean]
+    return w + (cast(-row.lr) * g) / denom, [v, buf, mean]
+
+
+def adagrad(w, g, state, t, row):
+    cast = w.dtype.type
+    g = -g if row.flags & MAXIMIZE else g
+    g = fma(cast(row.weight_decay), w, g) if row.weight_decay else g
+    total = fma(g, g, state[0])
+    denom = np.sqrt(total) + cast(row.eps)
+    return w + (cast(-(row.lr / (1 + (t - 1) * row.extra))) * g) / denom, [total, *state[1:]]
+
+
+FORMULAS = {SGD: sgd, ADAM: adam, RMSPROP: rmsprop, ADAGRAD: adagrad}
+
 # ---- Buckets by hand.
 
 
@@ -173,7 +236,8 @@ def bucket_of(params, option, states=0.0, spread=1):
     bucket = SimpleNamespace(params=params, dtype=dtype, grad_dtype=dtype, rule=rule, slot=1, rows=rows_of(option))
     bucket.backups = [torch.full_like(p, float("nan")) for p in params]
     bucket.states = [[torch.full_like(p, states) for p in params] for _ in range(3)]
-    bucket.steps = torch.zeros(n)
+    bucket.progress = torch.tensor([[0.0, 1.0]]).repeat(n, 1)
+    bucket.steps, bucket.products = bucket.progress.unbind(1)
     bucket.q = 2.0
     bucket.overflows = torch.zeros(2, dtype=torch.int64)
     bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
@@ -191,7 +255,7 @@ def bucket_of(params, option, states=0.0, spread=1):
 def point(bucket):
     owned = [bucket.params, bucket.backups, *bucket.states]
     table = [
-        [*(tensors[i].data_ptr() for tensors in owned), 0, bucket.steps[i : i + 1].data_ptr(), i % 3]
+        [*(tensors[i].data_ptr() for tensors in owned), 0, bucket.progress[i].data_ptr(), i % 3]
         for i in range(len(bucket.params))
     ]
     bucket.segment_table = torch.tensor(table, dtype=torch.int64)
@@ -201,9 +265,9 @@ def fresh_bucket(option, dtype, make=shifted, spread=1):
     """Weights as `expected` has them; states that are not to be read are NaN."""
     params = [copied(make(n, dtype), values(n, dtype, i)) for i, n in enumerate(SIZES)]
     bucket = bucket_of(params, option, float("nan"), spread)
-    for state in bucket.states[: 0 if bucket.rule is SGD else 3 if bucket.rows[0].flags & AMSGRAD else 2]:
-        for s in state:
-            s.zero_()
+    for k in slots_of(option) if bucket.rule is not SGD else ():
+        for s in bucket.states[k]:
+            s.fill_(INITIAL.get(bucket.rule, 0.0))
     return bucket
 
 
@@ -228,9 +292,9 @@ def run(bucket, grads1, grads2, **options):
 def expected(option, dtype, grad_dtype):
     """What the plan makes of `STEPS` steps: each one's sum and perturbed weights; then weights, states, counts."""
     rule, rows = OPTIONS[option][0], rows_of(option)
-    formula, counting = (sgd if rule is SGD else adam), rows[0].beta1 != 0 or rule is ADAM
+    formula, counting = FORMULAS[rule], rows[0].beta1 != 0 or rule is not SGD
     weights = [widened(values(n, dtype, i)) for i, n in enumerate(SIZES)]
-    states = [[np.zeros_like(w)] * 3 for w in weights]
+    states = [[np.full_like(w, INITIAL.get(rule, 0.0))] * 3 for w in weights]
     counts, sums, climbs = np.zeros(len(SIZES), np.float32), [], []
     for step in range(STEPS):
         g1, g2 = ([None if g is None else widened(g) for g in gradients(grad_dtype, step, which)] for which in (1, 2))

@@ -298,7 +298,7 @@ def test_running_out_of_memory_in_any_allocation_can_be_survived(monkeypatch, ba
         fails_at += 1
         found, failed = run(fails_at)
         assert found == expected
-    assert fails_at > 3
+    assert fails_at > 2
 
 
 def closure_of_ones(params, opt):

@@ -20,12 +20,12 @@ from rounding import (
     point,
     run,
     shifted,
+    slots_of,
     values,
     widened,
 )
 
 from fastsam.ops import native
-from fastsam.rules import AMSGRAD, SGD
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=f"no native library: {native.reason()}")
 ISAS = native.reader.cpu_isas() if native.reader else []
@@ -66,14 +66,14 @@ def check_steps(bucket, option, dtype, place=lambda grad: grad):
         for i, (p, plan) in enumerate(zip(perturbed, climbs[step], strict=True)):
             assert_same(p, plan, f"perturbed weights of segment {i} in step {step}")
         assert not bucket.perturbed.any()
-    used = 0 if bucket.rows[0].beta1 == 0 else 1 if bucket.rule is SGD else 3 if bucket.rows[0].flags & AMSGRAD else 2
+    used = slots_of(option)
     for i, plan in enumerate(weights):
         assert_same(bucket.params[i], plan, f"weights of segment {i}")
-        for k in range(used):
-            if counts[i]:
+        for k in range(3):
+            if k not in used:
+                assert bucket.states[k][i].isnan().all(), f"unused state {k} of segment {i} was written"
+            elif counts[i]:
                 assert_same(bucket.states[k][i], states[k][i], f"state {k} of segment {i}")
-        for k in range(used, 3):
-            assert bucket.states[k][i].isnan().all(), f"unused state {k} of segment {i} was written"
     assert bucket.steps.tolist() == counts.tolist()
 
 
@@ -147,7 +147,7 @@ def test_rho_0_writes_the_backup_and_keeps_the_weights(isa, dtype):
     assert bucket.perturbed.all()
 
 
-@pytest.mark.parametrize("option", ["sgd", "sgd-dampening", "adamw-amsgrad-maximize"])
+@pytest.mark.parametrize("option", ["sgd", "sgd-dampening", "adamw-amsgrad-maximize", "rmsprop-momentum-maximize"])
 def test_found_inf_restores_and_updates_nothing(isa, option):
     bucket, dtype = fresh_bucket(option, torch.float32), torch.float32
     check_steps(bucket, option, dtype)
@@ -160,7 +160,7 @@ def test_found_inf_restores_and_updates_nothing(isa, option):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("option", ["sgd-nesterov-maximize", "adam"])
+@pytest.mark.parametrize("option", ["sgd-nesterov-maximize", "adam", "rmsprop-centered"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loss_scale_and_clip_factor(isa, dtype, option):
     plain, scaled = fresh_bucket(option, dtype), fresh_bucket(option, dtype)

@@ -10,7 +10,7 @@ import cases
 import oracle
 import pytest
 import torch
-from cases import ADAM_CONFIGS, CONFIGS, MATRICES, NAMES, SGD_CONFIGS, STEPS, UNFUSED, Config
+from cases import CONFIGS, MATRICES, NAMES, ROOT_CONFIGS, SGD_CONFIGS, STEPS, UNFUSED, Config
 from oracle import assert_same, assert_same_state, assert_within_ulp
 from torch import Tensor
 from torch.nn import Parameter
@@ -105,9 +105,28 @@ def run_beside_oracle(
                 assert_within_ulp(a, b, w, what=f"step {step}, {name}")
             else:
                 compare["weights"](a, b, what=f"step {step}, {name}")
-        assert_same_state(opt, hand.base, compare["state"])
+        assert_same_state(opt, hand.base, but_for_roots(compare["state"], config.base))
         if handover:
             oracle.hand_over(theirs, ours)
+            hand_over_rooted_state(hand.base, opt, theirs, ours)
+
+
+def but_for_roots(compare, base):
+    """RMSprop's momentum sums quotients by a root, and torch's may be an ulp off."""
+
+    def compare_state(actual, expected, what):
+        rooted = base is torch.optim.RMSprop and "momentum_buffer" in what
+        (close if rooted else compare)(actual, expected, what=what)
+
+    return compare_state
+
+
+def hand_over_rooted_state(source, target, theirs, ours):
+    """Give the buffers of `but_for_roots` over, where that ulp would stay."""
+    if isinstance(source, torch.optim.RMSprop):
+        for p, q in zip(theirs, ours, strict=True):
+            if "momentum_buffer" in source.state.get(p, {}):
+                oracle.hand_over([source.state[p]["momentum_buffer"]], [target.state[q]["momentum_buffer"]])
 
 
 @pytest.mark.parametrize("config", **cases.ids(SGD_CONFIGS))
@@ -116,10 +135,12 @@ def test_sgd_has_the_bits_of_torch(backend, device, config):
     run_beside_oracle(config, backend, device, torch.float32, compare, handover=False)
 
 
-@pytest.mark.parametrize("config", **cases.ids(ADAM_CONFIGS))
-def test_adam_has_the_bits_of_torch_but_for_its_root(backend, device, config):
-    # torch.sqrt on x86 is one ulp off in 17 % of values; ours is IEEE. Handing over keeps that out of the states.
-    compare = dict(perturbed=exact, weights=assert_within_ulp, state=exact)
+@pytest.mark.parametrize("config", **cases.ids(ROOT_CONFIGS))
+def test_other_rules_have_the_bits_of_torch_but_for_their_root(backend, device, config):
+    # torch.sqrt on x86 is one ulp off in 17 % of values; ours is IEEE. Handing over keeps that out of the states. An
+    # ulp of a quotient that RMSprop's momentum then cancels may be many of the weight's change.
+    weights = close if config.base is torch.optim.RMSprop and "momentum" in config.options else assert_within_ulp
+    compare = dict(perturbed=exact, weights=weights, state=exact)
     run_beside_oracle(config, backend, device, torch.float32, compare, handover=True)
 
 
@@ -247,13 +268,13 @@ def test_a_subclass_of_a_fused_base_is_not_fused(backend, device):
     assert p.tolist() == [0.5, 2.5]
 
 
+HISTORIES = "dampening", "asam_eta", "groups", "adamw", "adamw_groups", "rmsprop_centered", "adagrad_groups"
+
 # random histories: missing gradients 35 %, inf or NaN in pass 1 20 %, found_inf 20 %
 
 
 @pytest.mark.parametrize("seed", range(15))
-@pytest.mark.parametrize(
-    "config", **cases.ids(c for c in CONFIGS if c.name in ("dampening", "asam_eta", "groups", "adamw", "adamw_groups"))
-)
+@pytest.mark.parametrize("config", **cases.ids(c for c in CONFIGS if c.name in HISTORIES))
 def test_random_history(backend, device, config, seed):
     dice = random.Random(seed)
     names = ["small 7", "64", "one", "63", "channels_last", "transposed"]

@@ -145,22 +145,23 @@ static void update_tile(const A* w, const B* g, T* __restrict s0, T* __restrict 
                         T* __restrict new_w, int n, const R& rule) {
   for (int i = 0; i < n; i++) {
     T state[kMaxStates];
-    if (kStates > 0) state[0] = s0[i];
-    if (kStates > 1) state[1] = s1[i];
-    if (kStates > 2) state[2] = s2[i];
+    if (kStates & 1) state[0] = s0[i];
+    if (kStates & 2) state[1] = s1[i];
+    if (kStates & 4) state[2] = s2[i];
     new_w[i] = rule(widen(w[i]), widen(g[i]), state);
-    if (kStates > 0) s0[i] = state[0];
-    if (kStates > 1) s1[i] = state[1];
-    if (kStates > 2) s2[i] = state[2];
+    if (kStates & 1) s0[i] = state[0];
+    if (kStates & 2) s1[i] = state[1];
+    if (kStates & 4) s2[i] = state[2];
   }
 }
 
-template <template <class, int> class Rule, int kStates, class S, class G>
+template <Rule kRule, int kStates, class S, class G>
 static void update_chunk(const Launch& launch, const Update& update) {
   using T = typename Compute<S>::type;
   const Segment& segment = update.segment;
   const Chunk& chunk = update.chunk;
-  const Rule<T, kStates> rule(update.row, *reinterpret_cast<const float*>(segment.step));
+  const typename RuleOf<kRule>::template Functor<T, kStates> rule(update.row,
+                                                                  *reinterpret_cast<const Progress*>(segment.progress));
   const Gradient<T> gradient(update.row, launch.grad_scale, launch.clip);
   S* const w = at<S>(segment.weight, chunk);
   const S* const source = at<const S>(update.source, chunk);
@@ -171,9 +172,10 @@ static void update_chunk(const Launch& launch, const Update& update) {
     const int m = chunk.length - start < kTile ? chunk.length - start : kTile;
     const auto* const wt = load(source + start, w_tile, m);
     const auto* const gt = load(g + start, g_tile, m);
-    S* memory[kMaxStates];
+    S* memory[kMaxStates] = {};
     T* state[kMaxStates] = {};
-    for (int k = 0; k < kStates; k++) {
+    for (int k = 0; k < kMaxStates; k++) {
+      if (!(kStates >> k & 1)) continue;
       memory[k] = at<S>(segment.state[k], chunk) + start;
       state[k] = load(memory[k], state_tile[k], m);
     }
@@ -183,19 +185,19 @@ static void update_chunk(const Launch& launch, const Update& update) {
       for (int i = 0; i < m; i++) g_tile[i] = gradient(widen(gt[i]));
       update_tile<T, kStates>(wt, g_tile, state[0], state[1], state[2], new_w, m, rule);
     }
-    for (int k = 0; k < kStates; k++) unload(state[k], memory[k], m);
+    for (int k = 0; k < kMaxStates; k++) {
+      if (kStates >> k & 1) unload(state[k], memory[k], m);
+    }
     store(w + start, unload(new_w, rounded, m), m, launch.stream);
   }
 }
 
-template <class S, class G>
+template <Rule kRule, class S, class G>
 static void apply_rule(const Launch& launch, const Update& update) {
-  if (launch.rule == kSgd) {
-    if (sgd_states(update.row) == 0) return update_chunk<Sgd, 0, S, G>(launch, update);
-    return update_chunk<Sgd, 1, S, G>(launch, update);
-  }
-  if (adam_states(update.row) == 2) return update_chunk<Adam, 2, S, G>(launch, update);
-  return update_chunk<Adam, 3, S, G>(launch, update);
+  constexpr int kAll = (1 << kMaxStates) - 1;
+  RuleOf<kRule>::template with_states<kAll>(update.row, [&](auto set) {
+    update_chunk<kRule, decltype(set)::value, S, G>(launch, update);
+  });
 }
 
 template <class S, class G>
@@ -210,7 +212,11 @@ static void update(const Launch& launch, int64_t begin, int64_t end) {
     if (decision.source == Source::kNone) continue;
     const int64_t source = decision.source == Source::kBackup ? segment.backup : segment.weight;
     if (decision.rule) {
-      apply_rule<S, G>(launch, {segment, chunk, launch.rows[segment.group], source, grad});
+      const Update update{segment, chunk, launch.rows[segment.group], source, grad};
+#define FASTSAM_ROW(code, ...) \
+  if (launch.rule == code) apply_rule<code, S, G>(launch, update);
+      FASTSAM_RULES(FASTSAM_ROW)
+#undef FASTSAM_ROW
     } else {
       store(at<S>(segment.weight, chunk), at<const S>(source, chunk), chunk.length, launch.stream);
     }

@@ -29,6 +29,13 @@ void run(const Launch& launch, Loop loop) {
                               [&](int64_t begin, int64_t end) { loop(launch, first_at(begin), first_at(end)); });
 }
 
+// What update_ reads and writes per element, in the first group: the others' states are of about the same number.
+int elements(const Launch& launch) {
+  if (launch.rule == kNoRule) return 2;
+  const Row& row = launch.rows[launch.segments[launch.chunks[0].segment].group];
+  return 3 + 2 * baseline::count_states(baseline::states_of(launch.rule, row));
+}
+
 // Streaming stores win a few percent beyond the last-level cache and cost a factor of 3 to 4 inside it.
 bool beyond_cache(const Launch& launch, int elements) {
   constexpr int kSizes[kDtypes] = {4, 8, 2, 2};
@@ -59,7 +66,7 @@ void perturb(Launch& launch) {
 }
 
 void update(Launch& launch) {
-  launch.stream = beyond_cache(launch, launch.rule == kAdam ? 7 : launch.rule == kSgd ? 5 : 2);
+  launch.stream = launch.n_chunks > 0 && beyond_cache(launch, elements(launch));
   run(launch, kernels().update[launch.pair]);
   const bool found_inf = launch.found_inf && *launch.found_inf != 0;
   if (launch.overflows && found_inf) launch.overflows[1]++;
@@ -67,9 +74,8 @@ void update(Launch& launch) {
   for (int64_t i = 0; i < launch.n_segments; i++) {
     const Segment& segment = launch.segments[i];
     const bool has_grad = launch.rule != kNoRule && launch.grads[i];
-    if (baseline::decide(launch.perturbed[i], has_grad, found_inf).count &&
-        baseline::counts(launch.rule, launch.rows[segment.group])) {
-      *reinterpret_cast<float*>(segment.step) += 1;
+    if (baseline::decide(launch.perturbed[i], has_grad, found_inf).count) {
+      baseline::advance(launch.rule, launch.rows[segment.group], *reinterpret_cast<Progress*>(segment.progress));
     }
     launch.perturbed[i] = false;
   }

@@ -2,7 +2,7 @@
 
 namespace fastsam::FASTSAM_ISA {
 
-#define FASTSAM_KERNEL(...) update<Kernel::kAdamAmsgrad, __VA_ARGS__>
-const Variants amsgrad_kernels[kPairs] = FASTSAM_PAIRS(FASTSAM_KERNEL);
+#define FASTSAM_KERNEL(...) update<Kernel::amsgrad, __VA_ARGS__>
+const Variants amsgrad_kernels[] = FASTSAM_PAIRS(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -19,10 +19,11 @@ struct Variants {
   void (*large)(const Arguments<kLargeWords>);
 };
 
-// By pair of dtypes. Mixed ones have the large arguments only.
-extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], power_norm_kernels[kPairs],
-    power_perturb_kernels[kPairs], restore_kernels[kDtypes], sgd_kernels[kPairs],
-    adam_kernels[kPairs], amsgrad_kernels[kPairs];
+// By pair of dtypes; restore_kernels read no gradients and are by dtype. Mixed ones have the large arguments only.
+extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], power_norm_kernels[kPairs], power_perturb_kernels[kPairs];
+#define FASTSAM_ROW(name, ...) extern const Variants name##_kernels[];
+FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)
+#undef FASTSAM_ROW
 
 // clang-format off
 #define FASTSAM_BOTH(kernel, S) {kernel(S, S, kSmallWords), kernel(S, S, kLargeWords)}
@@ -49,12 +50,13 @@ constexpr int kNormBlocks = sizeof(S) == 8 || sizeof(S) != sizeof(G) ? 5 : 6;
 template <class S, class G>
 constexpr int kPerturbBlocks = sizeof(S) == 8 || sizeof(S) < sizeof(G) ? 5 : 6;
 template <Kernel kKernel, class S, class G>
-constexpr int kUpdateBlocks = sizeof(S) == 8                    ? (kKernel == Kernel::kSgd ? 3 : 2)
-                              : sizeof(S) < sizeof(G)           ? 3
-                              : kKernel == Kernel::kAdam        ? (sizeof(G) == sizeof(S) ? 5 : 4)
-                              : kKernel != Kernel::kAdamAmsgrad ? 4
-                              : sizeof(S) == 4                  ? 3
-                                                                : 4;
+FASTSAM_HD constexpr int update_blocks() {
+  const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
+  if (sizeof(S) == 8) return states > 1 ? 2 : 3;
+  if (sizeof(S) < sizeof(G)) return 3;
+  if (states == 3) return sizeof(S) == 4 || kKernel == Kernel::centered ? 3 : 4;
+  return states == 2 && kKernel != Kernel::rmsprop && sizeof(G) == sizeof(S) ? 5 : 4;
+}
 // sm_75 has room for 4.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define FASTSAM_BOUNDS(blocks) __launch_bounds__(kThreads, (blocks) < 4 ? (blocks) : 4)

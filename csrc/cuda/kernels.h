@@ -391,28 +391,54 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
 
 // ---- update_: reads 2n and the states, writes n and the states; ascending, as grad_norm.
 
-// Which code a kernel holds: launches differ in it, groups of one launch do not.
-enum class Kernel { kRestore, kSgd, kAdam, kAdamAmsgrad };
+// The kernels: name, rule, and the states that a group may have in it. A launch takes the first one of its rule that has the states of
+// all its groups; each has registers for what it may need.
+#define FASTSAM_UPDATE_KERNELS(row) \
+  row(restore, kNoRule, 0)          \
+  row(sgd, kSgd, 1)                 \
+  row(adam, kAdam, 3)               \
+  row(amsgrad, kAdam, 7)            \
+  row(rmsprop, kRmsprop, 3)         \
+  row(centered, kRmsprop, 7)        \
+  row(adagrad, kAdagrad, 1)
 
-FASTSAM_DEVICE constexpr Rule rule_of(Kernel kernel) {
-  return kernel == Kernel::kRestore ? kNoRule : kernel == Kernel::kSgd ? kSgd : kAdam;
+#define FASTSAM_ROW(name, ...) name,
+enum class Kernel { FASTSAM_UPDATE_KERNELS(FASTSAM_ROW) };
+#undef FASTSAM_ROW
+
+struct KernelRow {
+  Rule rule;
+  int states;
+};
+#define FASTSAM_ROW(name, rule, states) {rule, states},
+constexpr KernelRow kKernels[] = {FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)};
+#undef FASTSAM_ROW
+constexpr int kUpdateKernels = sizeof(kKernels) / sizeof(KernelRow);
+
+inline int kernel_for(Rule rule, const Row* rows, int64_t n_groups) {
+  int states = 0;
+  for (int64_t i = 0; i < n_groups; i++) states |= states_of(rule, rows[i]);
+  int kernel = 0;
+  while (kKernels[kernel].rule != rule || (states & ~kKernels[kernel].states)) kernel++;
+  return kernel;
 }
 
-template <class S>
+template <Rule kRule, class S>
 struct UpdateShared {
   using T = typename Compute<S>::type;
   Slot<Gradient<T>> gradient;
-  union {
-    Slot<Sgd<T, 1>> sgd;
-    Slot<Adam<T, 3>> adam;
-  };
+  Slot<typename RuleOf<kRule>::template Functor<T, 0>> rule;  // of the same members for all sets of states
   bool last;
 
   template <class R>
-  FASTSAM_DEVICE Slot<R>& rule() {
-    static_assert(sizeof(R) <= sizeof(sgd) || sizeof(R) <= sizeof(adam), "the functor fits");
-    return reinterpret_cast<Slot<R>&>(adam);
+  FASTSAM_DEVICE Slot<R>& rule_as() {
+    static_assert(sizeof(Slot<R>) == sizeof(rule), "the functor fits");
+    return reinterpret_cast<Slot<R>&>(rule);
   }
+};
+template <class S>
+struct UpdateShared<kNoRule, S> {
+  bool last;
 };
 
 struct UpdatePart {  // of one chunk
@@ -420,24 +446,24 @@ struct UpdatePart {  // of one chunk
   Chunk chunk;
   int begin, n;
   int64_t source, grad;  // addresses
-  float step;
+  Progress progress;
 };
 
-template <class S, class G, int kStates>
+template <class S, class G>
 struct UpdateTile {
   Vector w;
   Run<G, Pack<S>::kElements> g;
-  Vector state[kStates > 0 ? kStates : 1];
+  Vector state[kMaxStates];  // those not used take no registers
 };
 template <int kStates>
-constexpr int kUpdateUnroll = kStates < 2 ? 2 : 1;
+constexpr int kUpdateUnroll = kStates > 1 ? 1 : 2;  // of one state at most
 
-template <template <class, int> class RuleOf, int kStates, class G, class S, class Ctx, class A>
-FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row, UpdateShared<S>& shared) {
+template <Rule kRule, int kStates, class G, class S, class Ctx, class A>
+FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row, UpdateShared<kRule, S>& shared) {
   using P = Pack<S>;
   using T = typename Compute<S>::type;
-  using R = RuleOf<T, kStates>;
-  using Tile = UpdateTile<S, G, kStates>;
+  using R = typename RuleOf<kRule>::template Functor<T, kStates>;
+  using Tile = UpdateTile<S, G>;
   constexpr int kElements = P::kElements, kStride = kThreads * kElements, kUnroll = kUpdateUnroll<kStates>;
   using Direction = Run<G, kElements>;
   const int n = part.n, full = n - n % kElements;
@@ -446,7 +472,9 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
   const G* const g = element_of<const G>(part.grad, part.chunk, part.begin);
   S* state[kMaxStates];
   FASTSAM_UNROLL
-  for (int k = 0; k < kStates; k++) state[k] = element_of<S>(part.segment->state[k], part.chunk, part.begin);
+  for (int k = 0; k < kMaxStates; k++) {
+    if (kStates >> k & 1) state[k] = element_of<S>(part.segment->state[k], part.chunk, part.begin);
+  }
   const int w_width = width_at(w), source_width = width_at(source), g_width = width_at(g, Direction::kWidth);
   const bool aligned = w_width == kVector && source_width == kVector && g_width == Direction::kWidth;
 
@@ -456,12 +484,14 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
     tile.w = load_words<Vector, Hint::kOnce>(source + i, w_bytes);
     tile.g = load_words<Direction, Hint::kOnce>(g + i, g_bytes);
     FASTSAM_UNROLL
-    for (int k = 0; k < kStates; k++) tile.state[k] = load_words<Vector, Hint::kKeep>(state[k] + i);
+    for (int k = 0; k < kMaxStates; k++) {
+      if (kStates >> k & 1) tile.state[k] = load_words<Vector, Hint::kKeep>(state[k] + i);
+    }
   };
   ctx.threads([&](int t) {
     if (t == 0) {
       shared.gradient.put(Gradient<T>(row, args.grad_scale, args.clip));
-      shared.template rule<R>().put(R(with_lr(row), part.step));
+      shared.template rule_as<R>().put(R(with_lr(row), part.progress));
     }
     FASTSAM_UNROLL
     for (int u = 0; u < kUnroll; u++) {
@@ -471,7 +501,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
   ctx.sync();
   ctx.threads([&](int t) {
     const Gradient<T> gradient = shared.gradient.get();
-    const R rule = shared.template rule<R>().get();
+    const R rule = shared.template rule_as<R>().get();
     const auto step_and_store = [&](Tile& tile, int i, int width) {
       if (i >= full) return;
       FASTSAM_UNROLL
@@ -482,18 +512,26 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
           const int at = piece * P::kPiece + e;
           T each[kMaxStates];
           FASTSAM_UNROLL
-          for (int k = 0; k < kStates; k++) each[k] = P::get(tile.state[k], at);
+          for (int k = 0; k < kMaxStates; k++) {
+            if (kStates >> k & 1) each[k] = P::get(tile.state[k], at);
+          }
           x[e] = rule(P::get(tile.w, at), gradient(Pack<G>::get(tile.g, at)), each);
           FASTSAM_UNROLL
-          for (int k = 0; k < kStates; k++) states[k][e] = each[k];
+          for (int k = 0; k < kMaxStates; k++) {
+            if (kStates >> k & 1) states[k][e] = each[k];
+          }
         }
         P::set(tile.w, piece, x);
         FASTSAM_UNROLL
-        for (int k = 0; k < kStates; k++) P::set(tile.state[k], piece, states[k]);
+        for (int k = 0; k < kMaxStates; k++) {
+          if (kStates >> k & 1) P::set(tile.state[k], piece, states[k]);
+        }
       }
       store_vector<Hint::kKeep>(w + i, tile.w, width);
       FASTSAM_UNROLL
-      for (int k = 0; k < kStates; k++) store_vector<Hint::kKeep>(state[k] + i, tile.state[k]);
+      for (int k = 0; k < kMaxStates; k++) {
+        if (kStates >> k & 1) store_vector<Hint::kKeep>(state[k] + i, tile.state[k]);
+      }
     };
     int i = t * kElements;
     if (aligned) {
@@ -517,18 +555,24 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
       const int at = full + t;
       T each[kMaxStates];
       FASTSAM_UNROLL
-      for (int k = 0; k < kStates; k++) each[k] = P::widened(load_bits<S, Hint::kKeep>(state[k] + at));
+      for (int k = 0; k < kMaxStates; k++) {
+        if (kStates >> k & 1) each[k] = P::widened(load_bits<S, Hint::kKeep>(state[k] + at));
+      }
       const T x = rule(P::widened(load_bits<S, Hint::kOnce>(source + at)),
                        gradient(Pack<G>::widened(load_bits<G, Hint::kOnce>(g + at))), each);
       store_bits<S, Hint::kKeep>(w + at, P::narrowed(x));
       FASTSAM_UNROLL
-      for (int k = 0; k < kStates; k++) store_bits<S, Hint::kKeep>(state[k] + at, P::narrowed(each[k]));
+      for (int k = 0; k < kMaxStates; k++) {
+        if (kStates >> k & 1) store_bits<S, Hint::kKeep>(state[k] + at, P::narrowed(each[k]));
+      }
     }
   });
 }
 
 template <Kernel kKernel, class S, class G, class Ctx, class A>
-FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<S>& shared) {
+FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<kKernels[static_cast<int>(kKernel)].rule, S>& shared) {
+  constexpr Rule kRule = kKernels[static_cast<int>(kKernel)].rule;
+  constexpr int kMost = kKernels[static_cast<int>(kKernel)].states;
   const Part share = part_of(ctx.block(), args.split_bits);
   const bool found_inf = args.found_inf && *args.found_inf != 0;
   UpdatePart part{};
@@ -543,26 +587,24 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<S>& share
     decision = decide(word & kPerturbed, part.grad != 0, found_inf);
     part.source = decision.source == Source::kBackup ? part.segment->backup : part.segment->weight;
   }
-  if (kKernel != Kernel::kRestore) {
+  if (kRule != kNoRule) {
     // Whoever arrives last knows that all have read their segment's step count, and may change the counts.
     ctx.threads([&](int t) {
       if (t != 0) return;
-      if (part.n > 0) part.step = *reinterpret_cast<const float*>(part.segment->step);
+      if (part.n > 0) part.progress = *reinterpret_cast<const Progress*>(part.segment->progress);
       shared.last = ctx.arrive(args.ticket);
     });
   }
-  if (kKernel != Kernel::kRestore && decision.rule && part.n > 0) {
-    const Row row = args.row(part.segment->group);
-    if (kKernel == Kernel::kSgd && sgd_states(row) == 0) {
-      update_part<Sgd, 0, G>(ctx, args, part, row, shared);
-    } else if (kKernel == Kernel::kSgd) {
-      update_part<Sgd, 1, G>(ctx, args, part, row, shared);
-    } else if (kKernel == Kernel::kAdam || adam_states(row) == 2) {
-      update_part<Adam, 2, G>(ctx, args, part, row, shared);
-    } else {
-      update_part<Adam, 3, G>(ctx, args, part, row, shared);
+  bool updated = false;
+  if constexpr (kRule != kNoRule) {
+    if (decision.rule && part.n > 0) {
+      const Row row = args.row(part.segment->group);
+      RuleOf<kRule>::template with_states<kMost>(
+          row, [&](auto set) { update_part<kRule, decltype(set)::value, G>(ctx, args, part, row, shared); });
+      updated = true;
     }
-  } else {
+  }
+  if (!updated) {
     ctx.sync();
     if (decision.source == Source::kBackup && part.n > 0) {
       S* const w = element_of<S>(part.segment->weight, part.chunk, part.begin);
@@ -570,7 +612,7 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<S>& share
       ctx.threads([&](int t) { copy_part(w, backup, part.n, t); });
     }
   }
-  if (kKernel == Kernel::kRestore || !shared.last) return;
+  if (kRule == kNoRule || !shared.last) return;
   ctx.threads([&](int t) {  // over segments, because an empty parameter has no chunk and counts too
     if (t == 0 && found_inf && args.overflows) args.overflows[1]++;
     FASTSAM_ROLLED
@@ -578,7 +620,7 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<S>& share
       const int64_t word = args.grad(i);
       const Segment* const segment = args.segments + i;
       const bool count = decide(word & kPerturbed, (word & ~kPerturbed) != 0, found_inf).count;
-      if (count && counts(rule_of(kKernel), args.row(segment->group))) *reinterpret_cast<float*>(segment->step) += 1;
+      if (count) advance(kRule, args.row(segment->group), *reinterpret_cast<Progress*>(segment->progress));
     }
   });
 }

@@ -155,8 +155,10 @@ cudaError_t perturb(const gpu::Launch& launch) {
 }
 
 const Variants* update_kernels(const gpu::Launch& launch) {
-  const bool amsgrad = std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return adam_states(row) == 3; });
-  return launch.rule == kNoRule ? restore_kernels : launch.rule == kSgd ? sgd_kernels : amsgrad ? amsgrad_kernels : adam_kernels;
+#define FASTSAM_ROW(name, ...) name##_kernels,
+  static const Variants* const kernels[] = {FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)};
+#undef FASTSAM_ROW
+  return kernels[kernel_for(launch.rule, launch.rows, launch.n_groups)];
 }
 
 cudaError_t update(const gpu::Launch& launch) {

@@ -8,17 +8,16 @@ Scalars are float64 until one final cast. Nothing is read back to the host.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsam.rules import ADAPTIVE, AMSGRAD, DECAYS, DECOUPLED, MAXIMIZE, NESTEROV, Row
+from fastsam.rules import ADAPTIVE, AMSGRAD, CENTERED, DECAYS, DECOUPLED, MAXIMIZE, NESTEROV, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fastsam.buckets import Bucket
 
 CHUNK = 8192  # elements a partial sum covers
@@ -149,9 +148,10 @@ def update_(
     compute = torch.float64 if bucket.dtype == torch.float64 else torch.float32
     inverse = None if grad_scale is None else (1.0 / grad_scale.reshape(()).double().to(bucket.device)).to(compute)
     factor = None if clip is None else clip.reshape(()).to(bucket.device, compute)
-    scalars = _adam_scalars(bucket) if bucket.rule is not None and bucket.rule.name == "adam" else None
+    scalars_of, formula = _FORMULAS[bucket.rule.name] if bucket.rule is not None else (None, None)
+    scalars = torch.stack(scalars_of(_columns(bucket))) if scalars_of else torch.zeros(0, len(bucket.segments))
     for i, (segment, grad, perturbed) in enumerate(zip(bucket.segments, grads, bucket.perturbed.tolist(), strict=True)):
-        if grad is None or bucket.rule is None:
+        if grad is None or formula is None:
             if perturbed:
                 segment.store(segment.backup)
                 bucket.perturbed[i] = False
@@ -164,10 +164,9 @@ def update_(
         if factor is not None:
             g = torch.where(factor != 0, g * factor, 0.0)
         old = [None if state is None else _widen(state) for state in segment.states]
-        if scalars is None:
-            w, new = _sgd(_widen(source), g, old, segment.step == 0, row)
-        else:
-            w, new = _adam(_widen(source), g, old, scalars[:, i].to(compute).unbind(), row)
+        if row.flags & MAXIMIZE:
+            g = -g
+        w, new = formula(_widen(source), g, old, scalars[:, i].to(compute).unbind(), row)
         segment.store(w if skip is None else torch.where(skip, source.to(w.dtype), w))
         bucket.perturbed[i] = False
         for state, before, after in zip(segment.states, old, new, strict=True):
@@ -177,7 +176,7 @@ def update_(
             segment.step.add_(1.0 if skip is None else torch.where(skip, 0.0, 1.0))
 
 
-def _decay(w: Tensor, g: Tensor, row: Row) -> Tensor:
+def _loss_gradient(w: Tensor, g: Tensor, row: Row) -> Tensor:
     """The gradient of the loss with weight_decay/2 |w|^2 in it, where that is to be perturbed along."""
     if not row.flags & DECAYS:
         return g
@@ -186,7 +185,7 @@ def _decay(w: Tensor, g: Tensor, row: Row) -> Tensor:
 
 def _steepest(w: Tensor, g: Tensor, row: Row) -> Tensor:
     """T g, whose length is the norm."""
-    g = _decay(w, g, row)
+    g = _loss_gradient(w, g, row)
     if not row.flags & ADAPTIVE:
         return g
     return w * g if row.eta == 0 else (w.abs() + row.eta) * g
@@ -194,7 +193,7 @@ def _steepest(w: Tensor, g: Tensor, row: Row) -> Tensor:
 
 def _climb(w: Tensor, g: Tensor, scale: Tensor, row: Row) -> Tensor:
     """The perturbation e = T^2 g * scale."""
-    g = _decay(w, g, row)
+    g = _loss_gradient(w, g, row)
     if not row.flags & ADAPTIVE:
         return g * scale
     if row.eta == 0:
@@ -209,54 +208,78 @@ def _power_climb(w: Tensor, g: Tensor, norm: Tensor, q: float, row: Row) -> Tens
     For p = inf, q = 1, it is rho T sign(g), and 0 for each element that is not finite.
     """
     t = (w.abs() + row.eta).double() if row.flags & ADAPTIVE else 1.0
-    x = _decay(w, g, row).double() * t
+    x = _loss_gradient(w, g, row).double() * t
     e = -row.rho if row.flags & MAXIMIZE else row.rho
     if q == 1:
         return torch.where(x.isfinite(), e * t * x.sign(), 0.0).to(w.dtype)
     return (e * t * (x.sign() * _raise(x.abs() / norm, q - 1))).to(w.dtype)
 
 
-def _sgd(
-    w: Tensor, g: Tensor, states: list[Tensor | None], first: Tensor, row: Row
-) -> tuple[Tensor, list[Tensor | None]]:
-    """torch.optim.SGD; `first` is true where there is no momentum yet (dampening does not apply there)."""
+class _Columns(NamedTuple):
+    """What scalars are computed from, float64 [n_segments] each; `t` is the count of the step being made."""
+
+    lr: Tensor
+    beta1: Tensor
+    beta2: Tensor
+    extra: Tensor
+    t: Tensor  # int64
+    mu_product: Tensor
+
+
+def _columns(bucket: Bucket) -> _Columns:
+    rows = [bucket.rows[segment.group] for segment in bucket.segments]
+    values = torch.tensor([(row.lr, row.beta1, row.beta2, row.extra) for row in rows], dtype=torch.float64)
+    lr, beta1, beta2, extra = values.reshape(-1, 4).to(bucket.device).unbind(1)
+    numbers = [segment.progress for segment in bucket.segments]
+    progress = torch.stack(numbers) if numbers else values.new_zeros(0, 2).to(bucket.device)
+    return _Columns(lr, beta1, beta2, extra, progress[:, 0].to(torch.int64) + 1, progress[:, 1].double())
+
+
+# The rules: scalars of all segments at once, and the formula, which is given those of one segment in the compute type.
+# It takes the weights, the gradient (uphill if maximized), the states by slot, and gives back weights and states.
+
+_States = list["Tensor | None"]
+_Scalars = Callable[[_Columns], list[Tensor]]
+_Formula = Callable[[Tensor, Tensor, _States, Sequence[Tensor], Row], tuple[Tensor, _States]]
+
+
+def _sgd_scalars(c: _Columns) -> list[Tensor]:
+    return [(c.t == 1).double()]  # whether there is no momentum yet (dampening does not apply there)
+
+
+def _sgd(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row: Row) -> tuple[Tensor, _States]:
+    """torch.optim.SGD."""
     lr, momentum, dampening = row.lr, row.beta1, row.beta2
+    (first,) = scalars
     buf = states[0]
-    if row.flags & MAXIMIZE:
-        g = -g
     if row.weight_decay != 0:
         g = _fma(row.weight_decay, w, g)
     if momentum != 0 and buf is not None:
-        buf = torch.where(first, g, _fma(1 - dampening, g, buf * momentum))
+        buf = torch.where(first != 0, g, _fma(1 - dampening, g, buf * momentum))
         g = _fma(momentum, buf, g) if row.flags & NESTEROV else buf
     return _fma(-lr, g, w), [buf, None, None]
 
 
-def _adam_scalars(bucket: Bucket) -> Tensor:
-    """[2, n_segments] float64: -lr / (1 - beta1^t) and sqrt(1 - beta2^t), t the count of the step being made."""
-    rows = [bucket.rows[segment.group] for segment in bucket.segments]
-    columns = torch.tensor([(row.lr, row.beta1, row.beta2) for row in rows], dtype=torch.float64, device=bucket.device)
-    lr, beta1, beta2 = columns.reshape(-1, 3).unbind(1)
-    steps = [segment.step for segment in bucket.segments]
-    t = torch.stack(steps).to(torch.int64) + 1 if steps else columns.new_zeros(0, dtype=torch.int64)
-    correction1, correction2 = 1 - _power(beta1, t), 1 - _power(beta2, t)
-    return torch.stack([-(lr / correction1), _sqrt(correction2)])
+def _decay(w: Tensor, g: Tensor, row: Row) -> tuple[Tensor, Tensor]:
+    """Weight decay of Adam's family: of the weights themselves (decoupled), or through the gradient."""
+    if row.weight_decay == 0:
+        return w, g
+    if row.flags & DECOUPLED:
+        return w * (1 - row.lr * row.weight_decay), g
+    return w, _fma(row.weight_decay, w, g)
 
 
-def _adam(
-    w: Tensor, g: Tensor, states: list[Tensor | None], scalars: tuple[Tensor, ...], row: Row
-) -> tuple[Tensor, list[Tensor | None]]:
+def _adam_scalars(c: _Columns) -> list[Tensor]:
+    correction1, correction2 = 1 - _power(c.beta1, c.t), 1 - _power(c.beta2, c.t)
+    return [-(c.lr / correction1), _sqrt(correction2)]
+
+
+def _adam(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row: Row) -> tuple[Tensor, _States]:
     """torch.optim.Adam and AdamW (arXiv 1412.6980, 1711.05101); states: exp_avg, exp_avg_sq, max_exp_avg_sq."""
     step_size, correction2_sqrt = scalars  # -lr / (1 - beta1^t), sqrt(1 - beta2^t)
     exp_avg, exp_avg_sq, max_exp_avg_sq = states
     assert exp_avg is not None and exp_avg_sq is not None
-    if row.flags & MAXIMIZE:
-        g = -g
-    if row.weight_decay != 0:
-        if row.flags & DECOUPLED:
-            w = w * (1 - row.lr * row.weight_decay)
-        else:
-            g = _fma(row.weight_decay, w, g)
+    w, g = _decay(w, g, row)
     exp_avg = _lerp(exp_avg, g, 1 - row.beta1)
     exp_avg_sq = _fma((1 - row.beta2) * g, g, exp_avg_sq * row.beta2)
     second = exp_avg_sq
@@ -264,6 +287,49 @@ def _adam(
         second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     denom = _sqrt32(second) / correction2_sqrt + row.eps
     return w + (step_size * exp_avg) / denom, [exp_avg, exp_avg_sq, max_exp_avg_sq]
+
+
+def _rmsprop(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row: Row) -> tuple[Tensor, _States]:
+    """torch.optim.RMSprop (centered: Graves, arXiv 1308.0850); states: square_avg, momentum_buffer, grad_avg."""
+    lr, momentum, alpha = row.lr, row.beta1, row.beta2
+    square_avg, buf, grad_avg = states
+    assert square_avg is not None
+    if row.weight_decay != 0:
+        g = _fma(row.weight_decay, w, g)
+    second = square_avg = _fma((1 - alpha) * g, g, square_avg * alpha)
+    if row.flags & CENTERED and grad_avg is not None:
+        grad_avg = _lerp(grad_avg, g, 1 - alpha)
+        second = _fma(-grad_avg, grad_avg, second)
+    denom = _sqrt32(second) + row.eps
+    if momentum > 0 and buf is not None:
+        buf = buf * momentum + g / denom
+        return _fma(-lr, buf, w), [square_avg, buf, grad_avg]
+    return w + (-lr * g) / denom, [square_avg, buf, grad_avg]
+
+
+def _adagrad_scalars(c: _Columns) -> list[Tensor]:
+    return [-(c.lr / (1 + (c.t - 1) * c.extra))]
+
+
+def _adagrad(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row: Row) -> tuple[Tensor, _States]:
+    """torch.optim.Adagrad (Duchi et al., JMLR 12, 2011); state: sum."""
+    (neg_clr,) = scalars  # -lr / (1 + (t - 1) lr_decay)
+    total = states[0]
+    assert total is not None
+    if row.weight_decay != 0:
+        g = _fma(row.weight_decay, w, g)
+    total = _fma(g, g, total)
+    denom = _sqrt32(total) + row.eps
+    return w + (neg_clr * g) / denom, [total, None, None]
+
+
+# By the name of the rule.
+_FORMULAS: dict[str, tuple[_Scalars | None, _Formula]] = {
+    "sgd": (_sgd_scalars, _sgd),
+    "adam": (_adam_scalars, _adam),
+    "rmsprop": (None, _rmsprop),
+    "adagrad": (_adagrad_scalars, _adagrad),
+}
 
 
 def _widen(x: Tensor) -> Tensor:
