@@ -70,10 +70,10 @@ VARIANTS = {
 }
 
 
-def constants_of(kernels, name, dtype):
+def constants_of(kernels, name, dtype, grad_dtype):
     bucket = rounding.bucket_of([torch.zeros(1, dtype=dtype)], "sgd")
-    tile = () if name == "grad_norm" else (kernels._tile(bucket),)
-    return (*VARIANTS[name][1], *kernels._types(bucket), *tile)
+    bucket.grad_dtype = grad_dtype
+    return kernels._constants(bucket, getattr(kernels, VARIANTS[name][0]), VARIANTS[name][1])
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def compile_for(kernels):
 
     names = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
-    def run(name, dtype, target):
-        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, dtype)
+    def run(name, dtype, grad_dtype, target):
+        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, dtype, grad_dtype)
         n = len(kernel.arg_names) - len(constants)
         signature = {arg: names.get(kernels._TYPES.get(arg), "*u8") for arg in kernel.arg_names[:n]}
         signature.update({arg: "i32" for arg in signature if arg not in kernels._TYPES})
@@ -130,7 +130,7 @@ def resources(compiled):
 @pytest.mark.parametrize("dtype", STORED, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiled_kernels(kernels, compile_for, name, dtype, target):
-    compiled = compile_for(name, dtype, target)
+    compiled = compile_for(name, dtype, dtype, target)
     ptx, (size, wide) = compiled.asm["ptx"], STORED[dtype]
     taken = resources(compiled)
     assert taken["STACK"] == taken["LOCAL"] == 0, f"spills: {taken}"

@@ -153,10 +153,11 @@ def test_partial_sums_are_added_in_the_canonical_order(n_chunks):
     partials[0] = 0.0  # what the only program here writes: its segment has no gradient
     bucket, out = fresh_bucket("sgd", FLOAT32), torch.zeros(3, dtype=torch.float64)
     bucket.chunk_table = bucket.chunk_table[:1].repeat(n_chunks, 1)
-    own = kernels._own(bucket)
     tables = bucket.segment_table, bucket.chunk_table, torch.zeros_like(bucket.grad_table), bucket.row_table
-    args = *tables, partials, own.tickets[:1], out, 1, n_chunks
-    kernels._launch(bucket, kernels._grad_norm_kernel, 1, args, kernels._types(bucket))
+    ticket = torch.zeros(1, dtype=torch.int32)
+    constants = kernels._constants(bucket, kernels._grad_norm_kernel, ())
+    launch = kernels._launcher(kernels._grad_norm_kernel, bucket.device, 1, constants)
+    launch(*tables, partials, ticket, out, 1, n_chunks)
     assert out.tolist() == [0.0, reference._slot_sum(partials).item(), 0.0]
 
 
