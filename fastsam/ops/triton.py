@@ -632,7 +632,7 @@ INTERPRETED = not isinstance(_update_kernel, triton.JITFunction)
 @cache
 def reason() -> str | None:
     """Why the kernels cannot be used here and what to do, or None if they can."""
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    if _version() < (3, 6):
         return f"it needs triton >= 3.6, this is {triton.__version__}"
     if INTERPRETED:
         late = isinstance(tl.sum, triton.JITFunction)  # Triton's own functions were decorated before
@@ -644,22 +644,26 @@ def reason() -> str | None:
     return None
 
 
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def grad_norm(bucket: "Bucket", grads: Sequence[Tensor | None], out: Tensor) -> None:
     """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64."""
     own = _own(bucket)
     launch = own.launcher(bucket, _grad_norm_kernel, own.n_chunks)
-    addresses, rows = own.ascent(native._addresses(bucket, grads)), own.rows(bucket.row_table)
-    launch(*own.places, addresses, rows, own.partials, own.norm_ticket, _place(out), bucket.slot, own.n_chunks)
+    tables = own.tables(bucket, own.ascent, native._addresses(bucket, grads))
+    launch(*tables, own.partials, own.norm_ticket, _place(out), bucket.slot, own.n_chunks)
 
 
 def perturb_(bucket: "Bucket", grads: Sequence[Tensor | None], sums: Tensor) -> None:
     """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
     own = _own(bucket)
     launch = own.launcher(bucket, _perturb_kernel, own.n_chunks * own.split)
-    table = native._addresses(bucket, grads)
-    addresses, rows = own.ascent(table), own.rows(bucket.row_table)
-    bucket.perturbed.logical_or_(table)
-    launch(*own.places, addresses, rows, _place(sums), sums.shape[0], own.n_chunks, own.split)
+    addresses = native._addresses(bucket, grads)
+    tables = own.tables(bucket, own.ascent, addresses)
+    bucket.perturbed.logical_or_(addresses)
+    launch(*tables, _place(sums), sums.shape[0], own.n_chunks, own.split)
 
 
 def update_(
@@ -676,22 +680,15 @@ def update_(
     """
     own = _own(bucket)
     launch = own.launcher(bucket, _update_kernel, own.n_chunks * own.split, *own.rule(bucket))
+    tables = own.tables(bucket, own.descent, native._addresses(bucket, grads))
+    perturbed = own.perturbed(bucket.perturbed, own.capturing)
     scalars = (  # tensors, so that none is freed before the launch
         _scalar(bucket, "grad_scale", grad_scale, own.one),
         _scalar(bucket, "found_inf", found_inf, own.zero),
         _scalar(bucket, "clip", clip, own.unclipped),
     )
-    launch(
-        *own.places,
-        own.descent(native._addresses(bucket, grads)),
-        own.rows(bucket.row_table),
-        own.perturbed(bucket.perturbed),
-        own.update_ticket,
-        *map(_place, scalars),
-        own.n_segments,
-        own.n_chunks,
-        own.split,
-    )
+    numbers = own.n_segments, own.n_chunks, own.split
+    launch(*tables, perturbed, own.update_ticket, *map(_place, scalars), *numbers)
     bucket.perturbed.zero_()
 
 
@@ -709,17 +706,17 @@ class _Mirror:
     """
 
     def __init__(self, table: Tensor, device: torch.device, live: bool = False) -> None:
-        self.device, self.live = device, live
+        self.live = live
         self.seen = b""  # what `copy` holds
         self.copy = torch.empty_like(table, device=device)
         self.place = _place(self.copy)
         self.shared = False  # whether a captured graph reads `copy`, too
         self.baked: list[Tensor] = []  # what else captured graphs read
 
-    def __call__(self, table: Tensor) -> Any:
+    def __call__(self, table: Tensor, capturing: bool = False) -> Any:
         """Where the table's values are on the device."""
         values = string_at(table.data_ptr(), table.nbytes)
-        if _capturing(self.device):
+        if capturing:
             return self._captured(table, values)
         if values != self.seen:
             self.seen = b""
@@ -728,14 +725,13 @@ class _Mirror:
         return self.place
 
     def _upload(self, table: Tensor) -> None:
-        if self.device.type != "cuda":
-            self.copy.copy_(table)
-            return
+        staging = table
+        if self.copy.is_cuda:
+            staging = torch.empty(table.shape, dtype=self.copy.dtype, pin_memory=True).copy_(table)
         if self.shared:
             self.baked.append(self.copy)
             self.copy, self.shared = torch.empty_like(self.copy), False
             self.place = _place(self.copy)
-        staging = torch.empty(table.shape, dtype=self.copy.dtype, pin_memory=True).copy_(table)
         self.copy.copy_(staging, non_blocking=True)
 
     def _captured(self, table: Tensor, values: bytes) -> Any:
@@ -764,7 +760,7 @@ class _Own:
 
     def __init__(self, bucket: "Bucket") -> None:
         device = bucket.device
-        self.tables = bucket.segment_table, bucket.chunk_table, bucket.row_table
+        self.known = bucket.segment_table, bucket.chunk_table, bucket.row_table
         self.places = _place(bucket.segment_table), _place(bucket.chunk_table)
         self.n_segments, self.n_chunks, self.split = len(bucket.perturbed), len(bucket.chunk_table), _split(bucket)
         # Apart for the two passes: each may have addresses of its own, step after step.
@@ -778,11 +774,16 @@ class _Own:
         self.unclipped = torch.ones(1, dtype=torch.float64, device=device)
         self.launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
         self.rows_seen: Any = None
+        self.capturing = False  # asked at the start of every operation
 
     def serves(self, bucket: "Bucket") -> bool:
         """Whether the bucket's tables are still the ones this was made for."""
-        segments, chunks, rows = self.tables
+        segments, chunks, rows = self.known
         return segments is bucket.segment_table and chunks is bucket.chunk_table and rows is bucket.row_table
+
+    def tables(self, bucket: "Bucket", mirror: "_Mirror", addresses: Tensor) -> tuple[Any, ...]:
+        """What every kernel is given first: segments, chunks, the gradients' addresses, the groups' rows."""
+        return *self.places, mirror(addresses, self.capturing), self.rows(bucket.row_table, self.capturing)
 
     def rule(self, bucket: "Bucket") -> tuple[int, int]:
         """The rule's code, and how many states the kernel has to know; the groups' values decide, seldom anew."""
@@ -795,7 +796,7 @@ class _Own:
         key = id(kernel), bucket.grad_dtype, rule
         launch = self.launchers.get(key)
         if launch is None:
-            if _capturing(bucket.device):  # no time to load a kernel
+            if self.capturing:  # no time to load a kernel
                 raise RuntimeError(_TOO_LATE)
             launch = _launcher(kernel, bucket.device, programs, _constants(bucket, kernel, rule))
             self.launchers[key] = launch
@@ -808,11 +809,12 @@ _TOO_LATE = (
 
 
 def _own(bucket: "Bucket") -> _Own:
-    own = bucket.kept
+    own, capturing = bucket.kept, _capturing(bucket.device)
     if not isinstance(own, _Own) or not own.serves(bucket):
-        if _capturing(bucket.device):  # the tables would lie in the graph's memory
+        if capturing:  # the tables would lie in the graph's memory
             raise RuntimeError(_TOO_LATE)
         own = bucket.kept = _Own(bucket)
+    own.capturing = capturing
     return own
 
 
@@ -885,8 +887,12 @@ def _compiled(kernel: Any, device: torch.device, constants: tuple[Any, ...]) -> 
 def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
     """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand."""
     options = {"num_warps": 8 if kernel is _grad_norm_kernel else 4, "enable_fp_fusion": False}
-    if kernel is _update_kernel and constants[1] > 2 and tl.float64 not in constants and torch.version.hip is None:
-        options["maxnreg"] = 128  # left alone, ptxas spills a value to get by with 96 registers
+    states = constants[1] if kernel is _update_kernel and tl.float64 not in constants else 0
+    if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers; 3.6's with 80
+        if states > 2:
+            options["maxnreg"] = 128
+        elif states > 1 and _version() < (3, 7):
+            options["maxnreg"] = 96
     return options
 
 
