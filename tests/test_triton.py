@@ -404,18 +404,21 @@ def test_a_captured_step_reads_its_own_addresses_and_new_values():
 
     take(*grads[:2])
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, same = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # addresses that are nowhere on the device yet
         take(*grads[2:])
+    with torch.cuda.graph(same):  # those of the eager step: its tables are shared
+        take(*grads[:2])
     others = [torch.nn.Parameter(p.detach().cpu()) for p in params]
     twin = fastsam.FusedSAM(others, torch.optim.SGD, rho=0.1, lr=0.5, momentum=0.9, backend="reference")
     twin.load_state_dict(opt.state_dict())
-    take(*grads[:2])  # other addresses, eagerly: the graph's tables must stay
+    take(*grads[2:])  # eagerly: the tables of both graphs must stay
     graph.replay()
     opt.param_groups[0]["lr"] = 0.25
     opt.refresh()
+    same.replay()
     graph.replay()
-    for lr, first, second in ((0.5, *grads[:2]), (0.5, *grads[2:]), (0.25, *grads[2:])):
+    for lr, first, second in ((0.5, *grads[2:]), (0.5, *grads[2:]), (0.25, *grads[:2]), (0.25, *grads[2:])):
         twin.param_groups[0]["lr"] = lr
         for p, g in zip(others, first, strict=True):
             p.grad = g.cpu()
