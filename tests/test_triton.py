@@ -74,7 +74,8 @@ VARIANTS = {
 def constants_of(kernels, name, dtype, grad_dtype):
     bucket = rounding.bucket_of([torch.zeros(1, dtype=dtype)], "sgd")
     bucket.grad_dtype = grad_dtype
-    return kernels._constants(bucket, getattr(kernels, VARIANTS[name][0]), VARIANTS[name][1])
+    kind = (False, False) if name in ("grad_norm", "perturb_") else VARIANTS[name][1]
+    return kernels._constants(bucket, getattr(kernels, VARIANTS[name][0]), kind)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +309,7 @@ def test_three_launches_a_step_for_all_tensors_and_groups(kernels, notes):
 def test_a_capture_before_the_first_step_is_refused(kernels, notes, monkeypatch):
     bucket = bucket_of([5, 8192])
     bucket.device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr("fastsam.ops.graphs.capturing", lambda device: True)
     grads, sums = [torch.ones_like(p) for p in bucket.params], torch.zeros(2, dtype=torch.float64)
     for operation, args in ((kernels.grad_norm, [sums]), (kernels.perturb_, [sums]), (kernels.update_, [])):
         with pytest.raises(RuntimeError, match="FusedSAM: take a step like it before a CUDA graph is captured"):

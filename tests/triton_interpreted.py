@@ -6,6 +6,8 @@ ask of a table of addresses is asked of these kernels by the same functions, imp
 
 from __future__ import annotations
 
+import math
+
 import cases
 import pytest
 import rounding
@@ -15,6 +17,16 @@ import torch
 from cases import ADAM_CONFIGS, CONFIGS, SGD_CONFIGS, Config
 from oracle import assert_same, assert_same_state, bits
 from rounding import OPTIONS, SIZES, copied, fma, fresh_bucket, guarded, point, shifted
+from test_clipping import (  # noqa: F401
+    test_a_norm_that_is_not_finite_shows,
+    test_clipping_may_be_switched_on_and_off,
+    test_norms_and_loss_increase,
+    test_overflows_of_either_pass_are_counted,
+)
+from test_general_p import (  # noqa: F401
+    test_gradients_that_are_not_finite,
+    test_zero_gradients_perturb_nothing,
+)
 from test_native import (  # noqa: F401
     check_steps,
     test_a_bucket_without_a_rule_only_restores,
@@ -242,9 +254,10 @@ def test_partial_sums_are_added_in_the_canonical_order(n_chunks):
     bucket.chunk_table = bucket.chunk_table[:1].repeat(n_chunks, 1)
     tables = bucket.segment_table, bucket.chunk_table, torch.zeros_like(bucket.grad_table), bucket.row_table
     ticket = torch.zeros(1, dtype=torch.int32)
-    constants = kernels._constants(bucket, kernels._grad_norm_kernel, ())
+    constants = kernels._constants(bucket, kernels._grad_norm_kernel, (False, False))
+    numbers, one = torch.zeros(2, dtype=torch.float64), torch.ones(1)
     launch = kernels._launcher(kernels._grad_norm_kernel, bucket.device, 1, constants)
-    launch(*tables, partials, ticket, out, 1, n_chunks)
+    launch(*tables, partials, ticket, out, numbers, numbers, one, 1, len(out), 0, n_chunks)
     assert out.tolist() == [0.0, reference._slot_sum(partials).item(), 0.0]
 
 
@@ -256,7 +269,8 @@ def test_tables_are_uploaded_only_when_a_value_changed(monkeypatch):
     one, two = grads_of(1), grads_of(2)
     rounding.run(bucket, one, two)
     own = bucket.kept
-    assert {id(u) for u in uploads} == {id(m) for m in (own.ascent, own.rows, own.perturbed, own.descent)}
+    mirrors = own.ascent, own.rows, own.perturbed, own.descent, own.numbers_there
+    assert {id(u) for u in uploads} == {id(m) for m in mirrors}
     uploads.clear()
     rounding.run(bucket, one, two)
     assert uploads == []
@@ -287,7 +301,7 @@ def test_what_a_captured_graph_reads_is_never_written_again(monkeypatch):
 
     uploads = kernels._Mirror._upload
     monkeypatch.setattr(kernels, "_launcher", launcher)
-    monkeypatch.setattr(kernels, "_capturing", lambda device: capturing)
+    monkeypatch.setattr(kernels.graphs, "capturing", lambda device: capturing)
     monkeypatch.setattr(kernels._Mirror, "_upload", upload)
     bucket, twin = few_bucket("adamw", FLOAT32), few_bucket("adamw", FLOAT32)
     eager, captured = [grads_of(1, FEW), grads_of(2, FEW)], [grads_of(3, FEW), grads_of(4, FEW)]
@@ -316,7 +330,7 @@ def test_what_a_captured_graph_reads_is_never_written_again(monkeypatch):
 def test_a_captured_step_reads_changed_values_only_after_a_refresh(monkeypatch):
     bucket = few_bucket("sgd-dampening", FLOAT32)
     rounding.run(bucket, grads_of(1, FEW), grads_of(2, FEW))
-    monkeypatch.setattr(kernels, "_capturing", lambda device: True)
+    monkeypatch.setattr(kernels.graphs, "capturing", lambda device: True)
     bucket.row_table[:, 0] *= 0.5
     with pytest.raises(RuntimeError, match=r"call optimizer.refresh\(\) after changing them"):
         rounding.run(bucket, grads_of(3, FEW), grads_of(4, FEW))
@@ -409,3 +423,31 @@ def test_step_counts_beyond_one_block_of_segments():
     missing = {0, 255, 256, 599}
     kernels.update_(bucket, [None if i in missing else torch.zeros(0) for i in range(600)])
     assert bucket.steps.tolist() == [float(i not in missing) for i in range(600)]
+
+
+# ---- Clipping, other norms, the decay in the loss.
+
+
+@pytest.fixture
+def backend():  # of the tests that are imported above
+    return "triton"
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+@pytest.mark.parametrize(
+    "options", [dict(max_grad_norm=3.0), dict(p=3.0), dict(p=math.inf), dict(perturb_with_weight_decay=True)], ids=str
+)
+def test_options_of_a_step_against_the_reference(options):
+    names, config = NAMES[:4], CONFIGS[7]
+    ours, others = cases.make_params(names=names), cases.make_params(names=names)
+    opt, other = (cases.fused(p, config, b, **options) for p, b in ((ours, "triton"), (others, "reference")))
+    for step in range(2):
+        opt.step(cases.closure_of(ours, step, names))
+        other.step(cases.closure_of(others, step, names))
+    exact = FUSES and options.get("p", 2.0) in (2.0, math.inf)  # powers are not rounded alike
+    for a, b in zip(ours, others, strict=True):
+        (assert_same if exact else torch.testing.assert_close)(a, b)

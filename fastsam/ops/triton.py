@@ -23,7 +23,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fastsam import rules
-from fastsam.ops import native
+from fastsam.ops import graphs, native, reference
 
 if TYPE_CHECKING:
     from fastsam.buckets import Bucket
@@ -33,6 +33,7 @@ LANES = tl.constexpr(2048)  # a chunk is 4 rows of 2048 lanes
 SLOTS = tl.constexpr(1024)  # lanes over which the partial sums of chunks are added
 UNIT = tl.constexpr(64)  # chunk starts are counted in units of 64 elements
 NORM_EPS = tl.constexpr(1e-12)  # added to the norm; the paper's code divides by the bare norm
+CLIP_EPS = tl.constexpr(1e-6)  # added to the norm that gradients are clipped by, as torch does
 COUNTED = tl.constexpr(256)  # segments whose step counts are advanced at once
 
 # Columns of the tables: `Bucket` says what they hold, `rules.Row` what a row has.
@@ -46,6 +47,7 @@ ADAPTIVE = tl.constexpr(rules.ADAPTIVE)
 NESTEROV = tl.constexpr(rules.NESTEROV)
 MAXIMIZE = tl.constexpr(rules.MAXIMIZE)
 DECOUPLED = tl.constexpr(rules.DECOUPLED)
+DECAYS = tl.constexpr(rules.DECAYS)
 AMSGRAD = tl.constexpr(rules.AMSGRAD)
 LR_FLOAT64 = tl.constexpr(rules.LR_FLOAT64)
 NO_RULE = tl.constexpr(-1)
@@ -252,25 +254,72 @@ def _arrive(ticket):
 
 
 @triton.jit
-def _steepest(w, g, eta):
+def _metric(row, WIDE: tl.constexpr):
+    # What T and the decay of the loss are made of: eta, whether T = abs(w) + eta, the decay (0 for none).
+    decay = tl.where(_flag(row, DECAYS), tl.load(row + WEIGHT_DECAY), 0.0)
+    decay = tl.where(_flag(row, MAXIMIZE), -decay, decay)
+    return tl.load(row + ETA).to(WIDE), _flag(row, ADAPTIVE), decay.to(WIDE)
+
+
+@triton.jit
+def _loss_gradient(w, g, metric, IN_LOSS: tl.constexpr):
+    # The gradient of the loss with weight_decay/2 |w|^2 in it, where that is to be perturbed along.
+    if IN_LOSS:
+        g = tl.where(metric[2] != 0, _fma(metric[2], w, g), g)
+    return g
+
+
+@triton.jit
+def _steepest(w, g, metric, IN_LOSS: tl.constexpr):
     # T g, whose length is the norm.
-    return tl.where(eta == 0, w * g, (tl.abs(w) + eta) * g)
+    eta, adaptive, _ = metric
+    g = _loss_gradient(w, g, metric, IN_LOSS)
+    x = tl.where(eta == 0, w * g, (tl.abs(w) + eta) * g)
+    if IN_LOSS:
+        return tl.where(adaptive, x, g)
+    else:
+        return x  # not called without need
+
+
+@triton.jit
+def _raise(x, exponent):
+    # x^exponent for x >= 0, in float64.
+    return tl.where(x == 0, 0.0, tl.exp2(exponent * tl.log2(x)))
+
+
+@triton.jit
+def _chunk_power_sum(
+    weight, grad, start, length, row, q,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    # The sum of |T g|^q, in no order that is promised.
+    w, g = _pointer(weight, start, STORAGE, 0), _pointer(grad, start, GRAD, 0)
+    metric = _metric(row, WIDE)
+    total = tl.zeros([COUNTED], tl.float64)
+    o = 0
+    while o < length:
+        at = o + tl.arange(0, COUNTED)
+        wide, direction = _widen(_load(w, at, length, 0)), _widen(_load(g, at, length, 0)).to(WIDE)
+        x = _steepest(wide, direction, metric, True)
+        total += _raise(tl.abs(x).to(tl.float64), q)
+        o += COUNTED
+    return tl.sum(total)
 
 
 @triton.jit
 def _chunk_sum(
-    weight, grad, start, length, row,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    weight, grad, start, length, row, plain,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    # The canonical sum of squares of a chunk.
+    # The canonical sum of squares of a chunk; `plain` not 0: of the gradients as they are.
     w, g = _pointer(weight, start, STORAGE, ALIGN), _pointer(grad, start, GRAD, ALIGN)
     lanes = tl.arange(0, LANES)
     acc = tl.zeros([LANES], WIDE)
-    if _flag(row, ADAPTIVE):
-        eta = tl.load(row + ETA).to(WIDE)
+    if (_flag(row, ADAPTIVE) | (IN_LOSS & _flag(row, DECAYS))) & (plain == 0):
+        metric = _metric(row, WIDE)
         for k in tl.static_range(0, CHUNK // LANES):
             o = k * LANES + lanes
-            x = _steepest(_widen(_load(w, o, length, ALIGN)), _widen(_load(g, o, length, ALIGN)), eta)
+            x = _steepest(_widen(_load(w, o, length, ALIGN)), _widen(_load(g, o, length, ALIGN)), metric, IN_LOSS)
             acc = _fma(x, x, acc)
     else:
         for k in tl.static_range(0, CHUNK // LANES):
@@ -279,14 +328,35 @@ def _chunk_sum(
     return _fold(acc, 11)
 
 
-@triton.jit(do_not_specialize=list(range(9)))
-def _grad_norm_kernel(
-    segments, chunks, grads, rows, partials, ticket, out, slot, n_chunks,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Write `sum((T g)^2)` into `out[slot]`; T = 1 (SAM) or abs(w) + eta (ASAM). One program a chunk.
+@triton.jit
+def _clip_factor(max_norm, total, grad_scale):
+    # torch.nn.utils.clip_grad_norm_: the factor, at most 1, that brings gradients of this squared norm down to
+    # max_norm. NaN where the norm is not finite, so that it shows.
+    norm = tl.sqrt(total) * (1.0 / grad_scale)
+    factor = max_norm / (norm + CLIP_EPS)
+    return tl.where(norm - norm == 0, tl.where(factor < 1.0, factor, 1.0), norm - norm)
 
-    Reads n (2n adaptive) elements, writes one partial sum a chunk; the last program adds these up.
+
+@triton.jit
+def _ordered_sum(sums, n_sums):
+    # Of all buckets: this launch's own is there, or was written by an earlier one.
+    total = tl.load(sums)
+    i = 1
+    while i < n_sums:
+        total += tl.load(sums + i)
+        i += 1
+    return total
+
+
+@triton.jit(do_not_specialize=list(range(14)))
+def _grad_norm_kernel(
+    segments, chunks, grads, rows, partials, ticket, out, numbers, clip, grad_scale, slot, n_sums, clips, n_chunks,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """Write `sum(abs(T g)^q)` into `out[slot]`; T = 1 (SAM) or abs(w) + eta (ASAM), q = 2. One program a chunk.
+
+    Reads n (2n adaptive) elements, writes one partial sum a chunk; the last program adds these up. With `clips` T = 1,
+    and the last program writes the clip factor. POWER: q is numbers[0].
     """
     chunk = tl.program_id(0)
     segment, start, length = _chunk(chunks, chunk, n_chunks)
@@ -295,10 +365,12 @@ def _grad_norm_kernel(
     if (grad != 0) & (length > 0):
         weight = tl.load(segments + SEGMENT_COLUMNS * segment + WEIGHT)
         row = rows + ROW_COLUMNS * tl.load(segments + SEGMENT_COLUMNS * segment + GROUP)
-        if ((weight | grad) % 16 == 0) & (length == CHUNK):
-            total = _chunk_sum(weight, grad, start, length, row, STORAGE, GRAD, WIDE, 16).to(tl.float64)
+        if POWER:
+            total = _chunk_power_sum(weight, grad, start, length, row, tl.load(numbers), STORAGE, GRAD, WIDE)
+        elif ((weight | grad) % 16 == 0) & (length == CHUNK):
+            total = _chunk_sum(weight, grad, start, length, row, clips, STORAGE, GRAD, WIDE, IN_LOSS, 16).to(tl.float64)
         else:
-            total = _chunk_sum(weight, grad, start, length, row, STORAGE, GRAD, WIDE, 0).to(tl.float64)
+            total = _chunk_sum(weight, grad, start, length, row, clips, STORAGE, GRAD, WIDE, IN_LOSS, 0).to(tl.float64)
     tl.store(partials + chunk, total, mask=chunk < n_chunks)
     if _arrive(ticket):
         lanes = tl.arange(0, SLOTS)
@@ -308,6 +380,10 @@ def _grad_norm_kernel(
             acc += tl.load(partials + i + lanes, mask=i + lanes < n_chunks, other=0.0, cache_modifier=".cg")
             i += SLOTS
         tl.store(out + slot, _fold(acc, 10))
+        if clips != 0:
+            tl.debug_barrier()  # what one warp stored is read by all
+            scale = tl.load(grad_scale).to(tl.float64)
+            tl.store(clip, _clip_factor(tl.load(numbers + 1), _ordered_sum(out, n_sums), scale))
 
 
 # Copies: the backup without a perturbation, the restore without an update. All bits stay.
@@ -337,20 +413,55 @@ def _copy(to, source, span, STORAGE: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _perturbation_scale(row, sums, n_sums, WIDE: tl.constexpr):
     # 0 (no perturbation) where the norm is not finite: such a step is the base optimizer's.
-    total = tl.load(sums)
-    i = 1
-    while i < n_sums:
-        total += tl.load(sums + i)
-        i += 1
-    norm = tl.sqrt(total) + NORM_EPS
+    norm = tl.sqrt(_ordered_sum(sums, n_sums)) + NORM_EPS
     scale = tl.where(norm < float("inf"), tl.load(row + RHO) / norm, 0.0).to(WIDE)
     return tl.where(_flag(row, MAXIMIZE), -scale, scale)
 
 
 @triton.jit
-def _climb(w, g, climb):
+def _power_scale(row, sums, n_sums, q):
+    # rho, 0 where the norm is not finite, and the norm; for p = inf, q = 1, there is none.
+    norm = _ordered_sum(sums, n_sums) * 0.0 + 1.0
+    if q != 1:
+        norm = _raise(_ordered_sum(sums, n_sums), 1.0 / q) + NORM_EPS
+    rho = tl.where(norm < float("inf"), tl.load(row + RHO), 0.0)
+    return tl.where(_flag(row, MAXIMIZE), -rho, rho), norm
+
+
+@triton.jit
+def _power_climb(w, g, climb, metric, q):
+    # The perturbation for general p: e = rho T sign(g) (|T g| / norm)^(q - 1); 0 for an element that is not finite.
+    rho, norm = climb
+    eta, adaptive, _ = metric
+    t = tl.where(adaptive, (tl.abs(w) + eta).to(tl.float64), 1.0)
+    x = _loss_gradient(w, g, metric, True).to(tl.float64) * t
+    length = tl.where(q == 1, tl.where(x != 0, 1.0, 0.0), _raise(tl.abs(x) / norm, q - 1))
+    return tl.where(x - x == 0, rho * t * tl.where(x < 0, -length, length), 0.0).to(w.dtype)
+
+
+@triton.jit
+def _power_perturb(
+    weight, backup, grad, span, climb, row, q,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    start, tile, full, end, length = span
+    w, g = _pointer(weight, start, STORAGE, 0), _pointer(grad, start, GRAD, 0)
+    kept, metric = _pointer(backup, start, STORAGE, 0), _metric(row, WIDE)
+    while tile < end:
+        o = tile * TILE + tl.arange(0, TILE)
+        old, direction = _load(w, o, length, 0), _widen(_load(g, o, length, 0)).to(WIDE)
+        _store(kept, o, old, length, 0)
+        e = _power_climb(_widen(old), direction, climb, metric, q)
+        _store(w, o, _narrow(_widen(old) + e, STORAGE), length, 0)
+        tile += 1
+
+
+@triton.jit
+def _climb(w, g, climb, IN_LOSS: tl.constexpr):
     # The perturbation e = T^2 g * scale.
-    scale, eta, adaptive = climb
+    scale, metric = climb
+    eta, adaptive, _ = metric
+    g = _loss_gradient(w, g, metric, IN_LOSS)
     t = tl.abs(w) + eta
     g = tl.where(adaptive, tl.where(eta == 0, (w * w) * g, t * (t * g)), g)
     return g * scale
@@ -359,7 +470,7 @@ def _climb(w, g, climb):
 @triton.jit
 def _perturb_tiles(
     weight, backup, grad, start, tile, end, length, climb,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr, IN_LOSS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     w, g = _pointer(weight, start, STORAGE, ALIGN), _direction(grad, start, STORAGE, GRAD, ALIGN)
     kept = _pointer(backup, start, STORAGE, 16)
@@ -367,15 +478,16 @@ def _perturb_tiles(
         o = tile * TILE + tl.arange(0, TILE)
         old, direction = _load_once(w, o, length, ALIGN), _load_once(g, o, length, ALIGN)
         _store_once(kept, o, old, length, ALIGN)
-        e = _climb(_widen(old), _widen(direction), climb)
+        e = _climb(_widen(old), _widen(direction), climb, IN_LOSS)
         _store(w, o, _narrow(_widen(old) + e, STORAGE), length, ALIGN)
         tile += 1
 
 
-@triton.jit(do_not_specialize=list(range(8)))
+@triton.jit(do_not_specialize=list(range(10)))
 def _perturb_kernel(
-    segments, chunks, grads, rows, sums, n_sums, n_chunks, split,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    segments, chunks, grads, rows, sums, numbers, overflows, n_sums, n_chunks, split,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, IN_LOSS: tl.constexpr,
+    POWER: tl.constexpr,
 ):  # fmt: skip
     """Back the weights up and climb: w <- w + e(w), e = rho T^2 g / (norm + NORM_EPS). `split` programs a chunk.
 
@@ -387,23 +499,38 @@ def _perturb_kernel(
     index, span = _part(chunks, part, split, n_chunks, TILE)
     start, tile, full, end, length = span
     grad = tl.load(grads + index)
+    if tl.program_id(0) == 0:
+        total = _ordered_sum(sums, n_sums)
+        tl.store(overflows, tl.load(overflows) + 1, mask=total - total != 0)
     if (grad != 0) & (tile < end):
         weight = tl.load(segments + SEGMENT_COLUMNS * index + WEIGHT)
         backup = tl.load(segments + SEGMENT_COLUMNS * index + BACKUP)
         row = rows + ROW_COLUMNS * tl.load(segments + SEGMENT_COLUMNS * index + GROUP)
-        scale = _perturbation_scale(row, sums, n_sums, WIDE)
-        if scale == 0:  # a branch, never a product: 0 * inf is NaN
-            _copy(backup, weight, span, STORAGE, TILE)
+        if POWER:
+            q = tl.load(numbers)
+            power_climb = _power_scale(row, sums, n_sums, q)
+            if power_climb[0] == 0:
+                _copy(backup, weight, span, STORAGE, TILE)
+            else:
+                _power_perturb(weight, backup, grad, span, power_climb, row, q, STORAGE, GRAD, WIDE, TILE)
         else:
-            climb = scale, tl.load(row + ETA).to(WIDE), _flag(row, ADAPTIVE)
-            bits = _low_bits(weight, grad, STORAGE, GRAD)
-            if bits % 16 == 0:
-                _perturb_tiles(weight, backup, grad, start, tile, full, length, climb, STORAGE, GRAD, TILE, 16)
-                tile = full
-            elif bits % 8 == 0:
-                _perturb_tiles(weight, backup, grad, start, tile, full, length, climb, STORAGE, GRAD, TILE, 8)
-                tile = full
-            _perturb_tiles(weight, backup, grad, start, tile, end, length, climb, STORAGE, GRAD, TILE, 0)
+            scale = _perturbation_scale(row, sums, n_sums, WIDE)
+            if scale == 0:  # a branch, never a product: 0 * inf is NaN
+                _copy(backup, weight, span, STORAGE, TILE)
+            else:
+                climb = scale, _metric(row, WIDE)
+                bits = _low_bits(weight, grad, STORAGE, GRAD)
+                if bits % 16 == 0:
+                    _perturb_tiles(
+                        weight, backup, grad, start, tile, full, length, climb, STORAGE, GRAD, TILE, IN_LOSS, 16
+                    )
+                    tile = full
+                elif bits % 8 == 0:
+                    _perturb_tiles(
+                        weight, backup, grad, start, tile, full, length, climb, STORAGE, GRAD, TILE, IN_LOSS, 8
+                    )
+                    tile = full
+                _perturb_tiles(weight, backup, grad, start, tile, end, length, climb, STORAGE, GRAD, TILE, IN_LOSS, 0)
 
 
 # Update.
@@ -558,10 +685,10 @@ def _count(segments, grads, rows, n_segments, RULE: tl.constexpr):
         i += COUNTED
 
 
-@triton.jit(do_not_specialize=list(range(12)))
+@triton.jit(do_not_specialize=list(range(13)))
 def _update_kernel(
-    segments, chunks, grads, rows, perturbed, ticket, grad_scale, found_inf, clip, n_segments, n_chunks, split,
-    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
+    segments, chunks, grads, rows, perturbed, ticket, grad_scale, found_inf, clip, overflows, n_segments, n_chunks,
+    split, RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Return to the old weights and take the base optimizer's step from there. `split` programs a chunk.
@@ -593,6 +720,8 @@ def _update_kernel(
         if _arrive(ticket):
             if overflow == 0:
                 _count(segments, grads, rows, n_segments, RULE)
+            else:
+                tl.store(overflows + 1, tl.load(overflows + 1) + 1)
         if (grad != 0) & (overflow == 0):
             row = rows + ROW_COLUMNS * tl.load(segment + GROUP)
             source = tl.where(restores, backup, tl.load(segment + WEIGHT))
@@ -618,9 +747,9 @@ def _update_kernel(
 
 _STORAGE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.uint16, torch.float16: tl.float16}
 _TYPES = {  # of the kernels' arguments: tables, and otherwise int32
-    **dict.fromkeys(("segments", "grads"), torch.int64),
+    **dict.fromkeys(("segments", "grads", "overflows"), torch.int64),
     **dict.fromkeys(("chunks", "ticket"), torch.int32),
-    **dict.fromkeys(("rows", "partials", "out", "sums", "clip"), torch.float64),
+    **dict.fromkeys(("rows", "partials", "out", "sums", "numbers", "clip"), torch.float64),
     **dict.fromkeys(("grad_scale", "found_inf"), torch.float32),
     "perturbed": torch.uint8,
 }
@@ -648,22 +777,31 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-def grad_norm(bucket: "Bucket", grads: Sequence[Tensor | None], out: Tensor) -> None:
-    """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64."""
+def grad_norm(
+    bucket: "Bucket", grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
+) -> None:
+    """Write `sum(abs(T g)^q)` over the bucket into its slot; out: [n_buckets] float64. With `clip` T = 1 and q = 2."""
     own = _own(bucket)
-    launch = own.launcher(bucket, _grad_norm_kernel, own.n_chunks)
-    tables = own.tables(bucket, own.ascent, native._addresses(bucket, grads))
-    launch(*tables, own.partials, own.norm_ticket, _place(out), bucket.slot, own.n_chunks)
+    kind = (False, False) if clip is not None else _kind(bucket)
+    launch = own.launcher(bucket, _grad_norm_kernel, *kind)
+    mirror = own.ascent if clip is None else own.descent
+    tables = own.tables(bucket, mirror, native._addresses(bucket, grads))
+    max_norm, factor, grad_scale = clip or (None, own.unclipped, None)
+    scalars = _scalar(bucket, "clip", factor, own.unclipped), _scalar(bucket, "grad_scale", grad_scale, own.one)
+    numbers = own.numbers(bucket.q, max_norm)
+    counts = bucket.slot, out.shape[0], int(clip is not None), own.n_chunks
+    launch(*tables, own.partials, own.norm_ticket, _place(out), numbers, *map(_place, scalars), *counts)
 
 
 def perturb_(bucket: "Bucket", grads: Sequence[Tensor | None], sums: Tensor) -> None:
     """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
     own = _own(bucket)
-    launch = own.launcher(bucket, _perturb_kernel, own.n_chunks * own.split)
+    launch = own.launcher(bucket, _perturb_kernel, *_kind(bucket))
     addresses = native._addresses(bucket, grads)
     tables = own.tables(bucket, own.ascent, addresses)
     bucket.perturbed.logical_or_(addresses)
-    launch(*tables, _place(sums), sums.shape[0], own.n_chunks, own.split)
+    numbers, overflows = own.numbers(bucket.q), own.overflows(bucket)
+    launch(*tables, _place(sums), numbers, overflows, sums.shape[0], own.n_chunks, own.split)
 
 
 def update_(
@@ -679,7 +817,7 @@ def update_(
     grad_scale, found_inf: [] or [1] float32; clip: [] or [1] float64.
     """
     own = _own(bucket)
-    launch = own.launcher(bucket, _update_kernel, own.n_chunks * own.split, *own.rule(bucket))
+    launch = own.launcher(bucket, _update_kernel, *own.rule(bucket))
     tables = own.tables(bucket, own.descent, native._addresses(bucket, grads))
     perturbed = own.perturbed(bucket.perturbed, own.capturing)
     scalars = (  # tensors, so that none is freed before the launch
@@ -688,7 +826,7 @@ def update_(
         _scalar(bucket, "clip", clip, own.unclipped),
     )
     numbers = own.n_segments, own.n_chunks, own.split
-    launch(*tables, perturbed, own.update_ticket, *map(_place, scalars), *numbers)
+    launch(*tables, perturbed, own.update_ticket, *map(_place, scalars), own.overflows(bucket), *numbers)
     bucket.perturbed.zero_()
 
 
@@ -772,8 +910,12 @@ class _Own:
         self.partials = _place(bucket.partials)
         self.one, self.zero = torch.ones(1, device=device), torch.zeros(1, device=device)
         self.unclipped = torch.ones(1, dtype=torch.float64, device=device)
+        self.uncounted = torch.zeros(2, dtype=torch.int64, device=device)
+        self.q_and_max_norm = torch.zeros(2, dtype=torch.float64)
+        self.numbers_there = _Mirror(self.q_and_max_norm, device)
         self.launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
-        self.rows_seen: Any = None
+        self.rows_seen: Any = None  # the groups' values that `rule` was asked for, and that `settle` saw
+        self.settled: Any = None
         self.capturing = False  # asked at the start of every operation
 
     def serves(self, bucket: "Bucket") -> bool:
@@ -785,20 +927,32 @@ class _Own:
         """What every kernel is given first: segments, chunks, the gradients' addresses, the groups' rows."""
         return *self.places, mirror(addresses, self.capturing), self.rows(bucket.row_table, self.capturing)
 
+    def numbers(self, q: float, max_norm: float | None = None) -> Any:
+        """Where kernels find q and, where they are given one, the norm to clip to."""
+        self.q_and_max_norm[0] = q
+        if max_norm is not None:
+            self.q_and_max_norm[1] = max_norm
+        return self.numbers_there(self.q_and_max_norm, self.capturing)
+
+    def overflows(self, bucket: "Bucket") -> Any:
+        """Where overflows are counted."""
+        return _place(self.uncounted if bucket.overflows is None else bucket.overflows)
+
     def rule(self, bucket: "Bucket") -> tuple[int, int]:
         """The rule's code, and how many states the kernel has to know; the groups' values decide, seldom anew."""
         if bucket.rows is not self.rows_seen:
             self.rows_seen, self.rule_and_states = bucket.rows, _rule(bucket)
         return self.rule_and_states
 
-    def launcher(self, bucket: "Bucket", kernel: Any, programs: int, *rule: int) -> Callable[..., None]:
+    def launcher(self, bucket: "Bucket", kernel: Any, *kind: int) -> Callable[..., None]:
         """What launches a kernel for this bucket, given its arguments; looked up, compiled and loaded once."""
-        key = id(kernel), bucket.grad_dtype, rule
+        key = id(kernel), bucket.grad_dtype, kind
         launch = self.launchers.get(key)
         if launch is None:
             if self.capturing:  # no time to load a kernel
                 raise RuntimeError(_TOO_LATE)
-            launch = _launcher(kernel, bucket.device, programs, _constants(bucket, kernel, rule))
+            programs = self.n_chunks * (1 if kernel is _grad_norm_kernel else self.split)
+            launch = _launcher(kernel, bucket.device, programs, _constants(bucket, kernel, kind))
             self.launchers[key] = launch
         return launch
 
@@ -809,17 +963,13 @@ _TOO_LATE = (
 
 
 def _own(bucket: "Bucket") -> _Own:
-    own, capturing = bucket.kept, _capturing(bucket.device)
+    own, capturing = bucket.kept, graphs.capturing(bucket.device)
     if not isinstance(own, _Own) or not own.serves(bucket):
         if capturing:  # the tables would lie in the graph's memory
             raise RuntimeError(_TOO_LATE)
         own = bucket.kept = _Own(bucket)
     own.capturing = capturing
     return own
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _scalar(bucket: "Bucket", name: str, value: Tensor | None, neutral: Tensor) -> Tensor:
@@ -832,11 +982,17 @@ def _scalar(bucket: "Bucket", name: str, value: Tensor | None, neutral: Tensor) 
     return value if value.device == bucket.device else value.to(bucket.device, non_blocking=True)
 
 
-def _constants(bucket: "Bucket", kernel: Any, rule: tuple[int, ...]) -> tuple[Any, ...]:
-    """What the kernel is compiled for: the rule, what weights and gradients are stored as and computed in, the tile."""
+def _constants(bucket: "Bucket", kernel: Any, kind: tuple[int, ...]) -> tuple[Any, ...]:
+    """What the kernel is compiled for: its kind, what weights and gradients are stored as and computed in, the tile."""
     double = bucket.dtype == torch.float64
+    types = _STORAGE[bucket.dtype], _STORAGE[bucket.grad_dtype], tl.float64 if double else tl.float32
     tile = () if kernel is _grad_norm_kernel else (512 if double else 1024,)
-    return (*rule, _STORAGE[bucket.dtype], _STORAGE[bucket.grad_dtype], tl.float64 if double else tl.float32, *tile)
+    return (*kind, *types, *tile) if kernel is _update_kernel else (*types, *tile, *kind)
+
+
+def _kind(bucket: "Bucket") -> tuple[bool, bool]:
+    """Of perturbation: whether with the weight decay in the loss, whether in another norm than the second."""
+    return any(row.flags & rules.DECAYS for row in bucket.rows), bucket.q != 2
 
 
 def _rule(bucket: "Bucket") -> tuple[int, int]:
@@ -909,9 +1065,14 @@ def own_rows(n_segments: int, n_groups: int) -> int:
 
 
 def settle(bucket: "Bucket") -> None:
-    """Before a pass: make what a capture must find made; a pass while capturing brings changed values by itself."""
-    if not _capturing(bucket.device):
-        _own(bucket)
+    """Before a pass: make all tables and load all kernels of a step, unless it is being captured already."""
+    own = _own(bucket)
+    if not own.capturing and bucket.rows is not own.settled:
+        own.rows(bucket.row_table)
+        for kernel in (_grad_norm_kernel, _perturb_kernel):
+            own.launcher(bucket, kernel, *_kind(bucket))
+        own.launcher(bucket, _update_kernel, *own.rule(bucket))
+        own.settled = bucket.rows
 
 
 def upload(bucket: "Bucket") -> None:
