@@ -499,6 +499,11 @@ class FusedSAM(Optimizer):
         saved = state_dict["param_groups"]
         groups = [{**mine, **theirs} for mine, theirs in zip(live, saved, strict=False)] + list(saved[len(live) :])
         super().load_state_dict({"state": {k: held for k, held in state.items() if held}, "param_groups": groups})
+        params = [param for group in self.param_groups for param in group["params"]]
+        keys = [key for group in groups for key in group["params"]]
+        for param, held in zip(params, (state.get(key, {}) for key in keys), strict=True):
+            if "mu_product" in held:  # NAdam's number, which torch casts to the parameter's dtype
+                self.state[param]["mu_product"] = torch.as_tensor(held["mu_product"], dtype=torch.float32).clone()
         if self._sam.buckets.items and self._sam.phase == CLEAN:
             self._buckets()  # copies into the flat tensors: addresses stay
 

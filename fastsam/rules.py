@@ -40,7 +40,7 @@ class Row(NamedTuple):
     rho: float
     eta: float
     flags: int
-    extra: float = 0.0  # Adagrad: lr_decay
+    extra: float = 0.0  # Adagrad: lr_decay; NAdam: 0.96^momentum_decay
     lr_address: int = 0  # not 0: kernels read lr there, a float32 (or float64: LR_FLOAT64) on their device
 
 
@@ -85,10 +85,9 @@ class Rule:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _adam_values(group: Group) -> Values:
+def _moment_values(group: Group) -> tuple[float, float, float]:
     beta1, beta2 = group["betas"]
-    flags = DECOUPLED * bool(group["decoupled_weight_decay"]) | AMSGRAD * bool(group["amsgrad"])
-    return Values(float(beta1), float(beta2), float(group["eps"]), flags)
+    return float(beta1), float(beta2), float(group["eps"])
 
 
 SGD = Rule(
@@ -105,7 +104,10 @@ SGD = Rule(
 ADAM = Rule(
     name="adam",
     code=1,
-    values=_adam_values,
+    values=lambda group: Values(
+        *_moment_values(group),
+        DECOUPLED * bool(group["decoupled_weight_decay"]) | AMSGRAD * bool(group["amsgrad"]),
+    ),
     states=(*MOMENTS, "max_exp_avg_sq"),
     used=lambda group: (*MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else MOMENTS,
 )
@@ -131,6 +133,25 @@ ADAGRAD = Rule(
     initial=lambda defaults: float(defaults["initial_accumulator_value"]),
     eager=True,
 )
+NADAM = Rule(
+    name="nadam",
+    code=4,
+    values=lambda group: Values(
+        *_moment_values(group),
+        DECOUPLED * bool(group["decoupled_weight_decay"]),
+        0.96 ** float(group["momentum_decay"]),
+    ),
+    states=MOMENTS,
+    used=lambda group: MOMENTS,
+    counters=("step", "mu_product"),
+)
+RADAM = Rule(
+    name="radam",
+    code=5,
+    values=lambda group: Values(*_moment_values(group), DECOUPLED * bool(group["decoupled_weight_decay"])),
+    states=MOMENTS,
+    used=lambda group: MOMENTS,
+)
 
 # By exact class: a subclass may do anything in its step.
 RULES: dict[type[torch.optim.Optimizer], Rule] = {
@@ -139,6 +160,8 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.AdamW: ADAM,
     torch.optim.RMSprop: RMSPROP,
     torch.optim.Adagrad: ADAGRAD,
+    torch.optim.NAdam: NADAM,
+    torch.optim.RAdam: RADAM,
 }
 
 
