@@ -92,6 +92,12 @@ FASTSAM_HD T maximum(T a, T b) {
   return (b > a) | (b != b) ? b : a;
 }
 
+// torch.sign: 0 for 0 and for NaN.
+template <class T>
+FASTSAM_HD T sign(T x) {
+  return static_cast<T>((x > 0) - (x < 0));
+}
+
 // ---- Low precision: widened exactly, rounded once to nearest even. NaN payloads are not kept.
 
 enum class bfloat16 : uint16_t {};  // the bits; enumerations, because compilers vectorise no loads of structures
@@ -412,6 +418,24 @@ struct Radam : CountsAll {
   static FASTSAM_HD int states(const Row&) { return 3; }
 };
 
+// Lion (Chen et al., arXiv 2302.06675); fastsam/lion.py. State: the momentum.
+template <class T, int kStates>
+struct Lion : CountsAll {
+  T neg_lr, decay_factor, one_minus_beta1, one_minus_beta2;
+  FASTSAM_HD Lion(const Row& row, const Progress&)
+      : neg_lr(static_cast<T>(-row.lr)),
+        decay_factor(static_cast<T>(1.0 - row.lr * row.weight_decay)),
+        one_minus_beta1(static_cast<T>(1.0 - row.beta1)),
+        one_minus_beta2(static_cast<T>(1.0 - row.beta2)) {}
+  FASTSAM_HD T operator()(T w, T g, T* state) const {
+    const T c = lerp(state[0], g, one_minus_beta1);
+    state[0] = lerp(state[0], g, one_minus_beta2);
+    w = w * decay_factor;  // a factor of 1 rounds nothing
+    return fma(neg_lr, sign(c), w);
+  }
+  static FASTSAM_HD int states(const Row&) { return 1; }
+};
+
 // ---- The table of rules: functor and all that `states` may give.
 #define FASTSAM_RULES(row)             \
   row(kSgd, Sgd, 0, 1)                 \
@@ -419,7 +443,8 @@ struct Radam : CountsAll {
   row(kRmsprop, Rmsprop, 1, 3, 5, 7)   \
   row(kAdagrad, Adagrad, 1)            \
   row(kNadam, Nadam, 3)                \
-  row(kRadam, Radam, 3)
+  row(kRadam, Radam, 3)                \
+  row(kLion, Lion, 1)
 
 template <int kStates>
 struct StateSet {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import ops
-from fastsam.rules import Group
+from fastsam.rules import NAMES, Group
 from fastsam.segments import place_of, real_dtype
 
 REFUSED = {
@@ -24,6 +24,13 @@ def check_values(group: Group) -> None:
     for name in ("rho", "eta"):
         if not 0 <= group[name] < float("inf"):
             raise ValueError(f"FusedSAM: {name} must be >= 0, got {group[name]!r}")
+
+
+def check_name(name: str) -> type[Optimizer]:
+    """The class of that name, or refuse."""
+    if name.lower() not in NAMES:
+        raise ValueError(f"FusedSAM: there is no base_optimizer {name!r}; known are {', '.join(sorted(NAMES))}")
+    return NAMES[name.lower()]
 
 
 def check_class(base: type[Optimizer]) -> None:

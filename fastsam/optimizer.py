@@ -17,7 +17,15 @@ from torch.optim import Optimizer
 
 from fastsam import ops
 from fastsam.buckets import Buckets, serve
-from fastsam.checks import check_class, check_differentiable, check_instance, check_keys, check_param, check_values
+from fastsam.checks import (
+    check_class,
+    check_differentiable,
+    check_instance,
+    check_keys,
+    check_name,
+    check_param,
+    check_values,
+)
 from fastsam.rules import RULES
 
 CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
@@ -65,8 +73,9 @@ class FusedSAM(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as for any torch optimizer; None with a base instance.
-        base_optimizer: a class of torch.optim (SGD, Adam and AdamW are fused, the others step by themselves), or an
-            instance, whose parameter groups and state are taken over.
+        base_optimizer: a class of torch.optim or its name, or an instance, whose parameter groups and state are taken
+            over. SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam and `fastsam.Lion` ("lion") are fused, the others
+            step by themselves.
         rho: radius of the perturbation, >= 0.
         adaptive: ASAM instead of SAM.
         eta: added to abs(w) in ASAM, >= 0; the paper's code uses 0.01 (see `asam_groups`).
@@ -91,7 +100,7 @@ class FusedSAM(Optimizer):
     def __init__(
         self,
         params: Iterable[Any] | None,
-        base_optimizer: type[Optimizer] | Optimizer = torch.optim.SGD,
+        base_optimizer: type[Optimizer] | Optimizer | str = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,
         *,
@@ -107,6 +116,8 @@ class FusedSAM(Optimizer):
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": perturb}
         check_values(own)
         chosen = ops.resolve(backend)
+        if isinstance(base_optimizer, str):
+            base_optimizer = check_name(base_optimizer)
         if isinstance(base_optimizer, Optimizer):
             check_instance(base_optimizer, params, base_kwargs)
             super().__init__(base_optimizer.param_groups, own)
@@ -119,7 +130,8 @@ class FusedSAM(Optimizer):
             base = base_optimizer(self.param_groups, **base_kwargs)
         else:
             raise ValueError(
-                f"FusedSAM: base_optimizer must be a torch.optim class or an instance of one, got {base_optimizer!r}"
+                "FusedSAM: base_optimizer must be a torch.optim class, its name, or an instance of one, got "
+                f"{base_optimizer!r}"
             )
         check_keys(base, own)
         for group in base.param_groups:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsam.lion import Lion
+
 # Bits of Row.flags; the same in csrc/math.h.
 ADAPTIVE = 1
 NESTEROV = 2
@@ -152,6 +154,14 @@ RADAM = Rule(
     states=MOMENTS,
     used=lambda group: MOMENTS,
 )
+LION = Rule(
+    name="lion",
+    code=6,
+    values=lambda group: Values(float(group["betas"][0]), float(group["betas"][1])),
+    states=("exp_avg",),
+    used=lambda group: ("exp_avg",),
+    counters=(),
+)
 
 # By exact class: a subclass may do anything in its step.
 RULES: dict[type[torch.optim.Optimizer], Rule] = {
@@ -162,6 +172,15 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.Adagrad: ADAGRAD,
     torch.optim.NAdam: NADAM,
     torch.optim.RAdam: RADAM,
+    Lion: LION,
+}
+
+
+# What `base_optimizer` may be called, in any case.
+NAMES: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): item
+    for name, item in {**vars(torch.optim), "Lion": Lion}.items()
+    if isinstance(item, type) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer
 }
 
 

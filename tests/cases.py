@@ -128,7 +128,20 @@ RADAM_CONFIGS = [  # with beta2 = 0.95 rectified from step 6 on, with 0.7 never
 ]
 # The rules that take a square root.
 ROOT_CONFIGS = ADAM_CONFIGS + RMSPROP_CONFIGS + ADAGRAD_CONFIGS + NADAM_CONFIGS + RADAM_CONFIGS
-CONFIGS = SGD_CONFIGS + ROOT_CONFIGS
+# With beta1 = 0.8, m = -g / 4 would make c 0 but for the rounding of beta1, and its sign another in each precision.
+LION_OPTIONS = dict(lr=0.003, betas=(0.8123, 0.95), weight_decay=0.3, rho=0.3)
+LION_CONFIGS = [
+    Config("lion", fastsam.Lion, LION_OPTIONS),
+    Config("lion_maximize", fastsam.Lion, dict(LION_OPTIONS, maximize=True, weight_decay=0.0)),
+    Config(
+        "lion_groups",
+        fastsam.Lion,
+        LION_OPTIONS,
+        (dict(lr=0.001, rho=0.9, betas=(0.4123, 0.3)), dict(adaptive=True, eta=0.02), dict(perturb=False)),
+    ),
+]
+EXACT_CONFIGS = SGD_CONFIGS + LION_CONFIGS  # products and sums alone
+CONFIGS = SGD_CONFIGS + ROOT_CONFIGS + LION_CONFIGS
 
 # Every other class of torch.optim, on matrices, which Muon wants.
 UNFUSED = [

@@ -16,6 +16,7 @@ from fastsam.rules import (
     AMSGRAD,
     CENTERED,
     DECOUPLED,
+    LION,
     MAXIMIZE,
     NADAM,
     NESTEROV,
@@ -48,6 +49,8 @@ OPTIONS = {
     "radam": (RADAM, 0.02, 0.013, 0.83, 0.97, 1e-5, 0, 0.0),
     "radam-rectified": (RADAM, 0.02, 0.0, 0.83, 0.999, 1e-5, 0, 0.0),
     "radam-decoupled-maximize": (RADAM, 0.02, 0.13, 0.41, 0.97, 1e-5, DECOUPLED | MAXIMIZE, 0.0),
+    "lion": (LION, 0.02, 0.0, 0.83, 0.97, 0.0, 0, 0.0),
+    "lion-decay-maximize-far-lerp": (LION, 0.02, 0.13, 0.41, 0.37, 0.0, MAXIMIZE, 0.0),
     "adagrad": (ADAGRAD, 0.07, 0.0, 0.0, 0.0, 1e-4, 0, 0.11),
     "adagrad-decay-maximize": (ADAGRAD, 0.07, 0.013, 0.0, 0.0, 1e-4, MAXIMIZE, 0.11),
 }
@@ -70,7 +73,7 @@ def slots_of(option):
         return {0, 1, 2} if flags & AMSGRAD else {0, 1}
     if rule is RMSPROP:
         return {0} | ({1} if beta1 else set()) | ({2} if flags & CENTERED else set())
-    return {0} if rule is ADAGRAD else {0, 1}
+    return {0} if rule in (ADAGRAD, LION) else {0, 1}
 
 
 # ---- The plan: one rounding a line, in float32 (float64 for float64).
@@ -229,7 +232,15 @@ def radam(w, g, state, t, row):
     return w - u, [m, v, state[2]]
 
 
-FORMULAS = {SGD: sgd, ADAM: adam, RMSPROP: rmsprop, ADAGRAD: adagrad, NADAM: nadam, RADAM: radam}
+def lion(w, g, state, t, row):
+    cast, m = w.dtype.type, state[0]
+    g = -g if row.flags & MAXIMIZE else g
+    update = np.sign(lerp(m, g, cast(1 - row.beta1)))
+    w = w * cast(1 - row.lr * row.weight_decay) if row.weight_decay else w
+    return fma(cast(-row.lr), update, w), [lerp(m, g, cast(1 - row.beta2)), *state[1:3]]
+
+
+FORMULAS = {SGD: sgd, ADAM: adam, RMSPROP: rmsprop, ADAGRAD: adagrad, NADAM: nadam, RADAM: radam, LION: lion}
 
 # ---- Buckets by hand.
 

@@ -379,7 +379,8 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
   row(centered, kRmsprop, 7)        \
   row(adagrad, kAdagrad, 1)         \
   row(nadam, kNadam, 3)             \
-  row(radam, kRadam, 3)
+  row(radam, kRadam, 3)             \
+  row(lion, kLion, 1)
 
 #define FASTSAM_ROW(name, ...) name,
 enum class Kernel { FASTSAM_UPDATE_KERNELS(FASTSAM_ROW) };

@@ -309,6 +309,16 @@ def _radam(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row
     return w - torch.where(rectified != 0, (step * adaptive) * rect, step), [exp_avg, exp_avg_sq, None]
 
 
+def _lion(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row: Row) -> tuple[Tensor, _States]:
+    """Lion (Chen et al., arXiv 2302.06675); state: exp_avg."""
+    exp_avg = states[0]
+    assert exp_avg is not None
+    c = _lerp(exp_avg, g, 1 - row.beta1)
+    exp_avg = _lerp(exp_avg, g, 1 - row.beta2)
+    w = w * (1 - row.lr * row.weight_decay)  # a factor of 1 rounds nothing
+    return _fma(-row.lr, c.sign(), w), [exp_avg, None, None]
+
+
 # By the name of the rule.
 _FORMULAS: dict[str, tuple[_Scalars | None, _Formula]] = {
     "sgd": (_sgd_scalars, _sgd),
@@ -317,6 +327,7 @@ _FORMULAS: dict[str, tuple[_Scalars | None, _Formula]] = {
     "adagrad": (_adagrad_scalars, _adagrad),
     "nadam": (_nadam_scalars, _nadam),
     "radam": (_radam_scalars, _radam),
+    "lion": (None, _lion),
 }
 
 
