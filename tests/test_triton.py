@@ -55,6 +55,7 @@ def kernels(interpreted, tmp_path_factory):
 # ---- Compiled without a GPU: what the assembly says.
 
 TARGETS = [80, 90, 100]
+MIXED_TARGET = 90  # one is enough to see how gradients of another dtype are read
 STORED = {torch.float32: (4, False), torch.float64: (8, True), torch.bfloat16: (2, False), torch.float16: (2, False)}
 NO_RULE, SGD, ADAM = -1, 0, 1
 # kernel, its constants, and of each element: fused products and sums, IEEE divisions and roots. The last: the loops
@@ -70,10 +71,10 @@ VARIANTS = {
 }
 
 
-def constants_of(kernels, name, dtype):
+def constants_of(kernels, name, dtype, grad_dtype):
     bucket = rounding.bucket_of([torch.zeros(1, dtype=dtype)], "sgd")
-    tile = () if name == "grad_norm" else (kernels._tile(bucket),)
-    return (*VARIANTS[name][1], *kernels._types(bucket), *tile)
+    bucket.grad_dtype = grad_dtype
+    return kernels._constants(bucket, getattr(kernels, VARIANTS[name][0]), VARIANTS[name][1])
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,8 @@ def compile_for(kernels):
 
     names = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
-    def run(name, dtype, target):
-        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, dtype)
+    def run(name, dtype, grad_dtype, target):
+        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, dtype, grad_dtype)
         n = len(kernel.arg_names) - len(constants)
         signature = {arg: names.get(kernels._TYPES.get(arg), "*u8") for arg in kernel.arg_names[:n]}
         signature.update({arg: "i32" for arg in signature if arg not in kernels._TYPES})
@@ -99,7 +100,7 @@ def compile_for(kernels):
 
 
 def loops(ptx):
-    """The accesses to global memory in each loop without a loop inside: Counters of ("ld" or "st", bytes)."""
+    """The text of each loop without a loop inside."""
     lines, labels, spans = ptx.splitlines(), {}, []
     for i, line in enumerate(lines):
         if label := re.match(r"(\$\w+):", line):
@@ -107,10 +108,11 @@ def loops(ptx):
         elif (jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)) and jump[1] in labels:
             spans.append((labels[jump[1]], i))
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [Counter(accesses("\n".join(lines[first : last + 1]))) for first, last in inner]
+    return ["\n".join(lines[first : last + 1]) for first, last in inner]
 
 
 def accesses(ptx):
+    """The accesses to global memory: "ld" or "st", and bytes."""
     for what, vector, bits in re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\b", ptx):
         yield what, int(vector or 1) * int(bits) // 8
 
@@ -125,12 +127,21 @@ def resources(compiled):
     return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout + done.stderr)}
 
 
+PAIRS = [
+    *((dtype, dtype, target) for dtype in STORED for target in TARGETS),
+    *((*pair, MIXED_TARGET) for pair in sorted(ops.MIXED_DTYPES, key=str)),
+]
+
+
 @compiled_only
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"sm_{target}")
-@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize(
+    "dtype, grad_dtype, target", PAIRS, ids=[f"{str(d)[6:]}-{str(g)[6:]}-sm_{target}" for d, g, target in PAIRS]
+)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_compiled_kernels(kernels, compile_for, name, dtype, target):
-    compiled = compile_for(name, dtype, target)
+def test_compiled_kernels(kernels, compile_for, name, dtype, grad_dtype, target):
+    if name == "restore" and grad_dtype != dtype:
+        pytest.skip("reads no gradients")
+    compiled = compile_for(name, dtype, grad_dtype, target)
     ptx, (size, wide) = compiled.asm["ptx"], STORED[dtype]
     taken = resources(compiled)
     assert taken["STACK"] == taken["LOCAL"] == 0, f"spills: {taken}"
@@ -153,13 +164,20 @@ def test_compiled_kernels(kernels, compile_for, name, dtype, target):
     if not wide:
         assert (instructions(ptx, "div.rn.f32"), instructions(ptx, "sqrt.rn.f32")) == (divisions, roots)
 
-    # Full tiles of aligned tensors are read and written in 16 bytes, and in nothing else.
-    per_tensor = elements * size // 16
-    main = [loop for loop in loops(ptx) if loop and all(width == 16 for _, width in loop)]
-    expected = [{("ld", 16): r * per_tensor, ("st", 16): w * per_tensor} for r, w in VARIANTS[name][3]]
-    assert sorted(map(sorted_items, main)) == sorted(map(sorted_items, expected))
+    # Full tiles of aligned tensors are read and written in 16 bytes, a gradient narrower than the weights in 8, and
+    # nothing is exchanged between threads.
+    per_tensor, width = elements * size // 16, 8 if grad_dtype.itemsize < size else 16
+    per_gradient = elements * grad_dtype.itemsize // width
+    main = [Counter(accesses(loop)) for loop in loops(ptx) if not re.search(r"\.shared|bar\.sync", loop)]
+    for reads, writes in VARIANTS[name][3]:
+        expected = Counter({("ld", 16): reads * per_tensor, ("st", 16): writes * per_tensor})
+        if reads > 1:  # a copy reads no gradient
+            expected += Counter({("ld", width): per_gradient})
+            expected -= Counter({("ld", 16): per_tensor})
+        assert main.count(expected) == 1, f"{expected} of {main}"
     if name == "grad_norm":  # no loop: a chunk's 4 rows at once, the gradient alone or with the weights
-        assert Counter(accesses(ptx))["ld", 16] == (1 + 2) * 4 * per_tensor
+        rows = 4 * elements * grad_dtype.itemsize // 16
+        assert Counter(accesses(ptx))["ld", 16] == 2 * rows + 4 * per_tensor
         assert "ld.global.cg" in ptx
     # A program arrives after all that it read and wrote before, in all its threads.
     arrival = re.search(r"\batom[.\w]*\.acq_rel[.\w]*\.add\.", ptx)
@@ -169,10 +187,6 @@ def test_compiled_kernels(kernels, compile_for, name, dtype, target):
         assert before.rfind("bar.sync") > max(before.rfind("ld.global"), before.rfind("st.global"))
     if name == "perturb_":
         assert "0d3D719799812DEA11" in ptx, "NORM_EPS is not the float64 nearest to 1e-12"
-
-
-def sorted_items(counter):
-    return sorted(counter.items())
 
 
 def instructions(ptx, name):
@@ -291,6 +305,18 @@ def test_three_launches_a_step_for_all_tensors_and_groups(kernels, notes):
 
 
 @compiled_only
+def test_a_capture_before_the_first_step_is_refused(kernels, notes, monkeypatch):
+    bucket = bucket_of([5, 8192])
+    bucket.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    grads, sums = [torch.ones_like(p) for p in bucket.params], torch.zeros(2, dtype=torch.float64)
+    for operation, args in ((kernels.grad_norm, [sums]), (kernels.perturb_, [sums]), (kernels.update_, [])):
+        with pytest.raises(RuntimeError, match="FusedSAM: take a step like it before a CUDA graph is captured"):
+            operation(bucket, grads, *args)
+    assert not notes.launches and not bucket.perturbed.any()
+
+
+@compiled_only
 def test_large_buckets_take_a_program_a_chunk(kernels, notes):
     for chunks, split in ((1023, 4), (1024, 2), (2047, 2), (2048, 1)):
         bucket = bucket_of([8192])
@@ -378,18 +404,21 @@ def test_a_captured_step_reads_its_own_addresses_and_new_values():
 
     take(*grads[:2])
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, same = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # addresses that are nowhere on the device yet
         take(*grads[2:])
+    with torch.cuda.graph(same):  # those of the eager step: its tables are shared
+        take(*grads[:2])
     others = [torch.nn.Parameter(p.detach().cpu()) for p in params]
     twin = fastsam.FusedSAM(others, torch.optim.SGD, rho=0.1, lr=0.5, momentum=0.9, backend="reference")
     twin.load_state_dict(opt.state_dict())
-    take(*grads[:2])  # other addresses, eagerly: the graph's tables must stay
+    take(*grads[2:])  # eagerly: the tables of both graphs must stay
     graph.replay()
     opt.param_groups[0]["lr"] = 0.25
     opt.refresh()
+    same.replay()
     graph.replay()
-    for lr, first, second in ((0.5, *grads[:2]), (0.5, *grads[2:]), (0.25, *grads[2:])):
+    for lr, first, second in ((0.5, *grads[2:]), (0.5, *grads[2:]), (0.25, *grads[:2]), (0.25, *grads[2:])):
         twin.param_groups[0]["lr"] = lr
         for p, g in zip(others, first, strict=True):
             p.grad = g.cpu()

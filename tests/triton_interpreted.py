@@ -9,6 +9,7 @@ from __future__ import annotations
 import cases
 import pytest
 import rounding
+import test_layouts
 import test_native
 import torch
 from cases import ADAM_CONFIGS, CONFIGS, SGD_CONFIGS, Config
@@ -25,6 +26,7 @@ from torch.nn import Parameter
 
 from fastsam import ops
 from fastsam.ops import reference
+from fastsam.rules import LR_FLOAT64, Row
 
 kernels = ops.operations("triton")
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = rounding.DTYPES
@@ -48,6 +50,26 @@ def one_rounding() -> bool:
 FUSES = one_rounding()
 
 
+def two_roundings(a, b, c):
+    """What `tl.fma` is in the interpreter of Triton 3.6: the plan has to round as often to get the same bits."""
+    return a * b + c
+
+
+@pytest.fixture
+def hints(monkeypatch):
+    """The interpreter reads at any address; on a GPU an alignment that does not hold is an error."""
+    plain, given = kernels._pointer, set()
+
+    def pointer(address, start, STORAGE, ALIGN):
+        align, at = int(getattr(ALIGN, "value", ALIGN)), address.handle.data.item()
+        given.add((str(getattr(STORAGE, "value", STORAGE)), align))
+        assert align == 0 or at % align == 0, f"{at:#x} is not a multiple of {align}"
+        return plain(address, start, STORAGE, ALIGN)
+
+    monkeypatch.setattr(kernels, "_pointer", pointer)
+    return given
+
+
 @pytest.fixture(autouse=True)
 def isa(monkeypatch):
     """The imported tests, and rounding.run, call `native`; their buckets lack what only this backend reads."""
@@ -62,14 +84,8 @@ def isa(monkeypatch):
     for module in (rounding, test_native):
         monkeypatch.setattr(module, "native", kernels)
         monkeypatch.setattr(module, "bucket_of", bucket_of)
-    if not FUSES:  # an ulp in each sum and product reaches everything after it
-        monkeypatch.setattr(test_native, "assert_same", torch.testing.assert_close)
-
-
-def run_and_check(bucket, option, dtype, place=lambda grad: grad):
-    if not FUSES:
-        pytest.skip("this Triton's interpreter rounds tl.fma twice; test_whole_steps_against_the_reference compares")
-    check_steps(bucket, option, dtype, place)
+        if not FUSES:
+            monkeypatch.setattr(module, "fma", two_roundings)
 
 
 # ---- Tables of addresses, against the rounding plan.
@@ -77,7 +93,7 @@ def run_and_check(bucket, option, dtype, place=lambda grad: grad):
 
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name.startswith(("sgd", "adam"))])
 def test_three_sam_steps_follow_the_plan(option):
-    run_and_check(fresh_bucket(option, FLOAT32), option, FLOAT32)
+    check_steps(fresh_bucket(option, FLOAT32), option, FLOAT32)
 
 
 @pytest.mark.parametrize(
@@ -86,15 +102,86 @@ def test_three_sam_steps_follow_the_plan(option):
     ids=str,
 )
 def test_three_sam_steps_in_other_precisions(dtype, option):
-    run_and_check(fresh_bucket(option, dtype), option, dtype)
+    check_steps(fresh_bucket(option, dtype), option, dtype)
 
 
+@pytest.mark.usefixtures("hints")
 @pytest.mark.parametrize(
     "dtype, at_p, at_g", [(FLOAT32, 16, 8), (FLOAT32, 12, 12), (BFLOAT16, 8, 24), (BFLOAT16, 2, 6)], ids=str
 )
 def test_any_alignment(dtype, at_p, at_g):
     bucket = fresh_bucket("sgd-dampening", dtype, lambda n, dtype: shifted(n, dtype, at_p))
-    run_and_check(bucket, "sgd-dampening", dtype, lambda g: copied(shifted(len(g), dtype, at_g), g))
+    check_steps(bucket, "sgd-dampening", dtype, lambda g: copied(shifted(len(g), dtype, at_g), g))
+
+
+FEW = [0, 65, 8193]
+
+
+def few_bucket(option, dtype, make=shifted):
+    params = [copied(make(n, dtype), rounding.values(n, dtype, i)) for i, n in enumerate(FEW)]
+    return rounding.bucket_of(params, option)
+
+
+# Where weights and gradients lie, in bytes, and what the gradients' full tiles are then said to be multiples of.
+MIXED = [
+    (FLOAT32, BFLOAT16, 16, 8, 8),
+    (FLOAT32, BFLOAT16, 8, 16, 4),
+    (FLOAT32, BFLOAT16, 16, 2, 0),
+    (FLOAT32, FLOAT16, 16, 4, 4),
+    (BFLOAT16, FLOAT32, 16, 16, 16),
+    (BFLOAT16, FLOAT32, 16, 8, 8),
+    (FLOAT16, FLOAT32, 2, 4, 0),
+]
+
+
+@pytest.mark.parametrize("dtype, grad_dtype, at_p, at_g, align", MIXED, ids=str)
+def test_gradients_of_another_dtype_at_any_alignment(hints, dtype, grad_dtype, at_p, at_g, align):
+    """The bits that gradients of the weights' dtype give, for values that both dtypes have."""
+    mixed, plain = few_bucket("adamw", dtype, lambda n, dtype: shifted(n, dtype, at_p)), few_bucket("adamw", dtype)
+    mixed.grad_dtype = grad_dtype
+    half = min(dtype, grad_dtype, key=lambda dtype: dtype.itemsize)
+    exact = [[rounding.values(n, half, seed + n) for n in FEW] for seed in (1, 2)]
+    given = [[copied(shifted(len(g), grad_dtype, at_g), g) for g in grads] for grads in exact]
+    sums = rounding.run(mixed, *given)[0]
+    assert max(multiple for storage, multiple in hints if storage == str(kernels._STORAGE[grad_dtype])) == align
+    assert sums == rounding.run(plain, *([g.to(dtype) for g in grads] for grads in exact))[0]
+    for a, b in zip(mixed.params + mixed.states[1], plain.params + plain.states[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype, grad_dtype", [(FLOAT32, BFLOAT16), (FLOAT16, FLOAT32)], ids=str)
+def test_no_access_beyond_a_gradient_of_another_dtype(dtype, grad_dtype):
+    bucket = few_bucket("sgd", dtype)
+    bucket.grad_dtype = grad_dtype
+    for at_end in (True, False):
+        grads = [
+            copied(guarded(n, grad_dtype, at_end) if n else shifted(n, grad_dtype), rounding.values(n, FLOAT32, n))
+            for n in FEW
+        ]
+        rounding.run(bucket, grads, grads)
+
+
+test_gradients_of_another_dtype = pytest.mark.parametrize("backend", ["triton"])(
+    test_layouts.test_gradients_of_another_dtype
+)
+
+
+@pytest.mark.parametrize("lr_dtype", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize("option", ["sgd-nesterov-maximize", "adamw"])
+def test_a_tensor_lr_is_read_where_it_is(option, lr_dtype):
+    lr, plain, told = torch.empty(1, dtype=lr_dtype), few_bucket(option, FLOAT32), few_bucket(option, FLOAT32)
+    for bucket, column in ((told, Row._fields.index("lr_address")), (plain, Row._fields.index("lr"))):
+        bucket.row_table[:, Row._fields.index("lr")] = 0.0
+        bucket.row_table[:, column] = float(lr.data_ptr())
+    told.row_table[:, Row._fields.index("flags")] += LR_FLOAT64 * (lr_dtype == FLOAT64)
+    for value in (0.07, 0.013):  # the table stays as it is
+        lr.fill_(value)
+        plain.row_table[:, Row._fields.index("lr")] = lr.double()
+        for bucket in (told, plain):
+            rounding.run(bucket, grads_of(1, FEW), grads_of(2, FEW))
+    for a, b in zip(told.params + told.states[0], plain.params + plain.states[0], strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(plain.params[-1], rounding.values(FEW[-1], FLOAT32, len(FEW) - 1))
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
@@ -107,7 +194,7 @@ def test_no_access_beyond_any_tensor(at_end):
     bucket.backups = [torch.full_like(make(len(p), FLOAT32), float("nan")) for p in bucket.params]
     bucket.states = [[copied(make(len(s), FLOAT32), s) for s in state] for state in bucket.states]
     point(bucket)
-    run_and_check(bucket, option, FLOAT32, lambda g: copied(make(len(g), FLOAT32), g))
+    check_steps(bucket, option, FLOAT32, lambda g: copied(make(len(g), FLOAT32), g))
 
 
 @pytest.mark.parametrize("split", [2, 4])
@@ -115,7 +202,7 @@ def test_any_number_of_programs_a_chunk(monkeypatch, split):
     bucket = fresh_bucket("adamw", FLOAT32)
     monkeypatch.setattr(kernels, "_PROGRAMS", split * len(bucket.chunk_table) - 1)
     assert kernels._split(bucket) == split
-    run_and_check(bucket, "adamw", FLOAT32)
+    check_steps(bucket, "adamw", FLOAT32)
     assert bucket.kept.tickets.tolist() == [0, 0]
 
 
@@ -153,10 +240,11 @@ def test_partial_sums_are_added_in_the_canonical_order(n_chunks):
     partials[0] = 0.0  # what the only program here writes: its segment has no gradient
     bucket, out = fresh_bucket("sgd", FLOAT32), torch.zeros(3, dtype=torch.float64)
     bucket.chunk_table = bucket.chunk_table[:1].repeat(n_chunks, 1)
-    own = kernels._own(bucket)
     tables = bucket.segment_table, bucket.chunk_table, torch.zeros_like(bucket.grad_table), bucket.row_table
-    args = *tables, partials, own.tickets[:1], out, 1, n_chunks
-    kernels._launch(bucket, kernels._grad_norm_kernel, 1, args, kernels._types(bucket))
+    ticket = torch.zeros(1, dtype=torch.int32)
+    constants = kernels._constants(bucket, kernels._grad_norm_kernel, ())
+    launch = kernels._launcher(kernels._grad_norm_kernel, bucket.device, 1, constants)
+    launch(*tables, partials, ticket, out, 1, n_chunks)
     assert out.tolist() == [0.0, reference._slot_sum(partials).item(), 0.0]
 
 
@@ -179,8 +267,69 @@ def test_tables_are_uploaded_only_when_a_value_changed(monkeypatch):
     assert own.rows.copy.tolist() == bucket.row_table.tolist()
 
 
-def grads_of(seed):
-    return [rounding.values(n, FLOAT32, seed) for n in SIZES]
+def test_what_a_captured_graph_reads_is_never_written_again(monkeypatch):
+    """A capture as the host sees it: the kernels run at once here, a GPU's at each replay."""
+    capturing, launches, plain = False, [], kernels._launcher
+
+    def launcher(*args):
+        launch = plain(*args)
+
+        def note(*args):
+            if capturing:
+                launches.append(args)
+            launch(*args)
+
+        return note
+
+    def upload(self, table):
+        assert not capturing, "a graph must not copy from the host's memory"
+        uploads(self, table)
+
+    uploads = kernels._Mirror._upload
+    monkeypatch.setattr(kernels, "_launcher", launcher)
+    monkeypatch.setattr(kernels, "_capturing", lambda device: capturing)
+    monkeypatch.setattr(kernels._Mirror, "_upload", upload)
+    bucket, twin = few_bucket("adamw", FLOAT32), few_bucket("adamw", FLOAT32)
+    eager, captured = [grads_of(1, FEW), grads_of(2, FEW)], [grads_of(3, FEW), grads_of(4, FEW)]
+    captured[0][1] = None
+    capturing = True
+    with pytest.raises(RuntimeError, match="take a step like it before a CUDA graph is captured"):
+        kernels.grad_norm(bucket, eager[0], torch.zeros(2, dtype=torch.float64))
+    steps = [(False, eager), (True, captured), (True, eager), (False, captured), (False, eager)]
+    read = []
+    for capturing, (first, second) in steps:
+        rounding.run(bucket, first, second)
+        if capturing:
+            (_, _, ascent, rows, *_), (_, _, same, _, *_), (_, _, descent, _, perturbed, *_) = launches[-3:]
+            for table, grads in ((ascent, first), (same, first), (descent, second)):
+                assert table.tolist() == [0 if g is None else g.data_ptr() or 64 for g in grads]
+            assert perturbed.tolist() == [g is not None for g in first] and rows is bucket.kept.rows.copy
+            read += [(table, table.clone()) for table in (ascent, same, descent, perturbed)]
+        assert all(table.equal(values) for table, values in read)
+    assert len(read) == 8 and not capturing
+    for _, grads in steps:
+        rounding.run(twin, *grads)
+    for a, b in zip(bucket.params + bucket.states[1], twin.params + twin.states[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_captured_step_reads_changed_values_only_after_a_refresh(monkeypatch):
+    bucket = few_bucket("sgd-dampening", FLOAT32)
+    rounding.run(bucket, grads_of(1, FEW), grads_of(2, FEW))
+    monkeypatch.setattr(kernels, "_capturing", lambda device: True)
+    bucket.row_table[:, 0] *= 0.5
+    with pytest.raises(RuntimeError, match=r"call optimizer.refresh\(\) after changing them"):
+        rounding.run(bucket, grads_of(3, FEW), grads_of(4, FEW))
+    assert not bucket.perturbed.any()
+    bucket.kept.rows(bucket.row_table)  # as Bucket.upload does
+    rounding.run(bucket, grads_of(3, FEW), grads_of(4, FEW))
+    bucket.rule, bucket.rows = None, []
+    with pytest.raises(RuntimeError, match="all kernels are loaded"):
+        kernels.update_(bucket, [None] * len(FEW))
+
+
+def grads_of(seed, sizes=SIZES):
+    return [rounding.values(n, FLOAT32, seed) for n in sizes]
 
 
 # ---- Whole steps.
@@ -189,6 +338,7 @@ NAMES = ["matrix", "empty", "63", "1025", "above a chunk", "transposed", "64"]
 STEPS_TAKEN = 6  # thaws "64" and freezes "matrix"
 
 
+@pytest.mark.usefixtures("hints")
 @pytest.mark.parametrize("config, dtype", [
     *((config, FLOAT32) for config in SGD_CONFIGS + ADAM_CONFIGS),
     *((c, dtype) for c in CONFIGS if c.name in ("groups", "adamw_groups") for dtype in (BFLOAT16, FLOAT16, FLOAT64)),

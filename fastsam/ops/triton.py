@@ -11,12 +11,12 @@ alignment. So a kernel is compiled once for its dtype and rule, whatever the num
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from ctypes import string_at
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
@@ -37,14 +37,17 @@ COUNTED = tl.constexpr(256)  # segments whose step counts are advanced at once
 
 # Columns of the tables: `Bucket` says what they hold, `rules.Row` what a row has.
 WEIGHT, BACKUP, STATE0, STATE1, STATE2, STEP, GROUP = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 6, 7))
+SEGMENT_COLUMNS = tl.constexpr(8)
 LR, WEIGHT_DECAY, BETA1, BETA2, EPS, RHO, ETA, FLAGS = (tl.constexpr(i) for i in range(8))
-WIDTH = tl.constexpr(8)  # columns of the segment table and of the row table
+LR_ADDRESS = tl.constexpr(rules.Row._fields.index("lr_address"))
+ROW_COLUMNS = tl.constexpr(len(rules.Row._fields))
 
 ADAPTIVE = tl.constexpr(rules.ADAPTIVE)
 NESTEROV = tl.constexpr(rules.NESTEROV)
 MAXIMIZE = tl.constexpr(rules.MAXIMIZE)
 DECOUPLED = tl.constexpr(rules.DECOUPLED)
 AMSGRAD = tl.constexpr(rules.AMSGRAD)
+LR_FLOAT64 = tl.constexpr(rules.LR_FLOAT64)
 NO_RULE = tl.constexpr(-1)
 SGD = tl.constexpr(rules.SGD.code)
 ADAM = tl.constexpr(rules.ADAM.code)
@@ -61,6 +64,25 @@ def _pointer(address, start, STORAGE: tl.constexpr, ALIGN: tl.constexpr):
     if ALIGN > 0:
         pointer = tl.multiple_of(pointer, ALIGN)
     return pointer + start
+
+
+@triton.jit
+def _direction(address, start, STORAGE: tl.constexpr, GRAD: tl.constexpr, ALIGN: tl.constexpr):
+    # Where the gradient is. Narrower than the weights (GRAD below STORAGE), it is read in as many elements at once as
+    # they are, not in as many bytes: all operands then lie in the same threads, and nothing is exchanged between these.
+    if GRAD.primitive_bitwidth < STORAGE.primitive_bitwidth:
+        return _pointer(address, start, GRAD, ALIGN // 2)
+    else:
+        return _pointer(address, start, GRAD, ALIGN)
+
+
+@triton.jit
+def _low_bits(weight, grad, STORAGE: tl.constexpr, GRAD: tl.constexpr):
+    # Zero modulo ALIGN where `_pointer` and `_direction` may be told ALIGN.
+    if GRAD.primitive_bitwidth < STORAGE.primitive_bitwidth:
+        return weight | (grad * 2)
+    else:
+        return weight | grad
 
 
 @triton.jit
@@ -182,6 +204,19 @@ def _flag(row, FLAG: tl.constexpr):
 
 
 @triton.jit
+def _lr(row):
+    # A tensor lr is read where it is: whoever changes it need not tell a captured graph.
+    lr = tl.load(row + LR)
+    address = tl.load(row + LR_ADDRESS).to(tl.int64)
+    if address != 0:
+        if _flag(row, LR_FLOAT64):
+            lr = tl.load(address.to(tl.pointer_type(tl.float64)))
+        else:
+            lr = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return lr
+
+
+@triton.jit
 def _chunk(chunks, chunk, n_chunks):
     # Segment, first element and length; no elements where there is no such chunk (a bucket of empty tensors).
     there = chunk < n_chunks
@@ -223,9 +258,12 @@ def _steepest(w, g, eta):
 
 
 @triton.jit
-def _chunk_sum(weight, grad, start, length, row, STORAGE: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr):
+def _chunk_sum(
+    weight, grad, start, length, row,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     # The canonical sum of squares of a chunk.
-    w, g = _pointer(weight, start, STORAGE, ALIGN), _pointer(grad, start, STORAGE, ALIGN)
+    w, g = _pointer(weight, start, STORAGE, ALIGN), _pointer(grad, start, GRAD, ALIGN)
     lanes = tl.arange(0, LANES)
     acc = tl.zeros([LANES], WIDE)
     if _flag(row, ADAPTIVE):
@@ -243,8 +281,9 @@ def _chunk_sum(weight, grad, start, length, row, STORAGE: tl.constexpr, WIDE: tl
 
 @triton.jit(do_not_specialize=list(range(9)))
 def _grad_norm_kernel(
-    segments, chunks, grads, rows, partials, ticket, out, slot, n_chunks, STORAGE: tl.constexpr, WIDE: tl.constexpr
-):
+    segments, chunks, grads, rows, partials, ticket, out, slot, n_chunks,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Write `sum((T g)^2)` into `out[slot]`; T = 1 (SAM) or abs(w) + eta (ASAM). One program a chunk.
 
     Reads n (2n adaptive) elements, writes one partial sum a chunk; the last program adds these up.
@@ -254,12 +293,12 @@ def _grad_norm_kernel(
     grad = tl.load(grads + segment)
     total = tl.full([], 0.0, tl.float64)
     if (grad != 0) & (length > 0):
-        weight = tl.load(segments + WIDTH * segment + WEIGHT)
-        row = rows + WIDTH * tl.load(segments + WIDTH * segment + GROUP)
+        weight = tl.load(segments + SEGMENT_COLUMNS * segment + WEIGHT)
+        row = rows + ROW_COLUMNS * tl.load(segments + SEGMENT_COLUMNS * segment + GROUP)
         if ((weight | grad) % 16 == 0) & (length == CHUNK):
-            total = _chunk_sum(weight, grad, start, length, row, STORAGE, WIDE, 16).to(tl.float64)
+            total = _chunk_sum(weight, grad, start, length, row, STORAGE, GRAD, WIDE, 16).to(tl.float64)
         else:
-            total = _chunk_sum(weight, grad, start, length, row, STORAGE, WIDE, 0).to(tl.float64)
+            total = _chunk_sum(weight, grad, start, length, row, STORAGE, GRAD, WIDE, 0).to(tl.float64)
     tl.store(partials + chunk, total, mask=chunk < n_chunks)
     if _arrive(ticket):
         lanes = tl.arange(0, SLOTS)
@@ -320,9 +359,9 @@ def _climb(w, g, climb):
 @triton.jit
 def _perturb_tiles(
     weight, backup, grad, start, tile, end, length, climb,
-    STORAGE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    w, g = _pointer(weight, start, STORAGE, ALIGN), _pointer(grad, start, STORAGE, ALIGN)
+    w, g = _pointer(weight, start, STORAGE, ALIGN), _direction(grad, start, STORAGE, GRAD, ALIGN)
     kept = _pointer(backup, start, STORAGE, 16)
     while tile < end:
         o = tile * TILE + tl.arange(0, TILE)
@@ -336,7 +375,7 @@ def _perturb_tiles(
 @triton.jit(do_not_specialize=list(range(8)))
 def _perturb_kernel(
     segments, chunks, grads, rows, sums, n_sums, n_chunks, split,
-    STORAGE: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Back the weights up and climb: w <- w + e(w), e = rho T^2 g / (norm + NORM_EPS). `split` programs a chunk.
 
@@ -349,21 +388,22 @@ def _perturb_kernel(
     start, tile, full, end, length = span
     grad = tl.load(grads + index)
     if (grad != 0) & (tile < end):
-        weight = tl.load(segments + WIDTH * index + WEIGHT)
-        backup = tl.load(segments + WIDTH * index + BACKUP)
-        row = rows + WIDTH * tl.load(segments + WIDTH * index + GROUP)
+        weight = tl.load(segments + SEGMENT_COLUMNS * index + WEIGHT)
+        backup = tl.load(segments + SEGMENT_COLUMNS * index + BACKUP)
+        row = rows + ROW_COLUMNS * tl.load(segments + SEGMENT_COLUMNS * index + GROUP)
         scale = _perturbation_scale(row, sums, n_sums, WIDE)
         if scale == 0:  # a branch, never a product: 0 * inf is NaN
             _copy(backup, weight, span, STORAGE, TILE)
         else:
             climb = scale, tl.load(row + ETA).to(WIDE), _flag(row, ADAPTIVE)
-            if (weight | grad) % 16 == 0:
-                _perturb_tiles(weight, backup, grad, start, tile, full, length, climb, STORAGE, TILE, 16)
+            bits = _low_bits(weight, grad, STORAGE, GRAD)
+            if bits % 16 == 0:
+                _perturb_tiles(weight, backup, grad, start, tile, full, length, climb, STORAGE, GRAD, TILE, 16)
                 tile = full
-            elif (weight | grad) % 8 == 0:
-                _perturb_tiles(weight, backup, grad, start, tile, full, length, climb, STORAGE, TILE, 8)
+            elif bits % 8 == 0:
+                _perturb_tiles(weight, backup, grad, start, tile, full, length, climb, STORAGE, GRAD, TILE, 8)
                 tile = full
-            _perturb_tiles(weight, backup, grad, start, tile, end, length, climb, STORAGE, TILE, 0)
+            _perturb_tiles(weight, backup, grad, start, tile, end, length, climb, STORAGE, GRAD, TILE, 0)
 
 
 # Update.
@@ -379,7 +419,7 @@ def _gradient(g, factors):
 
 @triton.jit
 def _sgd_scalars(row, step, WIDE: tl.constexpr):
-    lr, weight_decay = tl.load(row + LR), tl.load(row + WEIGHT_DECAY)
+    lr, weight_decay = _lr(row), tl.load(row + WEIGHT_DECAY)
     momentum, dampening = tl.load(row + BETA1), tl.load(row + BETA2)
     return (
         (-lr).to(WIDE),
@@ -405,7 +445,7 @@ def _sgd(w, g, buf, scalars, STATES: tl.constexpr):
 
 @triton.jit
 def _adam_scalars(row, step, WIDE: tl.constexpr):
-    lr, weight_decay = tl.load(row + LR), tl.load(row + WEIGHT_DECAY)
+    lr, weight_decay = _lr(row), tl.load(row + WEIGHT_DECAY)
     beta1, beta2 = tl.load(row + BETA1), tl.load(row + BETA2)
     t = step.to(tl.int32) + 1  # the count of the step being made
     correction1, correction2 = 1.0 - _power(beta1, t), 1.0 - _power(beta2, t)
@@ -444,10 +484,11 @@ def _adam(w, g, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, STATES: tl.constex
 @triton.jit
 def _update_tiles(
     segment, source, grad, start, tile, end, length, factors, scalars,
-    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    to = _pointer(tl.load(segment + WEIGHT), start, STORAGE, ALIGN)
-    source, grad = _pointer(source, start, STORAGE, ALIGN), _pointer(grad, start, STORAGE, ALIGN)
+    to, source = _pointer(tl.load(segment + WEIGHT), start, STORAGE, ALIGN), _pointer(source, start, STORAGE, ALIGN)
+    grad = _direction(grad, start, STORAGE, GRAD, ALIGN)
     if STATES > 0:
         state0 = _pointer(tl.load(segment + STATE0), start, STORAGE, 16)
     if STATES > 1:
@@ -482,21 +523,23 @@ def _update_tiles(
 @triton.jit
 def _update_part(
     segment, source, grad, span, factors, scalars,
-    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, TILE: tl.constexpr,
+    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     start, tile, full, end, length = span
-    bits = tl.load(segment + WEIGHT) | source | grad
+    bits = _low_bits(tl.load(segment + WEIGHT) | source, grad, STORAGE, GRAD)
     if bits % 16 == 0:
         _update_tiles(
-            segment, source, grad, start, tile, full, length, factors, scalars, RULE, STATES, STORAGE, TILE, 16
+            segment, source, grad, start, tile, full, length, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE, 16
         )
         tile = full
     elif bits % 8 == 0:
         _update_tiles(
-            segment, source, grad, start, tile, full, length, factors, scalars, RULE, STATES, STORAGE, TILE, 8
+            segment, source, grad, start, tile, full, length, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE, 8
         )
         tile = full
-    _update_tiles(segment, source, grad, start, tile, end, length, factors, scalars, RULE, STATES, STORAGE, TILE, 0)
+    _update_tiles(
+        segment, source, grad, start, tile, end, length, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE, 0
+    )
 
 
 @triton.jit
@@ -508,9 +551,9 @@ def _count(segments, grads, rows, n_segments, RULE: tl.constexpr):
         there = segment < n_segments
         counts = tl.load(grads + segment, mask=there, other=0) != 0
         if RULE == SGD:
-            group = tl.load(segments + WIDTH * segment + GROUP, mask=there, other=0)
-            counts = counts & (tl.load(rows + WIDTH * group + BETA1, mask=there, other=0.0) != 0)
-        step = tl.load(segments + WIDTH * segment + STEP, mask=there, other=0).to(tl.pointer_type(tl.float32))
+            group = tl.load(segments + SEGMENT_COLUMNS * segment + GROUP, mask=there, other=0)
+            counts = counts & (tl.load(rows + ROW_COLUMNS * group + BETA1, mask=there, other=0.0) != 0)
+        step = tl.load(segments + SEGMENT_COLUMNS * segment + STEP, mask=there, other=0).to(tl.pointer_type(tl.float32))
         tl.store(step, tl.load(step, mask=counts, other=0.0) + 1.0, mask=counts)
         i += COUNTED
 
@@ -518,7 +561,8 @@ def _count(segments, grads, rows, n_segments, RULE: tl.constexpr):
 @triton.jit(do_not_specialize=list(range(12)))
 def _update_kernel(
     segments, chunks, grads, rows, perturbed, ticket, grad_scale, found_inf, clip, n_segments, n_chunks, split,
-    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Return to the old weights and take the base optimizer's step from there. `split` programs a chunk.
 
@@ -535,7 +579,7 @@ def _update_kernel(
     LEAST: tl.constexpr = 0 if RULE == SGD else 2  # what its other groups have
     part = tl.program_id(0)
     index, span = _part(chunks, part, split, n_chunks, TILE)
-    segment = segments + WIDTH * index
+    segment = segments + SEGMENT_COLUMNS * index
     grad = tl.load(grads + index)
     restores = tl.load(perturbed + index) != 0
     backup = tl.load(segment + BACKUP)
@@ -550,7 +594,7 @@ def _update_kernel(
             if overflow == 0:
                 _count(segments, grads, rows, n_segments, RULE)
         if (grad != 0) & (overflow == 0):
-            row = rows + WIDTH * tl.load(segment + GROUP)
+            row = rows + ROW_COLUMNS * tl.load(segment + GROUP)
             source = tl.where(restores, backup, tl.load(segment + WEIGHT))
             inverse = (1.0 / tl.load(grad_scale).to(tl.float64)).to(WIDE)
             factors = tl.where(_flag(row, MAXIMIZE), -inverse, inverse), tl.load(clip).to(WIDE)
@@ -561,11 +605,11 @@ def _update_kernel(
                 scalars = _adam_scalars(row, step, WIDE)
                 least = _flag(row, AMSGRAD) == 0
             if STATES == LEAST:
-                _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, TILE)
+                _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, GRAD, TILE)
             elif least:
-                _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, TILE)
+                _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, GRAD, TILE)
             else:
-                _update_part(segment, source, grad, span, factors, scalars, RULE, STATES, STORAGE, TILE)
+                _update_part(segment, source, grad, span, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE)
         elif restores:
             _copy(tl.load(segment + WEIGHT), backup, span, STORAGE, TILE)
 
@@ -588,7 +632,7 @@ INTERPRETED = not isinstance(_update_kernel, triton.JITFunction)
 @cache
 def reason() -> str | None:
     """Why the kernels cannot be used here and what to do, or None if they can."""
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    if _version() < (3, 6):
         return f"it needs triton >= 3.6, this is {triton.__version__}"
     if INTERPRETED:
         late = isinstance(tl.sum, triton.JITFunction)  # Triton's own functions were decorated before
@@ -600,24 +644,26 @@ def reason() -> str | None:
     return None
 
 
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def grad_norm(bucket: "Bucket", grads: Sequence[Tensor | None], out: Tensor) -> None:
     """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64."""
     own = _own(bucket)
-    n_chunks = len(bucket.chunk_table)
-    given = own.ascent(native._addresses(bucket, grads)), own.rows(bucket.row_table)
-    tables = bucket.segment_table, bucket.chunk_table, *given, bucket.partials, own.tickets[:1], out
-    _launch(bucket, _grad_norm_kernel, n_chunks, (*tables, bucket.slot, n_chunks), _types(bucket))
+    launch = own.launcher(bucket, _grad_norm_kernel, own.n_chunks)
+    tables = own.tables(bucket, own.ascent, native._addresses(bucket, grads))
+    launch(*tables, own.partials, own.norm_ticket, _place(out), bucket.slot, own.n_chunks)
 
 
 def perturb_(bucket: "Bucket", grads: Sequence[Tensor | None], sums: Tensor) -> None:
     """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
     own = _own(bucket)
-    n_chunks, split = len(bucket.chunk_table), _split(bucket)
+    launch = own.launcher(bucket, _perturb_kernel, own.n_chunks * own.split)
     addresses = native._addresses(bucket, grads)
-    tables = bucket.segment_table, bucket.chunk_table, own.ascent(addresses), own.rows(bucket.row_table), sums
+    tables = own.tables(bucket, own.ascent, addresses)
     bucket.perturbed.logical_or_(addresses)
-    args = (*tables, len(sums), n_chunks, split)
-    _launch(bucket, _perturb_kernel, n_chunks * split, args, (*_types(bucket), _tile(bucket)))
+    launch(*tables, _place(sums), sums.shape[0], own.n_chunks, own.split)
 
 
 def update_(
@@ -633,21 +679,22 @@ def update_(
     grad_scale, found_inf: [] or [1] float32; clip: [] or [1] float64.
     """
     own = _own(bucket)
-    n_chunks, split = len(bucket.chunk_table), _split(bucket)
-    tables = (
-        bucket.segment_table,
-        bucket.chunk_table,
-        own.descent(native._addresses(bucket, grads)),
-        own.rows(bucket.row_table),
-        own.perturbed(bucket.perturbed.view(torch.uint8)),
-        own.tickets[1:],
+    launch = own.launcher(bucket, _update_kernel, own.n_chunks * own.split, *own.rule(bucket))
+    tables = own.tables(bucket, own.descent, native._addresses(bucket, grads))
+    perturbed = own.perturbed(bucket.perturbed, own.capturing)
+    scalars = (  # tensors, so that none is freed before the launch
         _scalar(bucket, "grad_scale", grad_scale, own.one),
         _scalar(bucket, "found_inf", found_inf, own.zero),
-        _scalar(bucket, "clip", clip, own.clip),
+        _scalar(bucket, "clip", clip, own.unclipped),
     )
-    args = (*tables, len(bucket.perturbed), n_chunks, split)
-    _launch(bucket, _update_kernel, n_chunks * split, args, (*_rule(bucket), *_types(bucket), _tile(bucket)))
+    numbers = own.n_segments, own.n_chunks, own.split
+    launch(*tables, perturbed, own.update_ticket, *map(_place, scalars), *numbers)
     bucket.perturbed.zero_()
+
+
+def _place(tensor: Tensor) -> Any:
+    """How a kernel is given a tensor: the launcher takes an address as it is, the interpreter wants the tensor."""
+    return tensor if INTERPRETED else tensor.data_ptr()
 
 
 class _Mirror:
@@ -659,75 +706,115 @@ class _Mirror:
     """
 
     def __init__(self, table: Tensor, device: torch.device, live: bool = False) -> None:
-        self.device, self.live = device, live
-        self.seen: Tensor | None = None
+        self.live = live
+        self.seen = b""  # what `copy` holds
         self.copy = torch.empty_like(table, device=device)
-        self.baked: list[Tensor] = []
-        self.spare = self._spare() if device.type == "cuda" else None
+        self.place = _place(self.copy)
+        self.shared = False  # whether a captured graph reads `copy`, too
+        self.baked: list[Tensor] = []  # what else captured graphs read
 
-    def __call__(self, table: Tensor) -> Tensor:
-        """The copy, holding the table's values."""
-        capturing = _capturing(self.device)
-        if self.seen is None or not torch.equal(self.seen, table):
-            self._upload(table, capturing)
-            self.seen = table.clone()
-        if capturing and not self.live:
+    def __call__(self, table: Tensor, capturing: bool = False) -> Any:
+        """Where the table's values are on the device."""
+        values = string_at(table.data_ptr(), table.nbytes)
+        if capturing:
+            return self._captured(table, values)
+        if values != self.seen:
+            self.seen = b""
+            self._upload(table)
+            self.seen = values
+        return self.place
+
+    def _upload(self, table: Tensor) -> None:
+        staging = table
+        if self.copy.is_cuda:
+            staging = torch.empty(table.shape, dtype=self.copy.dtype, pin_memory=True).copy_(table)
+        if self.shared:
             self.baked.append(self.copy)
-        return self.copy
+            self.copy, self.shared = torch.empty_like(self.copy), False
+            self.place = _place(self.copy)
+        self.copy.copy_(staging, non_blocking=True)
 
-    def _upload(self, table: Tensor, capturing: bool) -> None:
-        if self.device.type != "cuda":
-            self.copy.copy_(table)
-        elif capturing:
-            self._upload_beside(table)
-        else:
-            if self.baked and self.baked[-1] is self.copy:
-                self.copy = torch.empty_like(self.copy)
-            staging = torch.empty(table.shape, dtype=table.dtype, pin_memory=True).copy_(table)
-            self.copy.copy_(staging, non_blocking=True)
-            self.spare = self.spare or self._spare()
+    def _captured(self, table: Tensor, values: bytes) -> Any:
+        """Where a graph finds the values: it writes them itself unless they are on the device already.
 
-    def _spare(self) -> tuple[Tensor, Tensor, torch.cuda.Stream]:
-        staging = torch.empty(self.copy.shape, dtype=self.copy.dtype, pin_memory=True)
-        return staging, torch.empty_like(self.copy), torch.cuda.Stream(self.device)
-
-    def _upload_beside(self, table: Tensor) -> None:
-        """While a graph is captured: on another stream, so that the graph holds no copy from host memory."""
-        if self.spare is None:
-            raise RuntimeError("FusedSAM: take a step outside of CUDA graphs before another one is captured")
-        (staging, copy, stream), self.spare = self.spare, None
-        self.copy = self.copy if self.live else copy
-        with torch.cuda.stream(stream):
-            self.copy.copy_(staging.copy_(table), non_blocking=True)
-        stream.synchronize()
+        That takes nothing but kernels on the capturing stream, which have the values in their arguments: a replay reads
+        no memory of the host, and no call is made that a capture may forbid (to wait, to query an event, to allocate
+        pinned memory, to copy).
+        """
+        if values == self.seen:
+            self.shared = not self.live
+            return self.place
+        if self.live:
+            raise RuntimeError(
+                "FusedSAM: a captured step reads lr, rho and the other values of the groups from the device: call "
+                "optimizer.refresh() after changing them, before the capture and before each replay"
+            )
+        copy = torch.zeros_like(self.copy)
+        torch._foreach_add_(copy.unbind(), table.to(copy.dtype).tolist())
+        self.baked.append(copy)
+        return _place(copy)
 
 
 class _Own:
-    """What the kernels need of one bucket beside its tables."""
+    """What the kernels need of one bucket beside its tables, and what of a launch is the same in every step."""
 
     def __init__(self, bucket: "Bucket") -> None:
         device = bucket.device
-        self.tables = bucket.segment_table, bucket.chunk_table, bucket.row_table
+        self.known = bucket.segment_table, bucket.chunk_table, bucket.row_table
+        self.places = _place(bucket.segment_table), _place(bucket.chunk_table)
+        self.n_segments, self.n_chunks, self.split = len(bucket.perturbed), len(bucket.chunk_table), _split(bucket)
         # Apart for the two passes: each may have addresses of its own, step after step.
         self.ascent, self.descent = _Mirror(bucket.grad_table, device), _Mirror(bucket.grad_table, device)
         self.perturbed = _Mirror(bucket.perturbed.view(torch.uint8), device)
         self.rows = _Mirror(bucket.row_table, device, live=True)
         self.tickets = torch.zeros(2, dtype=torch.int32, device=device)
+        self.norm_ticket, self.update_ticket = _place(self.tickets[:1]), _place(self.tickets[1:])
+        self.partials = _place(bucket.partials)
         self.one, self.zero = torch.ones(1, device=device), torch.zeros(1, device=device)
-        self.clip = torch.ones(1, dtype=torch.float64, device=device)
+        self.unclipped = torch.ones(1, dtype=torch.float64, device=device)
+        self.launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self.rows_seen: Any = None
+        self.capturing = False  # asked at the start of every operation
 
     def serves(self, bucket: "Bucket") -> bool:
         """Whether the bucket's tables are still the ones this was made for."""
-        tables = bucket.segment_table, bucket.chunk_table, bucket.row_table
-        return all(a is b for a, b in zip(tables, self.tables, strict=True))
+        segments, chunks, rows = self.known
+        return segments is bucket.segment_table and chunks is bucket.chunk_table and rows is bucket.row_table
+
+    def tables(self, bucket: "Bucket", mirror: "_Mirror", addresses: Tensor) -> tuple[Any, ...]:
+        """What every kernel is given first: segments, chunks, the gradients' addresses, the groups' rows."""
+        return *self.places, mirror(addresses, self.capturing), self.rows(bucket.row_table, self.capturing)
+
+    def rule(self, bucket: "Bucket") -> tuple[int, int]:
+        """The rule's code, and how many states the kernel has to know; the groups' values decide, seldom anew."""
+        if bucket.rows is not self.rows_seen:
+            self.rows_seen, self.rule_and_states = bucket.rows, _rule(bucket)
+        return self.rule_and_states
+
+    def launcher(self, bucket: "Bucket", kernel: Any, programs: int, *rule: int) -> Callable[..., None]:
+        """What launches a kernel for this bucket, given its arguments; looked up, compiled and loaded once."""
+        key = id(kernel), bucket.grad_dtype, rule
+        launch = self.launchers.get(key)
+        if launch is None:
+            if self.capturing:  # no time to load a kernel
+                raise RuntimeError(_TOO_LATE)
+            launch = _launcher(kernel, bucket.device, programs, _constants(bucket, kernel, rule))
+            self.launchers[key] = launch
+        return launch
+
+
+_TOO_LATE = (
+    "FusedSAM: take a step like it before a CUDA graph is captured, so that all tables exist and all kernels are loaded"
+)
 
 
 def _own(bucket: "Bucket") -> _Own:
-    own = bucket.kept
+    own, capturing = bucket.kept, _capturing(bucket.device)
     if not isinstance(own, _Own) or not own.serves(bucket):
-        if _capturing(bucket.device):  # the tables would lie in the graph's memory
-            raise RuntimeError("FusedSAM: take a step before a CUDA graph is captured, so that all tables exist")
+        if capturing:  # the tables would lie in the graph's memory
+            raise RuntimeError(_TOO_LATE)
         own = bucket.kept = _Own(bucket)
+    own.capturing = capturing
     return own
 
 
@@ -745,13 +832,11 @@ def _scalar(bucket: "Bucket", name: str, value: Tensor | None, neutral: Tensor) 
     return value if value.device == bucket.device else value.to(bucket.device, non_blocking=True)
 
 
-def _types(bucket: "Bucket") -> tuple[tl.dtype, tl.dtype]:
-    """What the tensors hold, and what the kernels compute in."""
-    return _STORAGE[bucket.dtype], tl.float64 if bucket.dtype == torch.float64 else tl.float32
-
-
-def _tile(bucket: "Bucket") -> int:
-    return 512 if bucket.dtype == torch.float64 else 1024
+def _constants(bucket: "Bucket", kernel: Any, rule: tuple[int, ...]) -> tuple[Any, ...]:
+    """What the kernel is compiled for: the rule, what weights and gradients are stored as and computed in, the tile."""
+    double = bucket.dtype == torch.float64
+    tile = () if kernel is _grad_norm_kernel else (512 if double else 1024,)
+    return (*rule, _STORAGE[bucket.dtype], _STORAGE[bucket.grad_dtype], tl.float64 if double else tl.float32, *tile)
 
 
 def _rule(bucket: "Bucket") -> tuple[int, int]:
@@ -769,16 +854,27 @@ def _split(bucket: "Bucket") -> int:
     return 4 if 2 * n < _PROGRAMS else 2 if n < _PROGRAMS else 1
 
 
-def _launch(bucket: "Bucket", kernel: Any, programs: int, args: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
+def _launcher(kernel: Any, device: torch.device, programs: int, constants: tuple[Any, ...]) -> Callable[..., None]:
+    grid = max(programs, 1), 1, 1
     if INTERPRETED:
-        with numpy.errstate(all="ignore"):  # a GPU does not warn of infinities either
-            kernel[(max(programs, 1),)](*args, *constants)
-        return
-    with _on(bucket.device):
-        compiled = _compiled(kernel, bucket.device, constants)
-        # Addresses as integers: the launcher takes them as they are.
-        plain = (arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
-        compiled[(max(programs, 1), 1, 1)](*plain, *constants)
+        import numpy
+
+        def interpret(*args: Any) -> None:
+            with numpy.errstate(all="ignore"):  # a GPU does not warn of infinities either
+                kernel[grid](*args, *constants)
+
+        return interpret
+    with _on(device):
+        run = _compiled(kernel, device, constants)[grid]
+
+    def launch(*args: Any) -> None:
+        if device.type != "cuda" or torch.cuda.current_device() == device.index:
+            run(*args, *constants)
+        else:
+            with torch.cuda.device(device):
+                run(*args, *constants)
+
+    return launch
 
 
 @cache
@@ -791,8 +887,12 @@ def _compiled(kernel: Any, device: torch.device, constants: tuple[Any, ...]) -> 
 def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
     """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand."""
     options = {"num_warps": 8 if kernel is _grad_norm_kernel else 4, "enable_fp_fusion": False}
-    if kernel is _update_kernel and constants[1] > 2 and tl.float64 not in constants and torch.version.hip is None:
-        options["maxnreg"] = 128  # left alone, ptxas spills a value to get by with 96 registers
+    states = constants[1] if kernel is _update_kernel and tl.float64 not in constants else 0
+    if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers; 3.6's with 80
+        if states > 2:
+            options["maxnreg"] = 128
+        elif states > 1 and _version() < (3, 7):
+            options["maxnreg"] = 96
     return options
 
 
