@@ -92,6 +92,12 @@ FASTSAM_HD T maximum(T a, T b) {
   return (b > a) | (b != b) ? b : a;
 }
 
+// torch.sign: 0 for 0 and for NaN.
+template <class T>
+FASTSAM_HD T sign(T x) {
+  return static_cast<T>((x > 0) - (x < 0));
+}
+
 // ---- Low precision: widened exactly, rounded once to nearest even. NaN payloads are not kept.
 
 enum class bfloat16 : uint16_t {};  // the bits; enumerations, because compilers vectorise no loads of structures
@@ -397,12 +403,106 @@ struct Adagrad : CountsAll {
   static FASTSAM_HD int states(const Row&) { return 1; }
 };
 
+// torch.optim.NAdam (Dozat, ICLR workshop 2016). The momentum of step t is beta1 (1 - 0.96^(t momentum_decay) / 2); the
+// row's `extra` is 0.96^momentum_decay.
+template <class T, int kStates>
+struct Nadam {
+  T grad_size, avg_size, one_minus_beta1, beta2, one_minus_beta2, correction2, eps;
+  Decay<T> decay;
+  FASTSAM_HD Nadam(const Row& row, const Progress& progress)
+      : one_minus_beta1(static_cast<T>(1.0 - row.beta1)),
+        beta2(static_cast<T>(row.beta2)),
+        one_minus_beta2(static_cast<T>(1.0 - row.beta2)),
+        eps(static_cast<T>(row.eps)),
+        decay(row) {
+    const uint32_t t = static_cast<uint32_t>(progress.step) + 1;
+    const double mu = momentum(row, t), next_mu = momentum(row, t + 1);
+    Progress after = progress;
+    advance(row, after);
+    const double product = static_cast<double>(after.mu_product);
+    grad_size = static_cast<T>((-row.lr * (1.0 - mu)) / (1.0 - product));
+    avg_size = static_cast<T>((-row.lr * next_mu) / (1.0 - product * next_mu));
+    correction2 = static_cast<T>(1.0 - ipow(row.beta2, t));
+  }
+  FASTSAM_HD T operator()(T w, T g, T* state) const {
+    decay(w, g);
+    const T exp_avg = state[0] = lerp(state[0], g, one_minus_beta1);
+    const T exp_avg_sq = state[1] = fma(one_minus_beta2 * g, g, state[1] * beta2);
+    const T denom = sqrt(exp_avg_sq / correction2) + eps;
+    w = w + (grad_size * g) / denom;
+    return w + (avg_size * exp_avg) / denom;
+  }
+  static FASTSAM_HD int states(const Row&) { return 3; }
+  static FASTSAM_HD double momentum(const Row& row, uint32_t t) {
+    return row.beta1 * (1.0 - 0.5 * ipow(row.extra, t));
+  }
+  static FASTSAM_HD void advance(const Row& row, Progress& progress) {
+    progress.step += 1;
+    progress.mu_product *= static_cast<float>(momentum(row, static_cast<uint32_t>(progress.step)));
+  }
+};
+
+// torch.optim.RAdam (Liu et al., arXiv 1908.03265). While rho_t <= 5 it is momentum without a denominator.
+template <class T, int kStates>
+struct Radam : CountsAll {
+  T lr, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2_sqrt, rect, eps;
+  bool rectified;
+  Decay<T> decay;
+  FASTSAM_HD Radam(const Row& row, const Progress& progress)
+      : lr(static_cast<T>(row.lr)),
+        one_minus_beta1(static_cast<T>(1.0 - row.beta1)),
+        beta2(static_cast<T>(row.beta2)),
+        one_minus_beta2(static_cast<T>(1.0 - row.beta2)),
+        eps(static_cast<T>(row.eps)),
+        decay(row) {
+    const uint32_t t = static_cast<uint32_t>(progress.step) + 1;
+    const double power2 = ipow(row.beta2, t), bias2 = 1.0 - power2;
+    const double rho_inf = 2.0 / (1.0 - row.beta2) - 1.0;
+    const double rho_t = rho_inf - 2.0 * t * power2 / bias2;
+    const double ratio = (rho_t - 4.0) * (rho_t - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho_t);
+    rectified = rho_t > 5.0;
+    rect = rectified ? static_cast<T>(sqrt(ratio)) : T(0);
+    correction1 = static_cast<T>(1.0 - ipow(row.beta1, t));
+    correction2_sqrt = static_cast<T>(sqrt(bias2));
+  }
+  FASTSAM_HD T operator()(T w, T g, T* state) const {
+    decay(w, g);
+    const T exp_avg = state[0] = lerp(state[0], g, one_minus_beta1);
+    const T exp_avg_sq = state[1] = fma(one_minus_beta2 * g, g, state[1] * beta2);
+    const T step = (exp_avg / correction1) * lr;
+    const T adaptive = (T(1) / (sqrt(exp_avg_sq) + eps)) * correction2_sqrt;
+    return w - select(rectified, (step * adaptive) * rect, step);
+  }
+  static FASTSAM_HD int states(const Row&) { return 3; }
+};
+
+// Lion (Chen et al., arXiv 2302.06675); fastsam/lion.py. State: the momentum.
+template <class T, int kStates>
+struct Lion : CountsAll {
+  T neg_lr, decay_factor, one_minus_beta1, one_minus_beta2;
+  FASTSAM_HD Lion(const Row& row, const Progress&)
+      : neg_lr(static_cast<T>(-row.lr)),
+        decay_factor(static_cast<T>(1.0 - row.lr * row.weight_decay)),
+        one_minus_beta1(static_cast<T>(1.0 - row.beta1)),
+        one_minus_beta2(static_cast<T>(1.0 - row.beta2)) {}
+  FASTSAM_HD T operator()(T w, T g, T* state) const {
+    const T c = lerp(state[0], g, one_minus_beta1);
+    state[0] = lerp(state[0], g, one_minus_beta2);
+    w = w * decay_factor;  // a factor of 1 rounds nothing
+    return fma(neg_lr, sign(c), w);
+  }
+  static FASTSAM_HD int states(const Row&) { return 1; }
+};
+
 // ---- The table of rules: functor and all that `states` may give.
 #define FASTSAM_RULES(row)             \
   row(kSgd, Sgd, 0, 1)                 \
   row(kAdam, Adam, 3, 7)               \
   row(kRmsprop, Rmsprop, 1, 3, 5, 7)   \
-  row(kAdagrad, Adagrad, 1)
+  row(kAdagrad, Adagrad, 1)            \
+  row(kNadam, Nadam, 3)                \
+  row(kRadam, Radam, 3)                \
+  row(kLion, Lion, 1)
 
 template <int kStates>
 struct StateSet {

@@ -16,7 +16,7 @@ constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divid
 constexpr double kClipEps = 1e-6;   // added to the norm that gradients are clipped by, as torch does
 
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
-enum Rule { kNoRule = -1, kSgd, kAdam, kRmsprop, kAdagrad, kRules };
+enum Rule { kNoRule = -1, kSgd, kAdam, kRmsprop, kAdagrad, kNadam, kRadam, kLion, kRules };
 enum Flag {
   kAdaptive = 1,
   kNesterov = 2,
@@ -39,7 +39,7 @@ struct Row {  // one parameter group, 10 float64
   double beta1, beta2;  // SGD: momentum, dampening; RMSprop: momentum, alpha
   double eps, rho, eta;
   double flags;  // bits of Flag, as an exact float
-  double extra;  // Adagrad: lr_decay
+  double extra;  // Adagrad: lr_decay; NAdam: 0.96^momentum_decay
   double lr_address;  // not 0: lr is read from the device, float32 or with kLrFloat64 float64; exact, as addresses are below 2^53
 };
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import ops
-from fastsam.rules import Group
+from fastsam.rules import NAMES, Group
 from fastsam.segments import place_of, real_dtype
 
 REFUSED = {
@@ -36,6 +36,13 @@ def check_p(p: float) -> None:
     """Refuse norms that have no dual norm to perturb by."""
     if not p > 1:
         raise ValueError(f"FusedSAM: p must be in (1, inf], got {p!r}; p = 1 would put all of rho on one weight")
+
+
+def check_name(name: str) -> type[Optimizer]:
+    """The class of that name, or refuse."""
+    if name.lower() not in NAMES:
+        raise ValueError(f"FusedSAM: there is no base_optimizer {name!r}; known are {', '.join(sorted(NAMES))}")
+    return NAMES[name.lower()]
 
 
 def check_class(base: type[Optimizer]) -> None:

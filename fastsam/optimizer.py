@@ -23,6 +23,7 @@ from fastsam.checks import (
     check_instance,
     check_keys,
     check_max_grad_norm,
+    check_name,
     check_p,
     check_param,
     check_values,
@@ -95,8 +96,9 @@ class FusedSAM(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as for any torch optimizer; None with a base instance.
-        base_optimizer: a class of torch.optim (SGD, Adam and AdamW are fused, the others step by themselves), or an
-            instance, whose parameter groups and state are taken over.
+        base_optimizer: a class of torch.optim or its name, or an instance, whose parameter groups and state are taken
+            over. SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam and `fastsam.Lion` ("lion") are fused, the others
+            step by themselves.
         rho: radius of the perturbation, >= 0.
         adaptive: ASAM instead of SAM.
         eta: added to abs(w) in ASAM, >= 0; the paper's code uses 0.01 (see `asam_groups`).
@@ -127,7 +129,7 @@ class FusedSAM(Optimizer):
     def __init__(
         self,
         params: Iterable[Any] | None,
-        base_optimizer: type[Optimizer] | Optimizer = torch.optim.SGD,
+        base_optimizer: type[Optimizer] | Optimizer | str = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,
         *,
@@ -148,6 +150,8 @@ class FusedSAM(Optimizer):
         check_max_grad_norm(max_grad_norm)
         check_p(p)
         chosen = ops.resolve(backend)
+        if isinstance(base_optimizer, str):
+            base_optimizer = check_name(base_optimizer)
         if isinstance(base_optimizer, Optimizer):
             check_instance(base_optimizer, params, base_kwargs)
             super().__init__(base_optimizer.param_groups, own)
@@ -160,7 +164,8 @@ class FusedSAM(Optimizer):
             base = base_optimizer(self.param_groups, **base_kwargs)
         else:
             raise ValueError(
-                f"FusedSAM: base_optimizer must be a torch.optim class or an instance of one, got {base_optimizer!r}"
+                "FusedSAM: base_optimizer must be a torch.optim class, its name, or an instance of one, got "
+                f"{base_optimizer!r}"
             )
         check_keys(base, own)
         for group in base.param_groups:
@@ -576,6 +581,11 @@ class FusedSAM(Optimizer):
         saved = state_dict["param_groups"]
         groups = [{**mine, **theirs} for mine, theirs in zip(live, saved, strict=False)] + list(saved[len(live) :])
         super().load_state_dict({"state": {k: held for k, held in state.items() if held}, "param_groups": groups})
+        params = [param for group in self.param_groups for param in group["params"]]
+        keys = [key for group in groups for key in group["params"]]
+        for param, held in zip(params, (state.get(key, {}) for key in keys), strict=True):
+            if "mu_product" in held:  # NAdam's number, which torch casts to the parameter's dtype
+                self.state[param]["mu_product"] = torch.as_tensor(held["mu_product"], dtype=torch.float32).clone()
         if self._sam.buckets.items and self._sam.phase == CLEAN:
             self._buckets()  # copies into the flat tensors: addresses stay
 

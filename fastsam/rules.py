@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsam.lion import Lion
+
 # Bits of Row.flags; the same in csrc/math.h.
 ADAPTIVE = 1
 NESTEROV = 2
@@ -41,7 +43,7 @@ class Row(NamedTuple):
     rho: float
     eta: float
     flags: int
-    extra: float = 0.0  # Adagrad: lr_decay
+    extra: float = 0.0  # Adagrad: lr_decay; NAdam: 0.96^momentum_decay
     lr_address: int = 0  # not 0: kernels read lr there, a float32 (or float64: LR_FLOAT64) on their device
 
 
@@ -86,10 +88,9 @@ class Rule:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _adam_values(group: Group) -> Values:
+def _moment_values(group: Group) -> tuple[float, float, float]:
     beta1, beta2 = group["betas"]
-    flags = DECOUPLED * bool(group["decoupled_weight_decay"]) | AMSGRAD * bool(group["amsgrad"])
-    return Values(float(beta1), float(beta2), float(group["eps"]), flags)
+    return float(beta1), float(beta2), float(group["eps"])
 
 
 SGD = Rule(
@@ -106,7 +107,10 @@ SGD = Rule(
 ADAM = Rule(
     name="adam",
     code=1,
-    values=_adam_values,
+    values=lambda group: Values(
+        *_moment_values(group),
+        DECOUPLED * bool(group["decoupled_weight_decay"]) | AMSGRAD * bool(group["amsgrad"]),
+    ),
     states=(*MOMENTS, "max_exp_avg_sq"),
     used=lambda group: (*MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else MOMENTS,
 )
@@ -132,6 +136,33 @@ ADAGRAD = Rule(
     initial=lambda defaults: float(defaults["initial_accumulator_value"]),
     eager=True,
 )
+NADAM = Rule(
+    name="nadam",
+    code=4,
+    values=lambda group: Values(
+        *_moment_values(group),
+        DECOUPLED * bool(group["decoupled_weight_decay"]),
+        0.96 ** float(group["momentum_decay"]),
+    ),
+    states=MOMENTS,
+    used=lambda group: MOMENTS,
+    counters=("step", "mu_product"),
+)
+RADAM = Rule(
+    name="radam",
+    code=5,
+    values=lambda group: Values(*_moment_values(group), DECOUPLED * bool(group["decoupled_weight_decay"])),
+    states=MOMENTS,
+    used=lambda group: MOMENTS,
+)
+LION = Rule(
+    name="lion",
+    code=6,
+    values=lambda group: Values(float(group["betas"][0]), float(group["betas"][1])),
+    states=("exp_avg",),
+    used=lambda group: ("exp_avg",),
+    counters=(),
+)
 
 # By exact class: a subclass may do anything in its step.
 RULES: dict[type[torch.optim.Optimizer], Rule] = {
@@ -140,6 +171,17 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.AdamW: ADAM,
     torch.optim.RMSprop: RMSPROP,
     torch.optim.Adagrad: ADAGRAD,
+    torch.optim.NAdam: NADAM,
+    torch.optim.RAdam: RADAM,
+    Lion: LION,
+}
+
+
+# What `base_optimizer` may be called, in any case.
+NAMES: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): item
+    for name, item in {**vars(torch.optim), "Lion": Lion}.items()
+    if isinstance(item, type) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer
 }
 
 

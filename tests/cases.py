@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 
 import fastsam
 from fastsam import ops
@@ -97,8 +97,51 @@ ADAGRAD_CONFIGS = [
         (dict(lr=0.02, lr_decay=0.3, rho=0.7), dict(eps=1e-3, adaptive=True, eta=0.02), dict(perturb=False)),
     ),
 ]
-ROOT_CONFIGS = ADAM_CONFIGS + RMSPROP_CONFIGS + ADAGRAD_CONFIGS  # the rules that take a square root
-CONFIGS = SGD_CONFIGS + ROOT_CONFIGS
+NADAM_OPTIONS = dict(ADAM_OPTIONS, momentum_decay=0.02)
+NADAM_CONFIGS = [
+    Config("nadam", NAdam, NADAM_OPTIONS),
+    Config("nadam_decoupled_maximize", NAdam, dict(NADAM_OPTIONS, decoupled_weight_decay=True, maximize=True)),
+    Config(
+        "nadam_groups",
+        NAdam,
+        NADAM_OPTIONS,
+        (
+            dict(lr=0.003, rho=0.9, betas=(0.4, 0.7), momentum_decay=0.1),
+            dict(decoupled_weight_decay=True, adaptive=True, eta=0.02),
+            dict(weight_decay=0.0, perturb=False, eps=1e-3),
+        ),
+    ),
+]
+RADAM_CONFIGS = [  # with beta2 = 0.95 rectified from step 6 on, with 0.7 never
+    Config("radam", RAdam, ADAM_OPTIONS),
+    Config("radam_decoupled_maximize", RAdam, dict(ADAM_OPTIONS, decoupled_weight_decay=True, maximize=True)),
+    Config(
+        "radam_groups",
+        RAdam,
+        ADAM_OPTIONS,
+        (
+            dict(lr=0.003, rho=0.9, betas=(0.4, 0.7)),
+            dict(decoupled_weight_decay=True, adaptive=True, eta=0.02),
+            dict(weight_decay=0.0, perturb=False, betas=(0.7, 0.98)),
+        ),
+    ),
+]
+# The rules that take a square root.
+ROOT_CONFIGS = ADAM_CONFIGS + RMSPROP_CONFIGS + ADAGRAD_CONFIGS + NADAM_CONFIGS + RADAM_CONFIGS
+# With beta1 = 0.8, m = -g / 4 would make c 0 but for the rounding of beta1, and its sign another in each precision.
+LION_OPTIONS = dict(lr=0.003, betas=(0.8123, 0.95), weight_decay=0.3, rho=0.3)
+LION_CONFIGS = [
+    Config("lion", fastsam.Lion, LION_OPTIONS),
+    Config("lion_maximize", fastsam.Lion, dict(LION_OPTIONS, maximize=True, weight_decay=0.0)),
+    Config(
+        "lion_groups",
+        fastsam.Lion,
+        LION_OPTIONS,
+        (dict(lr=0.001, rho=0.9, betas=(0.4123, 0.3)), dict(adaptive=True, eta=0.02), dict(perturb=False)),
+    ),
+]
+EXACT_CONFIGS = SGD_CONFIGS + LION_CONFIGS  # products and sums alone
+CONFIGS = SGD_CONFIGS + ROOT_CONFIGS + LION_CONFIGS
 
 # Every other class of torch.optim, on matrices, which Muon wants.
 UNFUSED = [
@@ -106,8 +149,6 @@ UNFUSED = [
     Config("adamax", torch.optim.Adamax, dict(lr=0.01, rho=0.2, weight_decay=0.01)),
     Config("asgd", torch.optim.ASGD, dict(lr=0.02, rho=0.2, t0=3, weight_decay=0.01)),
     Config("muon", torch.optim.Muon, dict(lr=0.02, rho=0.2, weight_decay=0.05)),
-    Config("nadam", torch.optim.NAdam, dict(lr=0.01, rho=0.2, weight_decay=0.1, decoupled_weight_decay=True)),
-    Config("radam", torch.optim.RAdam, dict(lr=0.01, rho=0.2, weight_decay=0.1, betas=(0.8, 0.95))),
     Config("rprop", torch.optim.Rprop, dict(lr=0.01, rho=0.2, etas=(0.4, 1.3))),
 ]
 

@@ -16,8 +16,11 @@ from fastsam.rules import (
     AMSGRAD,
     CENTERED,
     DECOUPLED,
+    LION,
     MAXIMIZE,
+    NADAM,
     NESTEROV,
+    RADAM,
     RMSPROP,
     SGD,
     Row,
@@ -42,9 +45,17 @@ OPTIONS = {
     "rmsprop-momentum-maximize": (RMSPROP, 0.02, 0.013, 0.83, 0.93, 1e-4, MAXIMIZE, 0.0),
     "rmsprop-centered": (RMSPROP, 0.02, 0.0, 0.0, 0.93, 1e-2, CENTERED, 0.0),
     "rmsprop-centered-momentum-far-lerp": (RMSPROP, 0.02, 0.013, 0.83, 0.41, 1e-2, CENTERED, 0.0),
+    "nadam": (NADAM, 0.02, 0.013, 0.83, 0.97, 1e-5, 0, 0.96**0.2),
+    "nadam-decoupled-maximize": (NADAM, 0.02, 0.13, 0.41, 0.97, 1e-5, DECOUPLED | MAXIMIZE, 0.96**0.3),
+    "radam": (RADAM, 0.02, 0.013, 0.83, 0.97, 1e-5, 0, 0.0),
+    "radam-rectified": (RADAM, 0.02, 0.0, 0.83, 0.999, 1e-5, 0, 0.0),
+    "radam-decoupled-maximize": (RADAM, 0.02, 0.13, 0.41, 0.97, 1e-5, DECOUPLED | MAXIMIZE, 0.0),
+    "lion": (LION, 0.02, 0.0, 0.83, 0.97, 0.0, 0, 0.0),
+    "lion-decay-maximize-far-lerp": (LION, 0.02, 0.13, 0.41, 0.37, 0.0, MAXIMIZE, 0.0),
     "adagrad": (ADAGRAD, 0.07, 0.0, 0.0, 0.0, 1e-4, 0, 0.11),
     "adagrad-decay-maximize": (ADAGRAD, 0.07, 0.013, 0.0, 0.0, 1e-4, MAXIMIZE, 0.11),
 }
+STARTS = {"radam-rectified": 7.0}  # the count before the first step: RAdam has a denominator from step 6 on
 INITIAL = {ADAGRAD: 0.375}  # of the states; the others begin with 0
 PERTURBATIONS = [(0.11, 0.0, 0), (0.7, 0.0, ADAPTIVE), (0.5, 0.03, ADAPTIVE)]  # (rho, eta, flags), a group each
 
@@ -63,7 +74,7 @@ def slots_of(option):
         return {0, 1, 2} if flags & AMSGRAD else {0, 1}
     if rule is RMSPROP:
         return {0} | ({1} if beta1 else set()) | ({2} if flags & CENTERED else set())
-    return {0}
+    return {0} if rule in (ADAGRAD, LION) else {0, 1}
 
 
 # ---- The plan: one rounding a line, in float32 (float64 for float64).
@@ -143,7 +154,7 @@ def sgd(w, g, state, t, row):
 
 def adam(w, g, state, t, row):
     cast = w.dtype.type
-    m, v, largest = state
+    m, v, largest = state[:3]
     g = -g if row.flags & MAXIMIZE else g
     if row.flags & DECOUPLED:
         w = w * cast(1 - row.lr * row.weight_decay)
@@ -163,7 +174,7 @@ def lerp(a, b, weight):
 
 def rmsprop(w, g, state, t, row):
     cast = w.dtype.type
-    v, buf, mean = state
+    v, buf, mean = state[:3]
     g = -g if row.flags & MAXIMIZE else g
     g = fma(cast(row.weight_decay), w, g) if row.weight_decay else g
     v = fma(cast(1 - row.beta2) * g, g, v * cast(row.beta2))
@@ -187,7 +198,50 @@ def adagrad(w, g, state, t, row):
     return w + (cast(-(row.lr / (1 + (t - 1) * row.extra))) * g) / denom, [total, *state[1:]]
 
 
-FORMULAS = {SGD: sgd, ADAM: adam, RMSPROP: rmsprop, ADAGRAD: adagrad}
+def moments(w, g, state, row):
+    """Weight decay and the two moments of Adam's family."""
+    cast = w.dtype.type
+    g = -g if row.flags & MAXIMIZE else g
+    if row.flags & DECOUPLED:
+        w = w * cast(1 - row.lr * row.weight_decay)
+    elif row.weight_decay:
+        g = fma(cast(row.weight_decay), w, g)
+    m = lerp(state[0], g, cast(1 - row.beta1))
+    v = fma(cast(1 - row.beta2) * g, g, state[1] * cast(row.beta2))
+    return w, g, m, v
+
+
+def nadam(w, g, state, t, row):
+    cast = w.dtype.type
+    w, g, m, v = moments(w, g, state, row)
+    mu, after = (row.beta1 * (1 - 0.5 * power(row.extra, n)) for n in (t, t + 1))
+    product = state[3] * np.float32(mu)
+    denom = np.sqrt(v / cast(1 - power(row.beta2, t))) + cast(row.eps)
+    w = w + (cast(-row.lr * (1 - mu) / (1 - float(product))) * g) / denom
+    return w + (cast(-row.lr * after / (1 - float(product) * after)) * m) / denom, [m, v, state[2], product]
+
+
+def radam(w, g, state, t, row):
+    cast = w.dtype.type
+    w, g, m, v = moments(w, g, state, row)
+    u = (m / cast(1 - power(row.beta1, t))) * cast(row.lr)
+    left, longest = 1 - power(row.beta2, t), 2 / (1 - row.beta2) - 1
+    rho = longest - 2 * t * power(row.beta2, t) / left
+    if rho > 5:
+        rect = np.sqrt((rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho))
+        u = (u * ((cast(1) / (np.sqrt(v) + cast(row.eps))) * cast(np.sqrt(left)))) * cast(rect)
+    return w - u, [m, v, state[2]]
+
+
+def lion(w, g, state, t, row):
+    cast, m = w.dtype.type, state[0]
+    g = -g if row.flags & MAXIMIZE else g
+    update = np.sign(lerp(m, g, cast(1 - row.beta1)))
+    w = w * cast(1 - row.lr * row.weight_decay) if row.weight_decay else w
+    return fma(cast(-row.lr), update, w), [lerp(m, g, cast(1 - row.beta2)), *state[1:3]]
+
+
+FORMULAS = {SGD: sgd, ADAM: adam, RMSPROP: rmsprop, ADAGRAD: adagrad, NADAM: nadam, RADAM: radam, LION: lion}
 
 # ---- Buckets by hand.
 
@@ -268,6 +322,7 @@ def fresh_bucket(option, dtype, make=shifted, spread=1):
     for k in slots_of(option) if bucket.rule is not SGD else ():
         for s in bucket.states[k]:
             s.fill_(INITIAL.get(bucket.rule, 0.0))
+    bucket.steps.fill_(STARTS.get(option, 0.0))
     return bucket
 
 
@@ -290,12 +345,14 @@ def run(bucket, grads1, grads2, **options):
 
 @cache
 def expected(option, dtype, grad_dtype):
-    """What the plan makes of `STEPS` steps: each one's sum and perturbed weights; then weights, states, counts."""
+    """What the plan makes of `STEPS` steps: each one's sum and perturbed weights; then weights, states, counts,
+    NAdam's products."""
     rule, rows = OPTIONS[option][0], rows_of(option)
     formula, counting = FORMULAS[rule], rows[0].beta1 != 0 or rule is not SGD
     weights = [widened(values(n, dtype, i)) for i, n in enumerate(SIZES)]
     states = [[np.full_like(w, INITIAL.get(rule, 0.0))] * 3 for w in weights]
-    counts, sums, climbs = np.zeros(len(SIZES), np.float32), [], []
+    products = [np.float32(1)] * len(SIZES)
+    counts, sums, climbs = np.full(len(SIZES), STARTS.get(option, 0.0), np.float32), [], []
     for step in range(STEPS):
         g1, g2 = ([None if g is None else widened(g) for g in gradients(grad_dtype, step, which)] for which in (1, 2))
         pass1 = [(w, g, rows[i % 3]) for i, (w, g) in enumerate(zip(weights, g1, strict=True))]
@@ -306,8 +363,9 @@ def expected(option, dtype, grad_dtype):
         for i, g in enumerate(g2):
             if g is not None:
                 counts[i] += counting
-                w, new = formula(weights[i], g, states[i], int(counts[i]), rows[i % 3])
+                w, new = formula(weights[i], g, [*states[i], products[i]], int(counts[i]), rows[i % 3])
                 weights[i] = widened(narrowed(w, dtype))
-                states[i] = [widened(narrowed(s, dtype)) for s in new]
+                states[i] = [widened(narrowed(s, dtype)) for s in new[:3]]
+                products[i] = new[3] if rule is NADAM else products[i]
     weights, *states = ([narrowed(x, dtype) for x in xs] for xs in (weights, *zip(*states, strict=True)))
-    return sums, climbs, weights, states, counts
+    return sums, climbs, weights, states, counts, products

@@ -21,7 +21,8 @@ import fastsam
 from fastsam import FusedSAM
 
 pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
-TRIED = ["plain", "dampening", "groups", "adamw", "adamw_amsgrad", "adamw_groups", "rmsprop_groups", "adagrad_groups"]
+TRIED = "plain dampening groups adamw adamw_amsgrad adamw_groups rmsprop_groups adagrad_groups nadam_groups".split()
+TRIED += ["radam_groups", "lion_groups"]
 CONFIGS = [c for c in cases.CONFIGS if c.name in TRIED]
 each_config = pytest.mark.parametrize("config", **cases.ids(CONFIGS))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

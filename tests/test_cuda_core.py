@@ -142,7 +142,7 @@ def assert_same(actual, plan, what):
 
 
 def check_steps(backend, bucket, option, dtype, place=lambda grad: grad):
-    sums, climbs, weights, states, counts = expected(option, dtype, bucket.grad_dtype)
+    sums, climbs, weights, states, counts, products = expected(option, dtype, bucket.grad_dtype)
     for step in range(STEPS):
         grads = [[g if g is None else place(g) for g in gradients(bucket.grad_dtype, step, which)] for which in (1, 2)]
         total, perturbed = run(backend, bucket, *grads)
@@ -157,7 +157,7 @@ def check_steps(backend, bucket, option, dtype, place=lambda grad: grad):
                 assert bucket.states[k][i].isnan().all(), f"unused state {k} of segment {i} was written"
             elif counts[i]:
                 assert_same(bucket.states[k][i], states[k][i], f"state {k} of segment {i}")
-    assert bucket.steps.tolist() == counts.tolist()
+    assert bucket.steps.tolist() == counts.tolist() and bucket.products.tolist() == products
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -280,15 +280,15 @@ def test_a_norm_that_is_not_finite_perturbs_nothing(library, dtype, bad):
         assert torch.equal(p, old) and torch.equal(b, old) and torch.equal(q, old)
 
 
-@pytest.mark.parametrize("option", ["sgd", "sgd-dampening", "adamw-amsgrad-maximize"])
+@pytest.mark.parametrize("option", ["sgd", "sgd-dampening", "adamw-amsgrad-maximize", "nadam"])
 def test_found_inf_restores_and_updates_nothing(library, option):
     bucket, dtype, backend = fresh_bucket(option, torch.float32), torch.float32, Emulated(library, 1, 3)
     check_steps(backend, bucket, option, dtype)
-    before = [t.clone() for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]]
+    before = [t.clone() for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]]
     infinite = [torch.full((n,), float("inf")) for n in SIZES]
     options = dict(found_inf=torch.ones(1), grad_scale=torch.tensor([8.0]))
     run(backend, bucket, gradients(dtype, 7, 1), infinite, **options)
-    after = [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]
+    after = [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 

@@ -22,7 +22,8 @@ ARCHS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 READ = [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 THREADS, REGISTERS = 256, 65536  # of a block, of a processor
 TYPES = {"f": "float32", "d": "float64", "NS0_8bfloat16E": "bfloat16", "NS0_7float16E": "float16"}
-UPDATES = ["restore", "sgd", "adam", "amsgrad", "rmsprop", "centered", "adagrad"]  # in the order of csrc/cuda/kernels.h
+# In the order of csrc/cuda/kernels.h.
+UPDATES = "restore sgd adam amsgrad rmsprop centered adagrad nadam radam lion".split()
 UNDER_WAY = 64 * 1024  # bytes a processor has to wait for to keep the memory busy
 
 
@@ -105,7 +106,17 @@ def code(arch):
 
 
 # Independent loads of 16 bytes, at least.
-FIGURES = {"grad_norm": 3, "perturb": 4, "sgd": 6, "adam": 4, "rmsprop": 4, "adagrad": 6}
+FIGURES = {
+    "grad_norm": 3,
+    "perturb": 4,
+    "sgd": 6,
+    "adam": 4,
+    "rmsprop": 4,
+    "adagrad": 6,
+    "nadam": 4,
+    "radam": 4,
+    "lion": 6,
+}
 
 
 def loads_under_way(instructions):

@@ -55,7 +55,7 @@ def threads(request):
 
 
 def check_steps(bucket, option, dtype, place=lambda grad: grad):
-    sums, climbs, weights, states, counts = expected(option, dtype, bucket.grad_dtype)
+    sums, climbs, weights, states, counts, products = expected(option, dtype, bucket.grad_dtype)
     for step in range(STEPS):
         grads = [[g if g is None else place(g) for g in gradients(bucket.grad_dtype, step, which)] for which in (1, 2)]
         total, perturbed = run(bucket, *grads)
@@ -74,7 +74,7 @@ def check_steps(bucket, option, dtype, place=lambda grad: grad):
                 assert bucket.states[k][i].isnan().all(), f"unused state {k} of segment {i} was written"
             elif counts[i]:
                 assert_same(bucket.states[k][i], states[k][i], f"state {k} of segment {i}")
-    assert bucket.steps.tolist() == counts.tolist()
+    assert bucket.steps.tolist() == counts.tolist() and bucket.products.tolist() == products
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -147,15 +147,17 @@ def test_rho_0_writes_the_backup_and_keeps_the_weights(isa, dtype):
     assert bucket.perturbed.all()
 
 
-@pytest.mark.parametrize("option", ["sgd", "sgd-dampening", "adamw-amsgrad-maximize", "rmsprop-momentum-maximize"])
+@pytest.mark.parametrize(
+    "option", ["sgd", "sgd-dampening", "adamw-amsgrad-maximize", "rmsprop-momentum-maximize", "nadam"]
+)
 def test_found_inf_restores_and_updates_nothing(isa, option):
     bucket, dtype = fresh_bucket(option, torch.float32), torch.float32
     check_steps(bucket, option, dtype)
-    before = [t.clone() for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]]
+    before = [t.clone() for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]]
     g1 = gradients(dtype, 7, 1)
     infinite = [torch.full((n,), float("inf")) for n in SIZES]
     run(bucket, g1, infinite, found_inf=torch.ones(1), grad_scale=torch.tensor([8.0]))
-    after = [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]
+    after = [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 

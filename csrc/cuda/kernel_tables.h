@@ -35,7 +35,7 @@ FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)
   {FASTSAM_EQUAL(kernel),                                                                  \
    FASTSAM_ONE(kernel, float, bfloat16), FASTSAM_ONE(kernel, float, float16),              \
    FASTSAM_ONE(kernel, bfloat16, float), FASTSAM_ONE(kernel, float16, float)}
-// Kernels that are not in a hurry have the large arguments only.
+// The same, with the large arguments only: for kernels that few use, as every variant lengthens the build.
 #define FASTSAM_LARGE(kernel)                                                                  \
   {FASTSAM_ONE(kernel, float, float),       FASTSAM_ONE(kernel, double, double),               \
    FASTSAM_ONE(kernel, bfloat16, bfloat16), FASTSAM_ONE(kernel, float16, float16),             \

@@ -400,7 +400,10 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
   row(amsgrad, kAdam, 7)            \
   row(rmsprop, kRmsprop, 3)         \
   row(centered, kRmsprop, 7)        \
-  row(adagrad, kAdagrad, 1)
+  row(adagrad, kAdagrad, 1)         \
+  row(nadam, kNadam, 3)             \
+  row(radam, kRadam, 3)             \
+  row(lion, kLion, 1)
 
 #define FASTSAM_ROW(name, ...) name,
 enum class Kernel { FASTSAM_UPDATE_KERNELS(FASTSAM_ROW) };

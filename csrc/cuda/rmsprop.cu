@@ -3,6 +3,6 @@
 namespace fastsam::FASTSAM_ISA {
 
 #define FASTSAM_KERNEL(...) update<Kernel::rmsprop, __VA_ARGS__>
-const Variants rmsprop_kernels[] = FASTSAM_PAIRS(FASTSAM_KERNEL);
+const Variants rmsprop_kernels[] = FASTSAM_LARGE(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

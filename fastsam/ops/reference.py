@@ -151,7 +151,7 @@ def update_(
     scalars_of, formula = _FORMULAS[bucket.rule.name] if bucket.rule is not None else (None, None)
     scalars = torch.stack(scalars_of(_columns(bucket))) if scalars_of else torch.zeros(0, len(bucket.segments))
     for i, (segment, grad, perturbed) in enumerate(zip(bucket.segments, grads, bucket.perturbed.tolist(), strict=True)):
-        if grad is None or formula is None:
+        if grad is None or bucket.rule is None or formula is None:
             if perturbed:
                 segment.store(segment.backup)
                 bucket.perturbed[i] = False
@@ -172,6 +172,9 @@ def update_(
         for state, before, after in zip(segment.states, old, new, strict=True):
             if state is not None and before is not None and after is not None:
                 state.copy_(after if skip is None else torch.where(skip, before, after))
+        if "mu_product" in bucket.rule.counters:  # the new one is the last of the scalars
+            product = scalars[-1, i].to(segment.mu_product.dtype)
+            segment.mu_product.copy_(product if skip is None else torch.where(skip, segment.mu_product, product))
         if bucket.counts[segment.group]:
             segment.step.add_(1.0 if skip is None else torch.where(skip, 0.0, 1.0))
 
@@ -323,12 +326,70 @@ def _adagrad(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], r
     return w + (neg_clr * g) / denom, [total, None, None]
 
 
+def _nadam_scalars(c: _Columns) -> list[Tensor]:
+    mu, next_mu = (c.beta1 * (1 - 0.5 * _power(c.extra, t)) for t in (c.t, c.t + 1))
+    product = (c.mu_product.float() * mu.float()).double()
+    grad_size = (-c.lr * (1 - mu)) / (1 - product)
+    avg_size = (-c.lr * next_mu) / (1 - product * next_mu)
+    return [grad_size, avg_size, 1 - _power(c.beta2, c.t), product]
+
+
+def _nadam(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row: Row) -> tuple[Tensor, _States]:
+    """torch.optim.NAdam (Dozat, ICLR workshop 2016); states: exp_avg, exp_avg_sq."""
+    grad_size, avg_size, correction2, _ = scalars
+    exp_avg, exp_avg_sq, _ = states
+    assert exp_avg is not None and exp_avg_sq is not None
+    w, g = _decay(w, g, row)
+    exp_avg = _lerp(exp_avg, g, 1 - row.beta1)
+    exp_avg_sq = _fma((1 - row.beta2) * g, g, exp_avg_sq * row.beta2)
+    denom = _sqrt32(exp_avg_sq / correction2) + row.eps
+    w = w + (grad_size * g) / denom
+    return w + (avg_size * exp_avg) / denom, [exp_avg, exp_avg_sq, None]
+
+
+def _radam_scalars(c: _Columns) -> list[Tensor]:
+    power2 = _power(c.beta2, c.t)
+    bias2 = 1 - power2
+    rho_inf = 2 / (1 - c.beta2) - 1
+    rho_t = rho_inf - 2.0 * c.t * power2 / bias2
+    ratio = (rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)
+    rectified = rho_t > 5
+    rect = torch.where(rectified, _sqrt(ratio), 0.0)
+    return [1 - _power(c.beta1, c.t), _sqrt(bias2), rect, rectified.double()]
+
+
+def _radam(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row: Row) -> tuple[Tensor, _States]:
+    """torch.optim.RAdam (Liu et al., arXiv 1908.03265), without denominator while rho_t <= 5; states as NAdam's."""
+    correction1, correction2_sqrt, rect, rectified = scalars
+    exp_avg, exp_avg_sq, _ = states
+    assert exp_avg is not None and exp_avg_sq is not None
+    w, g = _decay(w, g, row)
+    exp_avg = _lerp(exp_avg, g, 1 - row.beta1)
+    exp_avg_sq = _fma((1 - row.beta2) * g, g, exp_avg_sq * row.beta2)
+    step = (exp_avg / correction1) * row.lr
+    adaptive = (1 / (_sqrt32(exp_avg_sq) + row.eps)) * correction2_sqrt
+    return w - torch.where(rectified != 0, (step * adaptive) * rect, step), [exp_avg, exp_avg_sq, None]
+
+
+def _lion(w: Tensor, g: Tensor, states: _States, scalars: Sequence[Tensor], row: Row) -> tuple[Tensor, _States]:
+    """Lion (Chen et al., arXiv 2302.06675); state: exp_avg."""
+    exp_avg = states[0]
+    assert exp_avg is not None
+    c = _lerp(exp_avg, g, 1 - row.beta1)
+    exp_avg = _lerp(exp_avg, g, 1 - row.beta2)
+    w = w * (1 - row.lr * row.weight_decay)  # a factor of 1 rounds nothing
+    return _fma(-row.lr, c.sign(), w), [exp_avg, None, None]
+
+
 # By the name of the rule.
 _FORMULAS: dict[str, tuple[_Scalars | None, _Formula]] = {
     "sgd": (_sgd_scalars, _sgd),
     "adam": (_adam_scalars, _adam),
     "rmsprop": (None, _rmsprop),
     "adagrad": (_adagrad_scalars, _adagrad),
+    "nadam": (_nadam_scalars, _nadam),
+    "radam": (_radam_scalars, _radam),
+    "lion": (None, _lion),
 }
 
 

@@ -1,0 +1,8 @@
+#include "update.h"
+
+namespace fastsam::FASTSAM_ISA {
+
+#define FASTSAM_KERNEL(...) update<Kernel::lion, __VA_ARGS__>
+const Variants lion_kernels[] = FASTSAM_LARGE(FASTSAM_KERNEL);
+
+}  // namespace fastsam::FASTSAM_ISA
