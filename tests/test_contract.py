@@ -69,13 +69,25 @@ def test_signature_is_drop_in():
     names = list(inspect.signature(FusedSAM.__init__).parameters)
     assert names[:5] == ["self", "params", "base_optimizer", "rho", "adaptive"]
     keyword_only = [p.name for p in inspect.signature(FusedSAM).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert keyword_only == ["eta", "perturb", "closure_calls", "backend"]
+    steps = ["p", "perturb_with_weight_decay", "max_grad_norm", "closure_calls"]
+    assert keyword_only == ["eta", "perturb", *steps, "backend"]
     assert isinstance(FusedSAM([Parameter(torch.ones(2))], lr=0.1).base_optimizer, SGD)
 
 
 def test_public_names(backend, device):
     opt = FusedSAM([Parameter(torch.ones(2, device=device))], SGD, lr=0.1, backend=backend)
-    for name in ("first_step", "second_step", "step", "restore", "base_step", "unperturbed", "refresh", "prepare"):
+    for name in (
+        "first_step",
+        "second_step",
+        "step",
+        "restore",
+        "base_step",
+        "unperturbed",
+        "refresh",
+        "prepare",
+        "stats",
+        "check_capture",
+    ):
         assert callable(getattr(opt, name)) and getattr(FusedSAM, name).__doc__
     assert opt.perturbed is False
     opt.prepare(), opt.refresh()
