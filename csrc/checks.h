@@ -46,12 +46,13 @@ inline int pair_of(const char* operation, int64_t dtype, int64_t grad_dtype) {
   for (int i = 0; i < kMixed; i++) {
     if (kMixedDtypes[i][0] == dtype && kMixedDtypes[i][1] == grad_dtype) return kDtypes + i;
   }
-  STD_TORCH_CHECK(false, operation, ": there is no kernel for weights of dtype ", dtype, " and gradients of dtype ", grad_dtype);
+  STD_TORCH_CHECK(false, operation, ": there is no kernel for weights of dtype ", dtype, " and gradients of dtype ",
+                  grad_dtype);
 }
 
 inline Rule checked_rule(const char* operation, int64_t rule) {
-  STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, operation, ": rule must be a code in [-1, ", static_cast<int>(kRules), "), got ",
-                  rule);
+  STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, operation, ": rule must be a code in [-1, ",
+                  static_cast<int>(kRules), "), got ", rule);
   return static_cast<Rule>(rule);
 }
 
@@ -59,15 +60,16 @@ inline Rule checked_rule(const char* operation, int64_t rule) {
 template <class T>
 T* scalar(const char* operation, const char* name, const std::optional<Tensor>& tensor, Place place, ScalarType dtype) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(is_on(*tensor, place) && tensor->scalar_type() == dtype && tensor->numel() == 1, operation, ": ", name,
-                  " must be one element of dtype ", torch::headeronly::toString(dtype), " ", name_of(place), ", got ",
-                  tensor->numel(), " of ", torch::headeronly::toString(tensor->scalar_type()));
+  STD_TORCH_CHECK(is_on(*tensor, place) && tensor->scalar_type() == dtype && tensor->numel() == 1, operation, ": ",
+                  name, " must be one element of dtype ", torch::headeronly::toString(dtype), " ", name_of(place),
+                  ", got ", tensor->numel(), " of ", torch::headeronly::toString(tensor->scalar_type()));
   return static_cast<T*>(tensor->data_ptr());
 }
 
 // The two counters of overflows, or null.
 inline int64_t* counters(const char* operation, const std::optional<Tensor>& tensor, Place place) {
-  return tensor ? static_cast<int64_t*>(checked(operation, "overflows", *tensor, place, ScalarType::Long, 2, 0)) : nullptr;
+  return tensor ? static_cast<int64_t*>(checked(operation, "overflows", *tensor, place, ScalarType::Long, 2, 0))
+                : nullptr;
 }
 
 }  // namespace fastsam

@@ -148,24 +148,28 @@ FASTSAM_HD int tree_width(int64_t n, int most) {
   return width;
 }
 
-// The gradient of the loss with weight_decay/2 |w|^2 in it, where that is to be perturbed along, as in the paper's code.
+// The gradient of the loss with weight_decay/2 |w|^2 in it, where that is to be perturbed along, as in the paper's
+// code.
 template <class T>
 struct LossGradient {
   T weight_decay;
   bool decays;
   FASTSAM_HD explicit LossGradient(const Row& row)
-      : weight_decay(static_cast<T>(has(row, kMaximize) ? -row.weight_decay : row.weight_decay)), decays(has(row, kDecays)) {}
+      : weight_decay(static_cast<T>(has(row, kMaximize) ? -row.weight_decay : row.weight_decay)),
+        decays(has(row, kDecays)) {}
   FASTSAM_HD T operator()(T w, T g) const { return decays ? fma(weight_decay, w, g) : g; }
 };
 
-// The vector whose length is the norm: T g, T = 1 or |w| + eta (ASAM: Kwon et al., arXiv 2102.11600). w g has the square of |w| g.
+// The vector whose length is the norm: T g, T = 1 or |w| + eta (ASAM: Kwon et al., arXiv 2102.11600). w g has the
+// square of |w| g.
 FASTSAM_HD bool needs_weight(const Row& row) { return has(row, kAdaptive) || has(row, kDecays); }
 template <class T>
 struct Steepest {
   LossGradient<T> loss_gradient;
   T eta;
   bool adaptive;
-  FASTSAM_HD explicit Steepest(const Row& row) : loss_gradient(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
+  FASTSAM_HD explicit Steepest(const Row& row)
+      : loss_gradient(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
   FASTSAM_HD T operator()(T w, T g) const {
     g = loss_gradient(w, g);
     return !adaptive ? g : eta == 0 ? w * g : (abs(w) + eta) * g;
@@ -191,7 +195,10 @@ struct Perturb {
   T eta;
   bool adaptive;
   FASTSAM_HD Perturb(const Row& row, double sum)
-      : scale(perturbation_scale<T>(row, sum)), loss_gradient(row), eta(static_cast<T>(row.eta)), adaptive(has(row, kAdaptive)) {}
+      : scale(perturbation_scale<T>(row, sum)),
+        loss_gradient(row),
+        eta(static_cast<T>(row.eta)),
+        adaptive(has(row, kAdaptive)) {}
   FASTSAM_HD T operator()(T w, T g) const {
     g = loss_gradient(w, g);
     if (adaptive) {
@@ -203,8 +210,9 @@ struct Perturb {
   }
 };
 
-// ---- The same for another norm than the second: e maximises <e, g> where |e / T|_p = rho, p in (1, inf] (arXiv 2010.01412, eq. 2), with q =
-// p / (p - 1). In float64: |x|^q underflows float32 for p near 1. Not bit-equal between backends, as exp2 and log2 are not.
+// ---- The same for another norm than the second: e maximises <e, g> where |e / T|_p = rho, p in (1, inf] (arXiv
+// 2010.01412, eq. 2), with q = p / (p - 1). In float64: |x|^q underflows float32 for p near 1. Not bit-equal between
+// backends, as exp2 and log2 are not.
 
 FASTSAM_HD double power(double x, double exponent) { return x == 0 ? 0 : ::exp2(exponent * ::log2(x)); }
 
@@ -213,7 +221,8 @@ struct PowerPerturb {
   LossGradient<T> loss_gradient;
   T eta;
   bool adaptive;
-  double rho, norm, exponent;  // rho is 0 where the norm is not finite; exponent = q - 1, 0 for p = inf, which has no norm
+  double rho, norm,
+      exponent;  // rho is 0 where the norm is not finite; exponent = q - 1, 0 for p = inf, which has no norm
   FASTSAM_HD PowerPerturb(const Row& row, double sum, double q)
       : loss_gradient(row),
         eta(static_cast<T>(row.eta)),
@@ -248,8 +257,8 @@ FASTSAM_HD Decision decide(bool perturbed, bool has_grad, bool found_inf) {
   return {perturbed ? Source::kBackup : rule ? Source::kWeight : Source::kNone, rule, rule};
 }
 
-// torch.nn.utils.clip_grad_norm_: the factor, at most 1, that brings gradients of this squared norm down to max_norm. NaN where the norm is
-// not finite, so that it shows.
+// torch.nn.utils.clip_grad_norm_: the factor, at most 1, that brings gradients of this squared norm down to max_norm.
+// NaN where the norm is not finite, so that it shows.
 FASTSAM_HD double clip_factor(double max_norm, double sum, const float* grad_scale) {
   double norm = sqrt(sum);
   if (grad_scale) norm *= 1.0 / static_cast<double>(*grad_scale);
@@ -271,15 +280,15 @@ struct Gradient {
   FASTSAM_HD T operator()(T g) const { return select(clip == 0, T(0), (g * inverse) * clip); }
 };
 
-// ---- The rules. kStates is the set of state slots that a group of theirs reads and writes, as bits; `states` gives it,
-// `advance` is what happens to a segment's progress after all of it was updated.
+// ---- The rules. kStates is the set of state slots that a group of theirs reads and writes, as bits; `states` gives
+// it, `advance` is what happens to a segment's progress after all of it was updated.
 
 struct CountsAll {
   static FASTSAM_HD void advance(const Row&, Progress& progress) { progress.step += 1; }
 };
 
-// torch.optim.SGD. Without momentum (kStates = 0) there is no buffer and no dampening. It counts the steps with momentum:
-// torch's first step is the one that finds no buffer.
+// torch.optim.SGD. Without momentum (kStates = 0) there is no buffer and no dampening. It counts the steps with
+// momentum: torch's first step is the one that finds no buffer.
 template <class T, int kStates>
 struct Sgd {
   T neg_lr, weight_decay, momentum, one_minus_dampening;
@@ -353,8 +362,8 @@ struct Adam : CountsAll {
   static FASTSAM_HD int states(const Row& row) { return has(row, kAmsgrad) ? 7 : 3; }
 };
 
-// torch.optim.RMSprop (Tieleman & Hinton's lecture; centered: Graves, arXiv 1308.0850). States: the averages of squares,
-// the momentum, the averages of gradients (centered).
+// torch.optim.RMSprop (Tieleman & Hinton's lecture; centered: Graves, arXiv 1308.0850). States: the averages of
+// squares, the momentum, the averages of gradients (centered).
 template <class T, int kStates>
 struct Rmsprop : CountsAll {
   T neg_lr, weight_decay, momentum, alpha, one_minus_alpha, eps;
@@ -433,9 +442,7 @@ struct Nadam {
     return w + (avg_size * exp_avg) / denom;
   }
   static FASTSAM_HD int states(const Row&) { return 3; }
-  static FASTSAM_HD double momentum(const Row& row, uint32_t t) {
-    return row.beta1 * (1.0 - 0.5 * ipow(row.extra, t));
-  }
+  static FASTSAM_HD double momentum(const Row& row, uint32_t t) { return row.beta1 * (1.0 - 0.5 * ipow(row.extra, t)); }
   static FASTSAM_HD void advance(const Row& row, Progress& progress) {
     progress.step += 1;
     progress.mu_product *= static_cast<float>(momentum(row, static_cast<uint32_t>(progress.step)));
@@ -495,14 +502,9 @@ struct Lion : CountsAll {
 };
 
 // ---- The table of rules: functor and all that `states` may give.
-#define FASTSAM_RULES(row)             \
-  row(kSgd, Sgd, 0, 1)                 \
-  row(kAdam, Adam, 3, 7)               \
-  row(kRmsprop, Rmsprop, 1, 3, 5, 7)   \
-  row(kAdagrad, Adagrad, 1)            \
-  row(kNadam, Nadam, 3)                \
-  row(kRadam, Radam, 3)                \
-  row(kLion, Lion, 1)
+#define FASTSAM_RULES(row)                                                                                 \
+  row(kSgd, Sgd, 0, 1) row(kAdam, Adam, 3, 7) row(kRmsprop, Rmsprop, 1, 3, 5, 7) row(kAdagrad, Adagrad, 1) \
+      row(kNadam, Nadam, 3) row(kRadam, Radam, 3) row(kLion, Lion, 1)
 
 template <int kStates>
 struct StateSet {
@@ -538,7 +540,8 @@ struct RuleOf;
 FASTSAM_RULES(FASTSAM_ROW)
 #undef FASTSAM_ROW
 
-// Which states a group uses, and what an update does to a segment's progress, for rules that are known at run time only.
+// Which states a group uses, and what an update does to a segment's progress, for rules that are known at run time
+// only.
 FASTSAM_HD int states_of(Rule rule, const Row& row) {
 #define FASTSAM_ROW(code, Functor, ...) \
   if (rule == code) return Functor<float, 0>::states(row);

@@ -10,27 +10,29 @@ namespace fastsam {
 
 namespace {
 
-cpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, const Tensor& segments, const Tensor& chunks,
-                   const Tensor& grads, const Tensor& rows) {
+cpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, const Tensor& segments,
+                   const Tensor& chunks, const Tensor& grads, const Tensor& rows) {
   cpu::Launch launch{};
   launch.pair = pair_of(operation, dtype, grad_dtype);
   launch.dtype = static_cast<Dtype>(dtype);
-  launch.segments = static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCpu, ScalarType::Long, -1, 8));
+  launch.segments =
+      static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCpu, ScalarType::Long, -1, 8));
   launch.n_segments = segments.size(0);
   launch.chunks = static_cast<const Chunk*>(checked(operation, "chunks", chunks, Place::kCpu, ScalarType::Int, -1, 4));
   launch.n_chunks = chunks.size(0);
-  launch.grads =
-      static_cast<const int64_t*>(checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, launch.n_segments, 0));
-  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
+  launch.grads = static_cast<const int64_t*>(
+      checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, launch.n_segments, 0));
+  launch.rows =
+      static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
   return launch;
 }
 
-void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
-               int64_t slot, double q,
-               double max_norm, std::optional<Tensor> clip, std::optional<Tensor> grad_scale) {
+void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+               Tensor partials, Tensor out, int64_t slot, double q, double max_norm, std::optional<Tensor> clip,
+               std::optional<Tensor> grad_scale) {
   cpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
-  launch.partials =
-      static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCpu, ScalarType::Double, launch.n_chunks, 0));
+  launch.partials = static_cast<double*>(
+      checked("grad_norm", "partials", partials, Place::kCpu, ScalarType::Double, launch.n_chunks, 0));
   double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCpu, ScalarType::Double, -1, 0));
   STD_TORCH_CHECK(0 <= slot && slot < out.size(0), "grad_norm: slot must be in [0, ", out.size(0), "), got ", slot);
   double* const factor = scalar<double>("grad_norm", "clip", clip, Place::kCpu, ScalarType::Double);
@@ -44,25 +46,26 @@ void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks
   *factor = baseline::clip_factor(max_norm, sum, scale);
 }
 
-void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums,
-              double q, std::optional<Tensor> overflows) {
+void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+              Tensor perturbed, Tensor sums, double q, std::optional<Tensor> overflows) {
   cpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
-  launch.perturbed =
-      static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
-  const double* const slots = static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
+  launch.perturbed = static_cast<bool*>(
+      checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  const double* const slots =
+      static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
   for (int64_t i = 0; i < sums.size(0); i++) launch.sum += slots[i];
   launch.overflows = counters("perturb_", overflows, Place::kCpu);
   launch.q = q;
   cpu::perturb(launch);
 }
 
-void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip,
-             std::optional<Tensor> overflows) {
+void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+             Tensor perturbed, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+             std::optional<Tensor> clip, std::optional<Tensor> overflows) {
   cpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.rule = checked_rule("update_", rule);
-  launch.perturbed =
-      static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  launch.perturbed = static_cast<bool*>(
+      checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.grad_scale = scalar<float>("update_", "grad_scale", grad_scale, Place::kCpu, ScalarType::Float);
   launch.found_inf = scalar<float>("update_", "found_inf", found_inf, Place::kCpu, ScalarType::Float);
   launch.clip = scalar<double>("update_", "clip", clip, Place::kCpu, ScalarType::Double);
@@ -75,7 +78,8 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def(
       "grad_norm(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
-      "Tensor(a!) partials, Tensor(b!) out, int slot, float q, float max_norm, Tensor(c!)? clip, Tensor? grad_scale) -> ()");
+      "Tensor(a!) partials, Tensor(b!) out, int slot, float q, float max_norm, Tensor(c!)? clip, Tensor? grad_scale) "
+      "-> ()");
   m.def(
       "perturb_(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
       "Tensor(a!) perturbed, Tensor sums, float q, Tensor(b!)? overflows) -> ()");

@@ -96,10 +96,13 @@ int64_t signature_of(const DLTensor& tensor) {
   return static_cast<int64_t>(hash);
 }
 
-// Whether a gradient lies like its parameter; `dtype` is what it must hold, type code and bits, 0 for what the parameter does.
+// Whether a gradient lies like its parameter; `dtype` is what it must hold, type code and bits, 0 for what the
+// parameter does.
 bool same_layout(const DLTensor& a, const DLTensor& b, unsigned dtype) {
-  const DLDataType own{static_cast<uint8_t>(dtype >> 8), static_cast<uint8_t>(dtype), 1}, &expected = dtype ? own : b.dtype;
-  if (a.ndim != b.ndim || a.dtype.code != expected.code || a.dtype.bits != expected.bits || a.device.device_type != b.device.device_type || a.device.device_id != b.device.device_id) {
+  const DLDataType own{static_cast<uint8_t>(dtype >> 8), static_cast<uint8_t>(dtype), 1},
+      &expected = dtype ? own : b.dtype;
+  if (a.ndim != b.ndim || a.dtype.code != expected.code || a.dtype.bits != expected.bits ||
+      a.device.device_type != b.device.device_type || a.device.device_id != b.device.device_id) {
     return false;
   }
   const bool empty = is_empty(a);
@@ -187,7 +190,8 @@ PyObject* gather(PyObject*, PyObject* args) {
   PyObject* params;
   unsigned long long segment_address, signature_address, skip_address, grad_address;
   unsigned dtype;
-  if (!PyArg_ParseTuple(args, "OKKKKI", &params, &segment_address, &signature_address, &skip_address, &grad_address, &dtype)) {
+  if (!PyArg_ParseTuple(args, "OKKKKI", &params, &segment_address, &signature_address, &skip_address, &grad_address,
+                        &dtype)) {
     return nullptr;
   }
   if (!is_list(params, "gather", "params")) return nullptr;
@@ -308,7 +312,8 @@ PyMethodDef methods[] = {
     {"fill", fill, METH_VARARGS, "fill(grads, table): write the gradients' addresses."},
     {"current_work_stream", current_work_stream, METH_VARARGS,
      "current_work_stream(device_type, device_index) -> int."},
-    {"use_huge_pages", use_huge_pages, METH_VARARGS, "use_huge_pages(address, bytes): ask for them, before the first write."},
+    {"use_huge_pages", use_huge_pages, METH_VARARGS,
+     "use_huge_pages(address, bytes): ask for them, before the first write."},
     {"cpu_isa", cpu_isa, METH_NOARGS, "cpu_isa() -> the instruction set in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "cpu_isas() -> those that this processor has, slowest first."},
     {"use_cpu_isa", use_cpu_isa, METH_VARARGS, "use_cpu_isa(name) -> the previous one."},

@@ -13,7 +13,7 @@ constexpr int kUnit = 64;     // chunk starts and positions are counted in units
 constexpr int kMaxStates = 3;
 constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divides by the bare norm
 
-constexpr double kClipEps = 1e-6;   // added to the norm that gradients are clipped by, as torch does
+constexpr double kClipEps = 1e-6;  // added to the norm that gradients are clipped by, as torch does
 
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 enum Rule { kNoRule = -1, kSgd, kAdam, kRmsprop, kAdagrad, kNadam, kRadam, kLion, kRules };
@@ -38,9 +38,10 @@ struct Row {  // one parameter group, 10 float64
   double lr, weight_decay;
   double beta1, beta2;  // SGD: momentum, dampening; RMSprop: momentum, alpha
   double eps, rho, eta;
-  double flags;  // bits of Flag, as an exact float
-  double extra;  // Adagrad: lr_decay; NAdam: 0.96^momentum_decay
-  double lr_address;  // not 0: lr is read from the device, float32 or with kLrFloat64 float64; exact, as addresses are below 2^53
+  double flags;       // bits of Flag, as an exact float
+  double extra;       // Adagrad: lr_decay; NAdam: 0.96^momentum_decay
+  double lr_address;  // not 0: lr is read from the device, float32 or with kLrFloat64 float64; exact, as addresses are
+                      // below 2^53
 };
 
 struct Segment {  // one parameter, 8 int64; the addresses are absolute, 0 where absent
@@ -51,7 +52,7 @@ struct Segment {  // one parameter, 8 int64; the addresses are absolute, 0 where
   int64_t group;
 };
 
-struct Progress {  // of one segment, 2 float32
+struct Progress {    // of one segment, 2 float32
   float step;        // how many updates so far
   float mu_product;  // NAdam: the product of all momenta so far
 };

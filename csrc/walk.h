@@ -1,5 +1,6 @@
-// How a thread block walks the tables: which elements are its own, how vectors of 16 bytes reach the arithmetic, and the step from
-// one phase to the next. Device code when nvcc compiles it, plain C++ for the tests, which run the kernels' own bodies on a CPU.
+// How a thread block walks the tables: which elements are its own, how vectors of 16 bytes reach the arithmetic, and
+// the step from one phase to the next. Device code when nvcc compiles it, plain C++ for the tests, which run the
+// kernels' own bodies on a CPU.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +50,8 @@ FASTSAM_DEVICE S* element_of(int64_t address, const Chunk& chunk, int begin) {
   return element;
 }
 
-// How many bytes a load from there may have: 16 (at most `most`), 8 or 4, or one element of 2. Parts start at multiples of 16 bytes
-// from their segment's address, so that it holds for all vectors of a part.
+// How many bytes a load from there may have: 16 (at most `most`), 8 or 4, or one element of 2. Parts start at multiples
+// of 16 bytes from their segment's address, so that it holds for all vectors of a part.
 template <class S>
 FASTSAM_DEVICE int width_at(const S* from, int most = kVector) {
   const auto address = reinterpret_cast<uintptr_t>(from);
@@ -169,8 +170,8 @@ FASTSAM_DEVICE void store_bits(S* to, uint64_t bits) {
   store_word<unsigned long long, hint>(to, bits);
 }
 
-// ---- Between storage and arithmetic. `Pack<S>`: a vector has kElements values, which are written kPiece at a time, whole words. `Run<S,
-// n>`: n values.
+// ---- Between storage and arithmetic. `Pack<S>`: a vector has kElements values, which are written kPiece at a time,
+// whole words. `Run<S, n>`: n values.
 
 template <class S>
 struct Pack;
@@ -179,7 +180,9 @@ template <>
 struct Pack<float> {
   static constexpr int kElements = 4, kPiece = 1;
   template <class W>
-  static FASTSAM_DEVICE float get(const W& v, int i) { return from_bits(v.words[i]); }
+  static FASTSAM_DEVICE float get(const W& v, int i) {
+    return from_bits(v.words[i]);
+  }
   static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) { v.words[piece] = to_bits(*x); }
   static FASTSAM_DEVICE float widened(uint64_t bits) { return from_bits(static_cast<uint32_t>(bits)); }
   static FASTSAM_DEVICE uint64_t narrowed(float x) { return to_bits(x); }
@@ -243,7 +246,9 @@ struct PackOfHalves {
   static FASTSAM_DEVICE float get(const W& v, int i) {
     return widened_half(i % 2 ? v.words[i / 2] >> 16 : v.words[i / 2] & 0xffff, S());
   }
-  static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) { v.words[piece] = rounded_pair(x[0], x[1], S()); }
+  static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) {
+    v.words[piece] = rounded_pair(x[0], x[1], S());
+  }
   static FASTSAM_DEVICE float widened(uint64_t bits) { return widened_half(static_cast<uint32_t>(bits), S()); }
   static FASTSAM_DEVICE uint64_t narrowed(float x) { return rounded_pair(x, 0, S()) & 0xffff; }
 };
@@ -253,7 +258,7 @@ template <>
 struct Pack<float16> : PackOfHalves<float16> {};
 
 template <class S, int n>
-using Run = Words<n * static_cast<int>(sizeof(S)) / 4>;
+using Run = Words<n* static_cast<int>(sizeof(S)) / 4>;
 
 // ---- Values that one thread computes and all read. Functors have no default constructor, shared memory runs none.
 

@@ -1,5 +1,5 @@
-// The CUDA kernels' own bodies on a CPU: a grid of blocks in any order, on any number of threads, a block's threads in any order.
-// A library for test_cuda_core.py; with -DFASTSAM_MAIN a program for ThreadSanitizer.
+// The CUDA kernels' own bodies on a CPU: a grid of blocks in any order, on any number of threads, a block's threads in
+// any order. A library for test_cuda_core.py; with -DFASTSAM_MAIN a program for ThreadSanitizer.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -50,7 +50,8 @@ class HostContext {
   bool arrive(uint32_t* ticket) {
     const uint32_t last = blocks_ - 1;
     uint32_t before = __atomic_load_n(ticket, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(ticket, &before, before >= last ? 0 : before + 1, false, FASTSAM_TICKET_ORDER, __ATOMIC_RELAXED)) {
+    while (!__atomic_compare_exchange_n(ticket, &before, before >= last ? 0 : before + 1, false, FASTSAM_TICKET_ORDER,
+                                        __ATOMIC_RELAXED)) {
     }
     return before == last;
   }
@@ -116,7 +117,8 @@ void run(const Launch& launch, const Body& body) {
   args->slot = static_cast<int32_t>(launch.slot);
   args->q = launch.q;
   args->max_norm = launch.max_norm;
-  args->adaptive = !(launch.max_norm > 0) && std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return needs_weight(row); });
+  args->adaptive = !(launch.max_norm > 0) && std::any_of(launch.rows, launch.rows + launch.n_groups,
+                                                         [](const Row& row) { return needs_weight(row); });
   args->n_sums = static_cast<int32_t>(launch.n_sums);
   args->partials = launch.partials;
   args->sums = launch.sums;
@@ -185,8 +187,10 @@ void update(const Launch& launch) {
 template <class S, class G>
 void run_operation(int operation, const Launch& launch) {
   switch (operation) {
-    case 0: return launch.q == 2 ? grad_norm<S, G>(launch) : power_norm<S, G>(launch);
-    case 1: return launch.q == 2 ? perturb<S, G>(launch) : power_perturb<S, G>(launch);
+    case 0:
+      return launch.q == 2 ? grad_norm<S, G>(launch) : power_norm<S, G>(launch);
+    case 1:
+      return launch.q == 2 ? perturb<S, G>(launch) : power_perturb<S, G>(launch);
   }
   using Update = void (*)(const Launch&);
 #define FASTSAM_ROW(name, ...) update<Kernel::name, S, G>,
@@ -203,14 +207,22 @@ using namespace fastsam::FASTSAM_ISA;
 extern "C" void fastsam_run(int operation, int dtype, int grad_dtype, const FASTSAM_ISA::Launch* launch) {
   constexpr auto pair = [](int weights, int grads) { return weights * kDtypes + grads; };
   switch (pair(dtype, grad_dtype)) {
-    case pair(kFloat32, kFloat32): return run_operation<float, float>(operation, *launch);
-    case pair(kFloat64, kFloat64): return run_operation<double, double>(operation, *launch);
-    case pair(kBFloat16, kBFloat16): return run_operation<bfloat16, bfloat16>(operation, *launch);
-    case pair(kFloat16, kFloat16): return run_operation<float16, float16>(operation, *launch);
-    case pair(kFloat32, kBFloat16): return run_operation<float, bfloat16>(operation, *launch);
-    case pair(kFloat32, kFloat16): return run_operation<float, float16>(operation, *launch);
-    case pair(kBFloat16, kFloat32): return run_operation<bfloat16, float>(operation, *launch);
-    case pair(kFloat16, kFloat32): return run_operation<float16, float>(operation, *launch);
+    case pair(kFloat32, kFloat32):
+      return run_operation<float, float>(operation, *launch);
+    case pair(kFloat64, kFloat64):
+      return run_operation<double, double>(operation, *launch);
+    case pair(kBFloat16, kBFloat16):
+      return run_operation<bfloat16, bfloat16>(operation, *launch);
+    case pair(kFloat16, kFloat16):
+      return run_operation<float16, float16>(operation, *launch);
+    case pair(kFloat32, kBFloat16):
+      return run_operation<float, bfloat16>(operation, *launch);
+    case pair(kFloat32, kFloat16):
+      return run_operation<float, float16>(operation, *launch);
+    case pair(kBFloat16, kFloat32):
+      return run_operation<bfloat16, float>(operation, *launch);
+    case pair(kFloat16, kFloat32):
+      return run_operation<float16, float>(operation, *launch);
   }
 }
 
@@ -220,7 +232,8 @@ extern "C" int fastsam_part(int64_t block, int split_bits, int length, int* begi
   return part_length(part, Chunk{0, 0, length, 0});
 }
 extern "C" int fastsam_width(int64_t address, int itemsize) {
-  return itemsize == 2 ? width_at(reinterpret_cast<const bfloat16*>(address)) : width_at(reinterpret_cast<const float*>(address));
+  return itemsize == 2 ? width_at(reinterpret_cast<const bfloat16*>(address))
+                       : width_at(reinterpret_cast<const float*>(address));
 }
 
 #ifdef FASTSAM_MAIN
@@ -257,7 +270,8 @@ struct Problem {
         if (k == 4) grads[i] = i % 7 == 3 ? 0 : address;
       }
       segments[i].progress = reinterpret_cast<int64_t>(&progress[i]);
-      for (int start = 0; start < n; start += kChunk) chunks.push_back({i, start / kUnit, std::min(n - start, kChunk), 0});
+      for (int start = 0; start < n; start += kChunk)
+        chunks.push_back({i, start / kUnit, std::min(n - start, kChunk), 0});
     }
     partials.resize(chunks.size());
   }

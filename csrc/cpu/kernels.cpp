@@ -84,7 +84,7 @@ static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
     }
     const G* const g = at<const G>(address, chunk);
     const S* const w = at<const S>(segment.weight, chunk);
-    launch.partials[c] = launch.q != 2                          ? chunk_power_sum(w, g, chunk.length, row, launch.q)
+    launch.partials[c] = launch.q != 2                        ? chunk_power_sum(w, g, chunk.length, row, launch.q)
                          : needs_weight(row) && !launch.plain ? chunk_sum<S, G, true>(w, g, chunk.length, row)
                                                               : chunk_sum<S, G, false>(w, g, chunk.length, row);
   }
@@ -195,9 +195,8 @@ static void update_chunk(const Launch& launch, const Update& update) {
 template <Rule kRule, class S, class G>
 static void apply_rule(const Launch& launch, const Update& update) {
   constexpr int kAll = (1 << kMaxStates) - 1;
-  RuleOf<kRule>::template with_states<kAll>(update.row, [&](auto set) {
-    update_chunk<kRule, decltype(set)::value, S, G>(launch, update);
-  });
+  RuleOf<kRule>::template with_states<kAll>(
+      update.row, [&](auto set) { update_chunk<kRule, decltype(set)::value, S, G>(launch, update); });
 }
 
 template <class S, class G>
@@ -225,8 +224,8 @@ static void update(const Launch& launch, int64_t begin, int64_t end) {
 }
 
 // By pair, as tables.h counts them.
-#define FASTSAM_PAIRS(loop)                                                                              \
-  {loop<float, float>,    loop<double, double>,  loop<bfloat16, bfloat16>, loop<float16, float16>, \
+#define FASTSAM_PAIRS(loop)                                                                       \
+  {loop<float, float>,    loop<double, double>, loop<bfloat16, bfloat16>, loop<float16, float16>, \
    loop<float, bfloat16>, loop<float, float16>, loop<bfloat16, float>,    loop<float16, float>}
 #define FASTSAM_NAME_(isa) #isa
 #define FASTSAM_NAME(isa) FASTSAM_NAME_(isa)

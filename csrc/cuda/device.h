@@ -30,8 +30,8 @@ struct DeviceContext {
     }
   }
 
-  // True for the last of the grid's blocks. What the calling thread did before is visible to the thread that is told so. The counter
-  // wraps to 0 by itself, so that the next launch finds it as this one did.
+  // True for the last of the grid's blocks. What the calling thread did before is visible to the thread that is told
+  // so. The counter wraps to 0 by itself, so that the next launch finds it as this one did.
   __device__ __forceinline__ bool arrive(uint32_t* ticket) const {
     uint32_t before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"

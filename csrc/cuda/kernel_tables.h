@@ -20,15 +20,17 @@ struct Variants {
 };
 
 // By pair of dtypes; restore_kernels read no gradients and are by dtype. Mixed ones have the large arguments only.
-extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], power_norm_kernels[kPairs], power_perturb_kernels[kPairs];
+extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], power_norm_kernels[kPairs],
+    power_perturb_kernels[kPairs];
 #define FASTSAM_ROW(name, ...) extern const Variants name##_kernels[];
 FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)
 #undef FASTSAM_ROW
 
 // clang-format off
 #define FASTSAM_BOTH(kernel, S) {kernel(S, S, kSmallWords), kernel(S, S, kLargeWords)}
-#define FASTSAM_EQUAL(kernel) \
-  FASTSAM_BOTH(kernel, float), FASTSAM_BOTH(kernel, double), FASTSAM_BOTH(kernel, bfloat16), FASTSAM_BOTH(kernel, float16)
+#define FASTSAM_EQUAL(kernel)                                   \
+  FASTSAM_BOTH(kernel, float), FASTSAM_BOTH(kernel, double),    \
+  FASTSAM_BOTH(kernel, bfloat16), FASTSAM_BOTH(kernel, float16)
 #define FASTSAM_ONE(kernel, S, G) {nullptr, kernel(S, G, kLargeWords)}
 // `kernel(S, G, words)` for every pair, in the order of tables.h.
 #define FASTSAM_PAIRS(kernel)                                                              \
@@ -43,8 +45,8 @@ FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)
    FASTSAM_ONE(kernel, bfloat16, float),    FASTSAM_ONE(kernel, float16, float)}
 // clang-format on
 
-// Blocks that a processor holds at least: as many as registers allow without spilling. 16-byte loads under way follow: benchmarks/
-// registers.md.
+// Blocks that a processor holds at least: as many as registers allow without spilling. 16-byte loads under way follow:
+// benchmarks/ registers.md.
 template <class S, class G>
 constexpr int kNormBlocks = sizeof(S) == 8 || sizeof(S) != sizeof(G) ? 5 : 6;
 template <class S, class G>

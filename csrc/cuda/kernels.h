@@ -1,8 +1,9 @@
-// The three kernels, one thread block at a time, in phases: `ctx.threads` runs a phase for each thread, `ctx.sync` lies between two.
-// The GPU runs them with DeviceContext, the tests on a CPU with a context of their own. All arithmetic is math.h's.
+// The three kernels, one thread block at a time, in phases: `ctx.threads` runs a phase for each thread, `ctx.sync` lies
+// between two. The GPU runs them with DeviceContext, the tests on a CPU with a context of their own. All arithmetic is
+// math.h's.
 //
-// A block issues its first loads before the barrier behind which the scalars are ready: about a hundred dependent float64 operations
-// of one thread, a microsecond or more.
+// A block issues its first loads before the barrier behind which the scalars are ready: about a hundred dependent
+// float64 operations of one thread, a microsecond or more.
 #pragma once
 
 #include "../walk.h"
@@ -18,7 +19,7 @@ struct Header {
   uint32_t* ticket;      // 0 before and after
   int32_t n_chunks, n_segments, n_groups;
   int32_t split_bits;  // a chunk has 2^split_bits blocks, one for the norm
-  int32_t adaptive;  // grad_norm: whether any group may be
+  int32_t adaptive;    // grad_norm: whether any group may be
   int32_t n_sums, slot;
   double* partials;  // grad_norm: [n_chunks]
   double* sums;      // [n_sums], the squared norm in parts; grad_norm writes that in `slot`
@@ -30,8 +31,8 @@ struct Header {
   int64_t* overflows;      // [2] or null: steps without a perturbation, steps without an update
 };
 
-// Rows of 8 words each, then one word a segment: the address of its gradient, 0 for none, plus 1 if the backup holds the weights.
-// Addresses of numbers are even.
+// Rows of 8 words each, then one word a segment: the address of its gradient, 0 for none, plus 1 if the backup holds
+// the weights. Addresses of numbers are even.
 constexpr int64_t kPerturbed = 1;
 
 // A tensor lr is read where it is: whoever changes it need not tell a captured graph.
@@ -113,8 +114,8 @@ FASTSAM_DEVICE void copy_part(S* to, const S* from, int n, int t) {
 }
 
 // ---- grad_norm: reads n (2n adaptive) elements; ascending, as backward wrote the first layers' gradients last.
-// Thread t has of every group of 256 vectors of gradients the t-th; the group of a 16-bit type is a whole row of the canonical tree,
-// that of float a half, that of double a quarter. S is the weights' type, G the gradients'.
+// Thread t has of every group of 256 vectors of gradients the t-th; the group of a 16-bit type is a whole row of the
+// canonical tree, that of float a half, that of double a quarter. S is the weights' type, G the gradients'.
 
 template <class G>
 struct NormShared {
@@ -127,7 +128,8 @@ struct NormShared {
 
 // Thread t's lanes, folded to one value a group.
 template <class S, class G, bool kTimesWeight>
-FASTSAM_DEVICE auto lane_sums(const S* w, const G* g, int n, const Steepest<typename Compute<S>::type>& steepest, int t) {
+FASTSAM_DEVICE auto lane_sums(const S* w, const G* g, int n, const Steepest<typename Compute<S>::type>& steepest,
+                              int t) {
   using T = typename Compute<S>::type;
   constexpr int kGroups = NormShared<G>::kGroups, kElements = Pack<G>::kElements, kStride = kThreads * kElements;
   constexpr int kRows = kChunk / kLanes;
@@ -214,7 +216,8 @@ FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& sums, T (&warps)[kGroups][kW
   ctx.sync();
 }
 
-// Thread 0 knows the block's partial sum; the last block to arrive sees those of all: lane i mod 1024 takes them in order.
+// Thread 0 knows the block's partial sum; the last block to arrive sees those of all: lane i mod 1024 takes them in
+// order.
 template <class Shared, class Ctx, class A, class Partial>
 FASTSAM_DEVICE void sum_partials(Ctx& ctx, const A& args, Shared& shared, const Partial& partial) {
   ctx.threads([&](int t) {
@@ -277,8 +280,8 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
   });
 }
 
-// ---- perturb_: reads 2n, writes 2n elements; descending: starts on what grad_norm read last and ends on what the next forward reads
-// first.
+// ---- perturb_: reads 2n, writes 2n elements; descending: starts on what grad_norm read last and ends on what the next
+// forward reads first.
 
 template <class S>
 using PerturbShared = Slot<Perturb<typename Compute<S>::type>>;
@@ -391,19 +394,11 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
 
 // ---- update_: reads 2n and the states, writes n and the states; ascending, as grad_norm.
 
-// The kernels: name, rule, and the states that a group may have in it. A launch takes the first one of its rule that has the states of
-// all its groups; each has registers for what it may need.
-#define FASTSAM_UPDATE_KERNELS(row) \
-  row(restore, kNoRule, 0)          \
-  row(sgd, kSgd, 1)                 \
-  row(adam, kAdam, 3)               \
-  row(amsgrad, kAdam, 7)            \
-  row(rmsprop, kRmsprop, 3)         \
-  row(centered, kRmsprop, 7)        \
-  row(adagrad, kAdagrad, 1)         \
-  row(nadam, kNadam, 3)             \
-  row(radam, kRadam, 3)             \
-  row(lion, kLion, 1)
+// The kernels: name, rule, and the states that a group may have in it. A launch takes the first one of its rule that
+// has the states of all its groups; each has registers for what it may need.
+#define FASTSAM_UPDATE_KERNELS(row)                                                                                    \
+  row(restore, kNoRule, 0) row(sgd, kSgd, 1) row(adam, kAdam, 3) row(amsgrad, kAdam, 7) row(rmsprop, kRmsprop, 3) row( \
+      centered, kRmsprop, 7) row(adagrad, kAdagrad, 1) row(nadam, kNadam, 3) row(radam, kRadam, 3) row(lion, kLion, 1)
 
 #define FASTSAM_ROW(name, ...) name,
 enum class Kernel { FASTSAM_UPDATE_KERNELS(FASTSAM_ROW) };
@@ -462,7 +457,8 @@ template <int kStates>
 constexpr int kUpdateUnroll = kStates > 1 ? 1 : 2;  // of one state at most
 
 template <Rule kRule, int kStates, class G, class S, class Ctx, class A>
-FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row, UpdateShared<kRule, S>& shared) {
+FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row,
+                                UpdateShared<kRule, S>& shared) {
   using P = Pack<S>;
   using T = typename Compute<S>::type;
   using R = typename RuleOf<kRule>::template Functor<T, kStates>;
@@ -573,7 +569,8 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
 }
 
 template <Kernel kKernel, class S, class G, class Ctx, class A>
-FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args, UpdateShared<kKernels[static_cast<int>(kKernel)].rule, S>& shared) {
+FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args,
+                                 UpdateShared<kKernels[static_cast<int>(kKernel)].rule, S>& shared) {
   constexpr Rule kRule = kKernels[static_cast<int>(kKernel)].rule;
   constexpr int kMost = kKernels[static_cast<int>(kKernel)].states;
   const Part share = part_of(ctx.block(), args.split_bits);

@@ -1,5 +1,5 @@
-// The operations on a GPU: which kernel, how many blocks, and how what changes with every step reaches them. Nothing here waits for
-// the device or allocates.
+// The operations on a GPU: which kernel, how many blocks, and how what changes with every step reaches them. Nothing
+// here waits for the device or allocates.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -42,7 +42,9 @@ gpu::Control* control_of(const gpu::Launch& launch) {
 }
 Row* captured_rows_of(const gpu::Launch& launch) { return reinterpret_cast<Row*>(control_of(launch) + 1); }
 Row* row_table_of(const gpu::Launch& launch) { return captured_rows_of(launch) + launch.n_groups; }
-int64_t* grad_table_of(const gpu::Launch& launch) { return reinterpret_cast<int64_t*>(row_table_of(launch) + launch.n_groups); }
+int64_t* grad_table_of(const gpu::Launch& launch) {
+  return reinterpret_cast<int64_t*>(row_table_of(launch) + launch.n_groups);
+}
 
 int64_t row_word(const gpu::Launch& launch, int64_t i) {
   int64_t word;
@@ -57,7 +59,8 @@ cudaError_t write_rows(Row* to, const gpu::Launch& launch, cudaStream_t stream) 
                      [&](int64_t i) { return row_word(launch, i); });
 }
 
-// Small models fill a GPU better with several blocks a chunk: below some waves of blocks, the last one is a large share.
+// Small models fill a GPU better with several blocks a chunk: below some waves of blocks, the last one is a large
+// share.
 int split_bits_for(const gpu::Launch& launch) {
   static std::atomic<int> processors[kMostDevices];
   std::atomic<int>& known = processors[launch.device % kMostDevices];
@@ -71,8 +74,8 @@ int split_bits_for(const gpu::Launch& launch) {
 }
 
 template <int kWords>
-cudaError_t launch_with(void (*kernel)(const Arguments<kWords>), const Header& header, const gpu::Launch& launch, bool rows,
-                        bool grads, unsigned grid, cudaStream_t stream) {
+cudaError_t launch_with(void (*kernel)(const Arguments<kWords>), const Header& header, const gpu::Launch& launch,
+                        bool rows, bool grads, unsigned grid, cudaStream_t stream) {
   Arguments<kWords> args;
   static_cast<Header&>(args) = header;
   int64_t* next = args.words;
@@ -87,7 +90,8 @@ const Variants& variants_of(const Variants* kernels, const gpu::Launch& launch) 
 }
 
 // Run a kernel with what it is told by value, or, where that is too much, from the device's tables.
-cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header header, uint32_t* ticket, bool whole_chunks) {
+cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header header, uint32_t* ticket,
+                bool whole_chunks) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaSetDevice(launch.device);
@@ -120,8 +124,9 @@ cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header heade
   const unsigned grid = static_cast<unsigned>(std::max<int64_t>(launch.n_chunks << header.split_bits, 1));
   const int64_t words = (rows_fit ? row_words : 0) + (grads_fit ? n : 0);
   const Variants& variants = variants_of(kernels, launch);
-  return words <= kSmallWords && variants.small ? launch_with(variants.small, header, launch, rows_fit, grads_fit, grid, stream)
-                              : launch_with(variants.large, header, launch, rows_fit, grads_fit, grid, stream);
+  return words <= kSmallWords && variants.small
+             ? launch_with(variants.small, header, launch, rows_fit, grads_fit, grid, stream)
+             : launch_with(variants.large, header, launch, rows_fit, grads_fit, grid, stream);
 }
 
 const char* message(cudaError_t error) {
@@ -139,7 +144,8 @@ cudaError_t grad_norm(const gpu::Launch& launch) {
   header.max_norm = launch.max_norm;
   header.clip = launch.clip;
   header.grad_scale = launch.grad_scale;
-  header.adaptive = !launch.clip && std::any_of(launch.rows, launch.rows + launch.n_groups, [](const Row& row) { return needs_weight(row); });
+  header.adaptive = !launch.clip && std::any_of(launch.rows, launch.rows + launch.n_groups,
+                                                [](const Row& row) { return needs_weight(row); });
   header.q = launch.q;
   return run(launch.q == 2 ? norm_kernels : power_norm_kernels, launch, header, &control_of(launch)->norm_ticket, true);
 }

@@ -11,8 +11,8 @@ struct Control {
   int64_t unused[7];
 };
 static_assert(sizeof(Control) == sizeof(Segment), "one row of the table");
-// Then, in rows of the segments' table: a Row for each group, which captured graphs read; the same again, for launches with more groups
-// than they can be told by value; the gradients' addresses, for those with thousands of tensors.
+// Then, in rows of the segments' table: a Row for each group, which captured graphs read; the same again, for launches
+// with more groups than they can be told by value; the gradients' addresses, for those with thousands of tensors.
 inline int64_t table_size(int64_t n_segments, int64_t n_groups) {
   return n_segments + 1 + (2 * n_groups * kRowColumns + 7) / 8 + (n_segments + 7) / 8;
 }

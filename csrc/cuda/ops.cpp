@@ -14,41 +14,45 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-gpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, const Tensor& segments, const Tensor& chunks, const Tensor& grads,
-                   const Tensor& rows) {
+gpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, const Tensor& segments,
+                   const Tensor& chunks, const Tensor& grads, const Tensor& rows) {
   gpu::Launch launch{};
   launch.pair = pair_of(operation, dtype, grad_dtype);
   launch.dtype = static_cast<Dtype>(dtype);
   launch.grads = static_cast<const int64_t*>(checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, -1, 0));
   launch.n_segments = grads.size(0);
-  launch.rows = static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
+  launch.rows =
+      static_cast<const Row*>(checked(operation, "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
   launch.n_groups = rows.size(0);
   const int64_t size = gpu::table_size(launch.n_segments, launch.n_groups);
-  launch.segments = static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCuda, ScalarType::Long, size, 8));
+  launch.segments =
+      static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCuda, ScalarType::Long, size, 8));
   launch.chunks = static_cast<const Chunk*>(checked(operation, "chunks", chunks, Place::kCuda, ScalarType::Int, -1, 4));
   launch.n_chunks = chunks.size(0);
   STD_TORCH_CHECK(launch.n_chunks < 1 << 28, operation, ": at most 2^28 chunks, got ", launch.n_chunks);
   launch.device = segments.get_device_index();
-  STD_TORCH_CHECK(work_stream(launch.device, &launch.stream), operation, ": torch gives no current stream for cuda:",
-                  launch.device);
+  STD_TORCH_CHECK(work_stream(launch.device, &launch.stream), operation,
+                  ": torch gives no current stream for cuda:", launch.device);
   return launch;
 }
 
 void expect_device(const char* operation, const char* name, const Tensor& tensor, int device) {
-  STD_TORCH_CHECK(tensor.get_device_index() == device, operation, ": ", name, " must be on cuda:", device, ", got cuda:",
-                  tensor.get_device_index());
+  STD_TORCH_CHECK(tensor.get_device_index() == device, operation, ": ", name, " must be on cuda:", device,
+                  ", got cuda:", tensor.get_device_index());
 }
 
 void expect_success(const char* operation, const char* error, int device) {
-  STD_TORCH_CHECK(!error, operation, " on cuda:", device, ": ", error, " (this library's kernels are for compute capability 7.5 ",
+  STD_TORCH_CHECK(!error, operation, " on cuda:", device, ": ", error,
+                  " (this library's kernels are for compute capability 7.5 ",
                   "and later; errors of earlier work may show here)");
 }
 
-void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out, int64_t slot, double q, double max_norm, std::optional<Tensor> clip,
+void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+               Tensor partials, Tensor out, int64_t slot, double q, double max_norm, std::optional<Tensor> clip,
                std::optional<Tensor> grad_scale) {
   gpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
-  launch.partials =
-      static_cast<double*>(checked("grad_norm", "partials", partials, Place::kCuda, ScalarType::Double, launch.n_chunks, 0));
+  launch.partials = static_cast<double*>(
+      checked("grad_norm", "partials", partials, Place::kCuda, ScalarType::Double, launch.n_chunks, 0));
   double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCuda, ScalarType::Double, -1, 0));
   STD_TORCH_CHECK(0 <= slot && slot < out.size(0), "grad_norm: slot must be in [0, ", out.size(0), "), got ", slot);
   expect_device("grad_norm", "out", out, launch.device);
@@ -65,11 +69,11 @@ void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks
   expect_success("grad_norm", gpu::grad_norm(launch), launch.device);
 }
 
-void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums,
-              double q, std::optional<Tensor> overflows) {
+void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+              Tensor perturbed, Tensor sums, double q, std::optional<Tensor> overflows) {
   gpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
-  bool* const marks =
-      static_cast<bool*>(checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  bool* const marks = static_cast<bool*>(
+      checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.sums = static_cast<double*>(checked("perturb_", "sums", sums, Place::kCuda, ScalarType::Double, -1, 0));
   launch.n_sums = sums.size(0);
   launch.overflows = counters("perturb_", overflows, Place::kCuda);
@@ -83,13 +87,13 @@ void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks,
   expect_success("perturb_", gpu::perturb(launch), launch.device);
 }
 
-void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip,
-             std::optional<Tensor> overflows) {
+void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+             Tensor perturbed, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+             std::optional<Tensor> clip, std::optional<Tensor> overflows) {
   gpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
   launch.rule = checked_rule("update_", rule);
-  bool* const marks =
-      static_cast<bool*>(checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  bool* const marks = static_cast<bool*>(
+      checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.perturbed = marks;
   launch.grad_scale = scalar<float>("update_", "grad_scale", grad_scale, Place::kCuda, ScalarType::Float);
   launch.found_inf = scalar<float>("update_", "found_inf", found_inf, Place::kCuda, ScalarType::Float);
@@ -100,35 +104,40 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
   if (found_inf) expect_device("update_", "found_inf", *found_inf, launch.device);
   if (clip) expect_device("update_", "clip", *clip, launch.device);
   for (int64_t i = 0; rule == kNoRule && i < launch.n_segments; i++) {
-    STD_TORCH_CHECK(launch.grads[i] == 0, "update_: without a rule there must be no gradients, got one for segment ", i);
+    STD_TORCH_CHECK(launch.grads[i] == 0, "update_: without a rule there must be no gradients, got one for segment ",
+                    i);
   }
   const DeviceGuard guard(launch.device);
   expect_success("update_", gpu::update(launch), launch.device);
   std::fill(marks, marks + launch.n_segments, false);
 }
 
-// Captured graphs read the groups' values from the device's table; this writes it, outside the graph, and loads the kernels.
+// Captured graphs read the groups' values from the device's table; this writes it, outside the graph, and loads the
+// kernels.
 void upload_rows(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor rows, int64_t n_segments) {
   gpu::Launch launch{};
   launch.dtype = static_cast<Dtype>(dtype);
   launch.pair = pair_of("upload_rows", dtype, grad_dtype);
   launch.rule = checked_rule("upload_rows", rule);
-  launch.rows = static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
+  launch.rows =
+      static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
   launch.n_segments = n_segments;
   launch.n_groups = rows.size(0);
   const int64_t size = gpu::table_size(n_segments, launch.n_groups);
-  launch.segments =
-      static_cast<const Segment*>(checked("upload_rows", "segments", segments, Place::kCuda, ScalarType::Long, size, 8));
+  launch.segments = static_cast<const Segment*>(
+      checked("upload_rows", "segments", segments, Place::kCuda, ScalarType::Long, size, 8));
   launch.device = segments.get_device_index();
-  STD_TORCH_CHECK(work_stream(launch.device, &launch.stream), "upload_rows: torch gives no current stream for cuda:",
-                  launch.device);
+  STD_TORCH_CHECK(work_stream(launch.device, &launch.stream),
+                  "upload_rows: torch gives no current stream for cuda:", launch.device);
   const DeviceGuard guard(launch.device);
   expect_success("upload_rows", gpu::upload_rows(launch), launch.device);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastsam, m) { m.def("upload_rows(int dtype, int grad_dtype, int rule, Tensor(a!) segments, Tensor rows, int n_segments) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastsam, m) {
+  m.def("upload_rows(int dtype, int grad_dtype, int rule, Tensor(a!) segments, Tensor rows, int n_segments) -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
