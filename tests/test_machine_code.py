@@ -23,7 +23,7 @@ READ = [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=py
 THREADS, REGISTERS = 256, 65536  # of a block, of a processor
 TYPES = {"f": "float32", "d": "float64", "NS0_8bfloat16E": "bfloat16", "NS0_7float16E": "float16"}
 # In the order of csrc/cuda/kernels.h.
-UPDATES = "restore sgd adam amsgrad rmsprop centered adagrad nadam radam lion".split()
+UPDATES = "restore plain sgd adam amsgrad rmsprop centered adagrad nadam radam lion".split()
 UNDER_WAY = 64 * 1024  # bytes a processor has to wait for to keep the memory busy
 
 
@@ -187,33 +187,33 @@ def test_no_kernel_spills_or_uses_local_memory():
 
 @needs_kernels
 def test_ptx_rounds_as_the_formulas_say():
-    ptx = output("-ptx")
+    kernels = re.split(r"(?=\.visible \.entry )", output("-ptx"))
+    # log2 and exp2 of float64 start from an approximation that they refine; they are promised to no bit.
+    ptx = "".join(kernel for kernel in kernels if "power_" not in kernel.partition("(")[0])
     assert "sqrt.rn.f32" in ptx and "div.rn.f32" in ptx
     assert not re.findall(r"\S*(?:\.ftz|\.approx|div\.full)\S*", ptx)
 
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("name", "dtype", "element", "fixed"),
+    ("name", "fused"),
     [
-        # `element` fused multiply-adds in the formula, once an element in either loop and once in the tail. SGD holds
-        # a version with and one without momentum.
-        ("perturb", "f", 0, 0),
-        ("sgd", "f", 4 + 2, 0),
-        ("adam", "f", 1 + 2 + 1, 0),
+        # Of each element in the loop over aligned vectors (of 4, two at a time but for Adam), in that over others, and
+        # in the tail. perturb_'s only one is the decay in the loss; its loops are there with and without ASAM.
+        ("perturb", 1 * (2 * (2 * 4 + 4) + 1)),
+        ("plain", 1 * (2 * 4 + 4 + 1)),
+        ("sgd", 4 * (2 * 4 + 4 + 1) + 1 * 1),  # and one element at a time without momentum
+        ("adam", 4 * (4 + 4 + 1)),
     ],
 )
-def test_ptx_fuses_only_what_the_formulas_write(name, dtype, element, fixed):
-    symbol = next(
-        f.symbol for k, f in small().items() if (k.name, k.dtype, k.grad_dtype) == (name, TYPES[dtype], TYPES[dtype])
-    )
+def test_ptx_fuses_only_what_the_formulas_write(name, fused):
     ptx = output("-ptx")
     if ".target sm_120" not in ptx:
         pytest.skip("for other targets the compiler copies loops, and with them their instructions")
+    symbol = next(f.symbol for k, f in small().items() if k[:3] == (name, "float32", "float32"))
     body = ptx.split(f".visible .entry {symbol}(")[1].split(".entry ")[0]
-    fused = len(re.findall(r"fma\.rn\.f32\s", body)) + 2 * len(re.findall(r"fma\.rn\.f32x2\s", body))
-    unrolled = {"perturb": 1, "sgd": 2, "adam": 1}[name]
-    assert fused == element * (4 * unrolled + 4 + 1) + fixed
+    found = len(re.findall(r"fma\.rn\.f32\s", body)) + 2 * len(re.findall(r"fma\.rn\.f32x2\s", body))
+    assert found == fused
 
 
 @needs_kernels

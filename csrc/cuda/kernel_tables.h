@@ -48,7 +48,7 @@ FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)
 // Blocks that a processor holds at least: as many as registers allow without spilling. 16-byte loads under way follow:
 // benchmarks/ registers.md.
 template <class S, class G>
-constexpr int kNormBlocks = sizeof(S) == 8 || sizeof(S) != sizeof(G) ? 5 : 6;
+constexpr int kNormBlocks = sizeof(S) == 8 ? 4 : sizeof(S) != sizeof(G) ? 5 : 6;
 template <class S, class G>
 constexpr int kPerturbBlocks = sizeof(S) == 8 || sizeof(S) < sizeof(G) ? 5 : 6;
 template <Kernel kKernel, class S, class G>

@@ -396,9 +396,20 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
 
 // The kernels: name, rule, and the states that a group may have in it. A launch takes the first one of its rule that
 // has the states of all its groups; each has registers for what it may need.
-#define FASTSAM_UPDATE_KERNELS(row)                                                                                    \
-  row(restore, kNoRule, 0) row(sgd, kSgd, 1) row(adam, kAdam, 3) row(amsgrad, kAdam, 7) row(rmsprop, kRmsprop, 3) row( \
-      centered, kRmsprop, 7) row(adagrad, kAdagrad, 1) row(nadam, kNadam, 3) row(radam, kRadam, 3) row(lion, kLion, 1)
+// clang-format off
+#define FASTSAM_UPDATE_KERNELS(row) \
+  row(restore, kNoRule, 0)          \
+  row(plain, kSgd, 0)                 \
+  row(sgd, kSgd, 1)                 \
+  row(adam, kAdam, 3)               \
+  row(amsgrad, kAdam, 7)            \
+  row(rmsprop, kRmsprop, 3)         \
+  row(centered, kRmsprop, 7)        \
+  row(adagrad, kAdagrad, 1)         \
+  row(nadam, kNadam, 3)             \
+  row(radam, kRadam, 3)             \
+  row(lion, kLion, 1)
+// clang-format on
 
 #define FASTSAM_ROW(name, ...) name,
 enum class Kernel { FASTSAM_UPDATE_KERNELS(FASTSAM_ROW) };
@@ -456,7 +467,9 @@ struct UpdateTile {
 template <int kStates>
 constexpr int kUpdateUnroll = kStates > 1 ? 1 : 2;  // of one state at most
 
-template <Rule kRule, int kStates, class G, class S, class Ctx, class A>
+// kVectors: in 16 bytes at a time where the addresses allow it, kAnywhere: elsewhere as wide as they allow. Otherwise one
+// element at a time, which is much less code to compile.
+template <Rule kRule, int kStates, bool kVectors, bool kAnywhere, class G, class S, class Ctx, class A>
 FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row,
                                 UpdateShared<kRule, S>& shared) {
   using P = Pack<S>;
@@ -475,7 +488,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
     if (kStates >> k & 1) state[k] = element_of<S>(part.segment->state[k], part.chunk, part.begin);
   }
   const int w_width = width_at(w), source_width = width_at(source), g_width = width_at(g, Direction::kWidth);
-  const bool aligned = w_width == kVector && source_width == kVector && g_width == Direction::kWidth;
+  const bool aligned = kVectors && w_width == kVector && source_width == kVector && g_width == Direction::kWidth;
 
   typename Ctx::template PerThread<Several<Tile, kUnroll>> tiles;
   const auto load_tile = [&](Tile& tile, int i, int w_bytes, int g_bytes) {
@@ -532,7 +545,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
         if (kStates >> k & 1) store_vector<Hint::kKeep>(state[k] + i, tile.state[k]);
       }
     };
-    int i = t * kElements;
+    int i = t * kElements, single = full + t;
     if (aligned) {
       FASTSAM_ROLLED
       while (i < full) {
@@ -542,16 +555,18 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
         FASTSAM_UNROLL
         for (int u = 0; u < kUnroll; u++) load_tile(tiles[t].each[u], i + u * kStride, kVector, Direction::kWidth);
       }
-    } else {
+    } else if (kVectors && kAnywhere) {
       FASTSAM_ROLLED
       for (; i < full; i += kStride) {
         Tile tile;
         load_tile(tile, i, source_width, g_width);
         step_and_store(tile, i, w_width);
       }
+    } else {
+      single = t;
     }
-    if (full + t < n) {
-      const int at = full + t;
+    FASTSAM_ROLLED
+    for (int at = single; at < n; at += kThreads) {
       T each[kMaxStates];
       FASTSAM_UNROLL
       for (int k = 0; k < kMaxStates; k++) {
@@ -600,7 +615,12 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args,
     if (decision.rule && part.n > 0) {
       const Row row = args.row(part.segment->group);
       RuleOf<kRule>::template with_states<kMost>(
-          row, [&](auto set) { update_part<kRule, decltype(set)::value, G>(ctx, args, part, row, shared); });
+          row, [&](auto set) {
+            constexpr int kStates = decltype(set)::value;
+            constexpr bool kUsual = kRule == kSgd || kRule == kAdam, kSame = sizeof(S) == sizeof(G);
+            constexpr bool kVectors = kStates == kMost && (kUsual || kSame), kAnywhere = kUsual && kMost != 7;
+            update_part<kRule, kStates, kVectors, kAnywhere, G>(ctx, args, part, row, shared);
+          });
       updated = true;
     }
   }

@@ -4,7 +4,9 @@ namespace fastsam::FASTSAM_ISA {
 
 #define FASTSAM_RESTORE(...) update<Kernel::restore, __VA_ARGS__>
 #define FASTSAM_KERNEL(...) update<Kernel::sgd, __VA_ARGS__>
+#define FASTSAM_PLAIN(...) update<Kernel::plain, __VA_ARGS__>
 const Variants restore_kernels[] = {FASTSAM_EQUAL(FASTSAM_RESTORE)};
+const Variants plain_kernels[] = FASTSAM_LARGE(FASTSAM_PLAIN);
 const Variants sgd_kernels[] = FASTSAM_PAIRS(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA
