@@ -14,7 +14,7 @@ import rounding
 import test_layouts
 import test_native
 import torch
-from cases import ADAM_CONFIGS, CONFIGS, SGD_CONFIGS, Config
+from cases import ADAM_CONFIGS, CONFIGS, Config
 from oracle import assert_same, assert_same_state, bits
 from rounding import OPTIONS, SIZES, copied, fma, fresh_bucket, guarded, point, shifted
 from test_clipping import (  # noqa: F401
@@ -103,7 +103,7 @@ def isa(monkeypatch):
 # ---- Tables of addresses, against the rounding plan.
 
 
-@pytest.mark.parametrize("option", [name for name in OPTIONS if name.startswith(("sgd", "adam"))])
+@pytest.mark.parametrize("option", OPTIONS)
 def test_three_sam_steps_follow_the_plan(option):
     check_steps(fresh_bucket(option, FLOAT32), option, FLOAT32)
 
@@ -228,9 +228,9 @@ def test_a_norm_that_is_not_finite_perturbs_nothing(dtype, bad):
 def test_found_inf_restores_and_updates_nothing(option):
     bucket = fresh_bucket(option, FLOAT32)
     g1, infinite = rounding.gradients(FLOAT32, 7, 1), [torch.full((n,), float("inf")) for n in SIZES]
-    before = [bits(t) for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]]
+    before = [bits(t) for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]]
     rounding.run(bucket, g1, infinite, found_inf=torch.ones(1), grad_scale=torch.tensor([8.0]))
-    after = [bits(t) for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.steps]]
+    after = [bits(t) for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]]
     assert before == after and not bucket.perturbed.any()
 
 
@@ -354,7 +354,7 @@ STEPS_TAKEN = 6  # thaws "64" and freezes "matrix"
 
 @pytest.mark.usefixtures("hints")
 @pytest.mark.parametrize("config, dtype", [
-    *((config, FLOAT32) for config in SGD_CONFIGS + ADAM_CONFIGS),
+    *((config, FLOAT32) for config in CONFIGS),
     *((c, dtype) for c in CONFIGS if c.name in ("groups", "adamw_groups") for dtype in (BFLOAT16, FLOAT16, FLOAT64)),
 ], ids=lambda value: getattr(value, "name", str(value)))  # fmt: skip
 def test_whole_steps_against_the_reference(config: Config, dtype):

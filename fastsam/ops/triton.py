@@ -37,10 +37,10 @@ CLIP_EPS = tl.constexpr(1e-6)  # added to the norm that gradients are clipped by
 COUNTED = tl.constexpr(256)  # segments whose step counts are advanced at once
 
 # Columns of the tables: `Bucket` says what they hold, `rules.Row` what a row has.
-WEIGHT, BACKUP, STATE0, STATE1, STATE2, STEP, GROUP = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 6, 7))
+WEIGHT, BACKUP, STATE0, STATE1, STATE2, PROGRESS, GROUP = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 6, 7))
 SEGMENT_COLUMNS = tl.constexpr(8)
 LR, WEIGHT_DECAY, BETA1, BETA2, EPS, RHO, ETA, FLAGS = (tl.constexpr(i) for i in range(8))
-LR_ADDRESS = tl.constexpr(rules.Row._fields.index("lr_address"))
+EXTRA, LR_ADDRESS = (tl.constexpr(rules.Row._fields.index(name)) for name in ("extra", "lr_address"))
 ROW_COLUMNS = tl.constexpr(len(rules.Row._fields))
 
 ADAPTIVE = tl.constexpr(rules.ADAPTIVE)
@@ -49,10 +49,12 @@ MAXIMIZE = tl.constexpr(rules.MAXIMIZE)
 DECOUPLED = tl.constexpr(rules.DECOUPLED)
 DECAYS = tl.constexpr(rules.DECAYS)
 AMSGRAD = tl.constexpr(rules.AMSGRAD)
+CENTERED = tl.constexpr(rules.CENTERED)
 LR_FLOAT64 = tl.constexpr(rules.LR_FLOAT64)
 NO_RULE = tl.constexpr(-1)
-SGD = tl.constexpr(rules.SGD.code)
-ADAM = tl.constexpr(rules.ADAM.code)
+SGD, ADAM, RMSPROP = (tl.constexpr(rule.code) for rule in (rules.SGD, rules.ADAM, rules.RMSPROP))
+ADAGRAD, NADAM, RADAM = (tl.constexpr(rule.code) for rule in (rules.ADAGRAD, rules.NADAM, rules.RADAM))
+LION = tl.constexpr(rules.LION.code)
 
 
 # Loads and stores. Low precision is widened exactly and rounded once, to nearest even. NaN payloads are not kept.
@@ -184,6 +186,17 @@ def _power(base, n):
     while n > 0:
         if n & 1 == 1:
             result = result * base
+        base = base * base
+        n = n >> 1
+    return result
+
+
+@triton.jit
+def _powers(base, n):
+    # The same for tensors: base [k] float64, n [k].
+    result = tl.full(n.shape, 1.0, tl.float64)
+    while tl.max(n) > 0:
+        result = tl.where(n & 1 == 1, result * base, result)
         base = base * base
         n = n >> 1
     return result
@@ -544,8 +557,12 @@ def _gradient(g, factors):
     return tl.where(clip == 0, 0.0, (g * inverse) * clip)
 
 
+# The rules. STATES is the set of state slots that a group reads and writes, as bits. Of each rule: the scalars, from
+# the group's row and the segment's progress (step count, NAdam's product of momenta), and the formula.
+
+
 @triton.jit
-def _sgd_scalars(row, step, WIDE: tl.constexpr):
+def _sgd_scalars(row, progress, WIDE: tl.constexpr):
     lr, weight_decay = _lr(row), tl.load(row + WEIGHT_DECAY)
     momentum, dampening = tl.load(row + BETA1), tl.load(row + BETA2)
     return (
@@ -554,7 +571,7 @@ def _sgd_scalars(row, step, WIDE: tl.constexpr):
         momentum.to(WIDE),
         (1.0 - dampening).to(WIDE),
         weight_decay != 0,
-        step == 0,
+        progress[0] == 0,
         _flag(row, NESTEROV),
     )
 
@@ -564,48 +581,238 @@ def _sgd(w, g, buf, scalars, STATES: tl.constexpr):
     # torch.optim.SGD; `first` is true where there is no momentum yet (dampening does not apply there).
     neg_lr, weight_decay, momentum, one_minus_dampening, decay, first, nesterov = scalars
     g = tl.where(decay, _fma(weight_decay, w, g), g)
-    if STATES > 0:
+    if STATES & 1:
         buf = tl.where(first, g, _fma(one_minus_dampening, g, buf * momentum))
         g = tl.where(nesterov, _fma(momentum, buf, g), buf)
     return _fma(neg_lr, g, w), buf
 
 
 @triton.jit
-def _adam_scalars(row, step, WIDE: tl.constexpr):
+def _decay_scalars(row, WIDE: tl.constexpr):
     lr, weight_decay = _lr(row), tl.load(row + WEIGHT_DECAY)
-    beta1, beta2 = tl.load(row + BETA1), tl.load(row + BETA2)
-    t = step.to(tl.int32) + 1  # the count of the step being made
-    correction1, correction2 = 1.0 - _power(beta1, t), 1.0 - _power(beta2, t)
     return (
-        (-(lr / correction1)).to(WIDE),
-        tl.sqrt(correction2).to(WIDE),
         (1.0 - lr * weight_decay).to(WIDE),
         weight_decay.to(WIDE),
-        (1.0 - beta1).to(WIDE),
-        beta2.to(WIDE),
-        (1.0 - beta2).to(WIDE),
-        tl.load(row + EPS).to(WIDE),
         (weight_decay != 0) & _flag(row, DECOUPLED),
         (weight_decay != 0) & (_flag(row, DECOUPLED) == 0),
     )
 
 
 @triton.jit
+def _decay(w, g, scalars):
+    # Weight decay of Adam's family: of the weights themselves (decoupled), or through the gradient.
+    factor, weight_decay, decoupled, coupled = scalars
+    return tl.where(decoupled, w * factor, w), tl.where(coupled, _fma(weight_decay, w, g), g)
+
+
+@triton.jit
+def _moment_scalars(row, WIDE: tl.constexpr):
+    beta1, beta2 = tl.load(row + BETA1), tl.load(row + BETA2)
+    return (1.0 - beta1).to(WIDE), beta2.to(WIDE), (1.0 - beta2).to(WIDE), tl.load(row + EPS).to(WIDE)
+
+
+@triton.jit
+def _adam_scalars(row, progress, WIDE: tl.constexpr):
+    t = progress[0].to(tl.int32) + 1  # the count of the step being made
+    correction1, correction2 = 1.0 - _power(tl.load(row + BETA1), t), 1.0 - _power(tl.load(row + BETA2), t)
+    own = (-(_lr(row) / correction1)).to(WIDE), tl.sqrt(correction2).to(WIDE)
+    return own, _moment_scalars(row, WIDE), _decay_scalars(row, WIDE)
+
+
+@triton.jit
 def _adam(w, g, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, STATES: tl.constexpr):
-    # torch.optim.Adam and AdamW (arXiv 1412.6980, 1711.05101); STATES = 3 with amsgrad.
-    step_size, correction2_sqrt, decay_factor, weight_decay = scalars[0], scalars[1], scalars[2], scalars[3]
-    one_minus_beta1, beta2, one_minus_beta2, eps = scalars[4], scalars[5], scalars[6], scalars[7]
-    decoupled, coupled = scalars[8], scalars[9]
-    w = tl.where(decoupled, w * decay_factor, w)
-    g = tl.where(coupled, _fma(weight_decay, w, g), g)
+    # torch.optim.Adam and AdamW (arXiv 1412.6980, 1711.05101); the third state is amsgrad's.
+    own, moments, decay = scalars
+    step_size, correction2_sqrt = own
+    one_minus_beta1, beta2, one_minus_beta2, eps = moments
+    w, g = _decay(w, g, decay)
     exp_avg = _lerp(exp_avg, g, one_minus_beta1)
     exp_avg_sq = _fma(one_minus_beta2 * g, g, exp_avg_sq * beta2)
     second = exp_avg_sq
-    if STATES > 2:
+    if STATES & 4:
         max_exp_avg_sq = _maximum(max_exp_avg_sq, exp_avg_sq)
         second = max_exp_avg_sq
     denom = _div(_sqrt(second), correction2_sqrt) + eps
     return w + _div(step_size * exp_avg, denom), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@triton.jit
+def _rmsprop_scalars(row, progress, WIDE: tl.constexpr):
+    weight_decay, alpha = tl.load(row + WEIGHT_DECAY), tl.load(row + BETA2)
+    return (
+        (-_lr(row)).to(WIDE),
+        weight_decay.to(WIDE),
+        tl.load(row + BETA1).to(WIDE),
+        alpha.to(WIDE),
+        (1.0 - alpha).to(WIDE),
+        tl.load(row + EPS).to(WIDE),
+        weight_decay != 0,
+    )
+
+
+@triton.jit
+def _rmsprop(w, g, square_avg, buf, grad_avg, scalars, STATES: tl.constexpr):
+    # torch.optim.RMSprop (centered: Graves, arXiv 1308.0850).
+    neg_lr, weight_decay, momentum, alpha, one_minus_alpha, eps, decay = scalars
+    g = tl.where(decay, _fma(weight_decay, w, g), g)
+    square_avg = _fma(one_minus_alpha * g, g, square_avg * alpha)
+    second = square_avg
+    if STATES & 4:
+        grad_avg = _lerp(grad_avg, g, one_minus_alpha)
+        second = _fma(-grad_avg, grad_avg, second)
+    denom = _sqrt(second) + eps
+    if STATES & 2:
+        buf = buf * momentum + _div(g, denom)
+        w = _fma(neg_lr, buf, w)
+    else:
+        w = w + _div(neg_lr * g, denom)
+    return w, square_avg, buf, grad_avg
+
+
+@triton.jit
+def _adagrad_scalars(row, progress, WIDE: tl.constexpr):
+    weight_decay = tl.load(row + WEIGHT_DECAY)
+    clr = _lr(row) / (1.0 + progress[0].to(tl.float64) * tl.load(row + EXTRA))
+    return (-clr).to(WIDE), weight_decay.to(WIDE), tl.load(row + EPS).to(WIDE), weight_decay != 0
+
+
+@triton.jit
+def _adagrad(w, g, total, scalars):
+    # torch.optim.Adagrad (Duchi et al., JMLR 12, 2011).
+    neg_clr, weight_decay, eps, decay = scalars
+    g = tl.where(decay, _fma(weight_decay, w, g), g)
+    total = _fma(g, g, total)
+    denom = _sqrt(total) + eps
+    return w + _div(neg_clr * g, denom), total
+
+
+@triton.jit
+def _nadam_scalars(row, progress, WIDE: tl.constexpr):
+    step, product = progress
+    t, lr = step.to(tl.int32) + 1, _lr(row)
+    beta1, q = tl.load(row + BETA1), tl.load(row + EXTRA)
+    mu, next_mu = beta1 * (1.0 - 0.5 * _power(q, t)), beta1 * (1.0 - 0.5 * _power(q, t + 1))
+    product = (product * mu.to(tl.float32)).to(tl.float64)
+    grad_size = ((-lr * (1.0 - mu)) / (1.0 - product)).to(WIDE)
+    avg_size = ((-lr * next_mu) / (1.0 - product * next_mu)).to(WIDE)
+    own = grad_size, avg_size, (1.0 - _power(tl.load(row + BETA2), t)).to(WIDE)
+    return own, _moment_scalars(row, WIDE), _decay_scalars(row, WIDE)
+
+
+@triton.jit
+def _nadam(w, g, exp_avg, exp_avg_sq, scalars):
+    # torch.optim.NAdam (Dozat, ICLR workshop 2016).
+    own, moments, decay = scalars
+    grad_size, avg_size, correction2 = own
+    one_minus_beta1, beta2, one_minus_beta2, eps = moments
+    w, g = _decay(w, g, decay)
+    exp_avg = _lerp(exp_avg, g, one_minus_beta1)
+    exp_avg_sq = _fma(one_minus_beta2 * g, g, exp_avg_sq * beta2)
+    denom = _sqrt(_div(exp_avg_sq, correction2)) + eps
+    w = w + _div(grad_size * g, denom)
+    return w + _div(avg_size * exp_avg, denom), exp_avg, exp_avg_sq
+
+
+@triton.jit
+def _radam_scalars(row, progress, WIDE: tl.constexpr):
+    t, beta2 = progress[0].to(tl.int32) + 1, tl.load(row + BETA2)
+    power2 = _power(beta2, t)
+    bias2, rho_inf = 1.0 - power2, 2.0 / (1.0 - beta2) - 1.0
+    rho_t = rho_inf - 2.0 * t.to(tl.float64) * power2 / bias2
+    ratio = (rho_t - 4.0) * (rho_t - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho_t)
+    rectified = rho_t > 5.0
+    own = (
+        _lr(row).to(WIDE),
+        (1.0 - _power(tl.load(row + BETA1), t)).to(WIDE),
+        tl.sqrt(bias2).to(WIDE),
+        tl.sqrt(tl.where(rectified, ratio, 0.0)).to(WIDE),
+        rectified,
+    )
+    return own, _moment_scalars(row, WIDE), _decay_scalars(row, WIDE)
+
+
+@triton.jit
+def _radam(w, g, exp_avg, exp_avg_sq, scalars):
+    # torch.optim.RAdam (Liu et al., arXiv 1908.03265), without denominator while rho_t <= 5.
+    own, moments, decay = scalars
+    lr, correction1, correction2_sqrt, rect, rectified = own
+    one_minus_beta1, beta2, one_minus_beta2, eps = moments
+    w, g = _decay(w, g, decay)
+    exp_avg = _lerp(exp_avg, g, one_minus_beta1)
+    exp_avg_sq = _fma(one_minus_beta2 * g, g, exp_avg_sq * beta2)
+    step = _div(exp_avg, correction1) * lr
+    adaptive = _div(tl.full(w.shape, 1.0, w.dtype), _sqrt(exp_avg_sq) + eps) * correction2_sqrt
+    return w - tl.where(rectified, (step * adaptive) * rect, step), exp_avg, exp_avg_sq
+
+
+@triton.jit
+def _lion_scalars(row, progress, WIDE: tl.constexpr):
+    lr = _lr(row)
+    decay_factor = 1.0 - lr * tl.load(row + WEIGHT_DECAY)
+    one_minus_beta1, one_minus_beta2 = 1.0 - tl.load(row + BETA1), 1.0 - tl.load(row + BETA2)
+    return (-lr).to(WIDE), decay_factor.to(WIDE), one_minus_beta1.to(WIDE), one_minus_beta2.to(WIDE)
+
+
+@triton.jit
+def _lion(w, g, exp_avg, scalars):
+    # Lion (Chen et al., arXiv 2302.06675).
+    neg_lr, decay_factor, one_minus_beta1, one_minus_beta2 = scalars
+    c = _lerp(exp_avg, g, one_minus_beta1)
+    exp_avg = _lerp(exp_avg, g, one_minus_beta2)
+    w = w * decay_factor  # a factor of 1 rounds nothing
+    return _fma(neg_lr, (c > 0).to(w.dtype) - (c < 0).to(w.dtype), w), exp_avg
+
+
+# The rules by code: scalars, formula, states of a group.
+
+
+@triton.jit
+def _scalars(row, progress, RULE: tl.constexpr, WIDE: tl.constexpr):
+    if RULE == SGD:
+        return _sgd_scalars(row, progress, WIDE)
+    elif RULE == ADAM:
+        return _adam_scalars(row, progress, WIDE)
+    elif RULE == RMSPROP:
+        return _rmsprop_scalars(row, progress, WIDE)
+    elif RULE == ADAGRAD:
+        return _adagrad_scalars(row, progress, WIDE)
+    elif RULE == NADAM:
+        return _nadam_scalars(row, progress, WIDE)
+    elif RULE == RADAM:
+        return _radam_scalars(row, progress, WIDE)
+    else:
+        return _lion_scalars(row, progress, WIDE)
+
+
+@triton.jit
+def _apply(w, g, s0, s1, s2, scalars, RULE: tl.constexpr, STATES: tl.constexpr):
+    if RULE == SGD:
+        w, s0 = _sgd(w, g, s0, scalars, STATES)
+    elif RULE == ADAM:
+        w, s0, s1, s2 = _adam(w, g, s0, s1, s2, scalars, STATES)
+    elif RULE == RMSPROP:
+        w, s0, s1, s2 = _rmsprop(w, g, s0, s1, s2, scalars, STATES)
+    elif RULE == ADAGRAD:
+        w, s0 = _adagrad(w, g, s0, scalars)
+    elif RULE == NADAM:
+        w, s0, s1 = _nadam(w, g, s0, s1, scalars)
+    elif RULE == RADAM:
+        w, s0, s1 = _radam(w, g, s0, s1, scalars)
+    else:
+        w, s0 = _lion(w, g, s0, scalars)
+    return w, s0, s1, s2
+
+
+@triton.jit
+def _states(row, RULE: tl.constexpr):
+    if RULE == SGD:
+        return (tl.load(row + BETA1) != 0).to(tl.int32)
+    elif RULE == ADAM:
+        return 3 + 4 * _flag(row, AMSGRAD).to(tl.int32)
+    elif RULE == RMSPROP:
+        return 1 + 2 * (tl.load(row + BETA1) > 0).to(tl.int32) + 4 * _flag(row, CENTERED).to(tl.int32)
+    else:  # always the same
+        return 0
 
 
 @triton.jit
@@ -616,33 +823,30 @@ def _update_tiles(
 ):  # fmt: skip
     to, source = _pointer(tl.load(segment + WEIGHT), start, STORAGE, ALIGN), _pointer(source, start, STORAGE, ALIGN)
     grad = _direction(grad, start, STORAGE, GRAD, ALIGN)
-    if STATES > 0:
+    if STATES & 1:
         state0 = _pointer(tl.load(segment + STATE0), start, STORAGE, 16)
-    if STATES > 1:
+    if STATES & 2:
         state1 = _pointer(tl.load(segment + STATE1), start, STORAGE, 16)
-    if STATES > 2:
+    if STATES & 4:
         state2 = _pointer(tl.load(segment + STATE2), start, STORAGE, 16)
     while tile < end:
         o = tile * TILE + tl.arange(0, TILE)
         w = _widen(_load_once(source, o, length, ALIGN))
         g = _gradient(_widen(_load_once(grad, o, length, ALIGN)), factors)
         s0, s1, s2 = g, g, g
-        if STATES > 0:
+        if STATES & 1:
             s0 = _widen(_load(state0, o, length, ALIGN))
-        if STATES > 1:
+        if STATES & 2:
             s1 = _widen(_load(state1, o, length, ALIGN))
-        if STATES > 2:
+        if STATES & 4:
             s2 = _widen(_load(state2, o, length, ALIGN))
-        if RULE == SGD:
-            w, s0 = _sgd(w, g, s0, scalars, STATES)
-        else:
-            w, s0, s1, s2 = _adam(w, g, s0, s1, s2, scalars, STATES)
+        w, s0, s1, s2 = _apply(w, g, s0, s1, s2, scalars, RULE, STATES)
         _store(to, o, _narrow(w, STORAGE), length, ALIGN)
-        if STATES > 0:
+        if STATES & 1:
             _store(state0, o, _narrow(s0, STORAGE), length, ALIGN)
-        if STATES > 1:
+        if STATES & 2:
             _store(state1, o, _narrow(s1, STORAGE), length, ALIGN)
-        if STATES > 2:
+        if STATES & 4:
             _store(state2, o, _narrow(s2, STORAGE), length, ALIGN)
         tile += 1
 
@@ -671,7 +875,8 @@ def _update_part(
 
 @triton.jit
 def _count(segments, grads, rows, n_segments, RULE: tl.constexpr):
-    # Advance the step counts of segments with a gradient, empty ones too; SGD counts the steps with momentum only.
+    # Advance the step counts of segments with a gradient, empty ones too; SGD counts the steps with momentum only,
+    # NAdam also multiplies its momenta.
     i = 0
     while i < n_segments:
         segment = (i + tl.arange(0, COUNTED)).to(tl.int64)
@@ -680,8 +885,16 @@ def _count(segments, grads, rows, n_segments, RULE: tl.constexpr):
         if RULE == SGD:
             group = tl.load(segments + SEGMENT_COLUMNS * segment + GROUP, mask=there, other=0)
             counts = counts & (tl.load(rows + ROW_COLUMNS * group + BETA1, mask=there, other=0.0) != 0)
-        step = tl.load(segments + SEGMENT_COLUMNS * segment + STEP, mask=there, other=0).to(tl.pointer_type(tl.float32))
-        tl.store(step, tl.load(step, mask=counts, other=0.0) + 1.0, mask=counts)
+        place = tl.load(segments + SEGMENT_COLUMNS * segment + PROGRESS, mask=there, other=0)
+        progress = place.to(tl.pointer_type(tl.float32))
+        step = tl.load(progress, mask=counts, other=0.0) + 1.0
+        tl.store(progress, step, mask=counts)
+        if RULE == NADAM:
+            row = rows + ROW_COLUMNS * tl.load(segments + SEGMENT_COLUMNS * segment + GROUP, mask=there, other=0)
+            beta1, q = tl.load(row + BETA1, mask=there, other=0.0), tl.load(row + EXTRA, mask=there, other=0.0)
+            mu = beta1 * (1.0 - 0.5 * _powers(q, step.to(tl.int32)))
+            product = tl.load(progress + 1, mask=counts, other=0.0)
+            tl.store(progress + 1, product * mu.to(tl.float32), mask=counts)
         i += COUNTED
 
 
@@ -701,9 +914,10 @@ def _update_kernel(
     | no        | yes      | 0         | rule(w)                | updated, + 1      |
     | no        | yes      | 1         | untouched              | untouched         |
 
-    Reads 2n elements and the states, writes n elements and the states; STATES is the most that a group here has.
+    Reads 2n elements and the states, writes n elements and the states; STATES is the set that the groups here have.
     """
-    LEAST: tl.constexpr = 0 if RULE == SGD else 2  # what its other groups have
+    LEAST: tl.constexpr = 0 if RULE == SGD else 3 if RULE == ADAM else 1 if RULE == RMSPROP else STATES  # of any group
+    SEVERAL: tl.constexpr = RULE == RMSPROP and STATES == 7  # sets between
     part = tl.program_id(0)
     index, span = _part(chunks, part, split, n_chunks, TILE)
     segment = segments + SEGMENT_COLUMNS * index
@@ -715,7 +929,8 @@ def _update_kernel(
             _copy(tl.load(segment + WEIGHT), backup, span, STORAGE, TILE)
     else:
         # All programs read their segment's count before they arrive: the last one may advance the counts.
-        step = tl.load(tl.load(segment + STEP).to(tl.pointer_type(tl.float32)))
+        place = tl.load(segment + PROGRESS).to(tl.pointer_type(tl.float32))
+        progress = tl.load(place), tl.load(place + 1)
         overflow = tl.load(found_inf) != 0
         if _arrive(ticket):
             if overflow == 0:
@@ -727,16 +942,18 @@ def _update_kernel(
             source = tl.where(restores, backup, tl.load(segment + WEIGHT))
             inverse = (1.0 / tl.load(grad_scale).to(tl.float64)).to(WIDE)
             factors = tl.where(_flag(row, MAXIMIZE), -inverse, inverse), tl.load(clip).to(WIDE)
-            if RULE == SGD:
-                scalars = _sgd_scalars(row, step, WIDE)
-                least = tl.load(row + BETA1) == 0
-            else:
-                scalars = _adam_scalars(row, step, WIDE)
-                least = _flag(row, AMSGRAD) == 0
+            scalars, states = _scalars(row, progress, RULE, WIDE), _states(row, RULE)
             if STATES == LEAST:
                 _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, GRAD, TILE)
-            elif least:
+            elif states == LEAST:
                 _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, GRAD, TILE)
+            elif SEVERAL:
+                if states == 3:
+                    _update_part(segment, source, grad, span, factors, scalars, RULE, 3, STORAGE, GRAD, TILE)
+                elif states == 5:
+                    _update_part(segment, source, grad, span, factors, scalars, RULE, 5, STORAGE, GRAD, TILE)
+                else:
+                    _update_part(segment, source, grad, span, factors, scalars, RULE, 7, STORAGE, GRAD, TILE)
             else:
                 _update_part(segment, source, grad, span, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE)
         elif restores:
@@ -939,7 +1156,7 @@ class _Own:
         return _place(self.uncounted if bucket.overflows is None else bucket.overflows)
 
     def rule(self, bucket: "Bucket") -> tuple[int, int]:
-        """The rule's code, and how many states the kernel has to know; the groups' values decide, seldom anew."""
+        """The rule's code, and the states of its groups, as bits; the groups' values decide, seldom anew."""
         if bucket.rows is not self.rows_seen:
             self.rows_seen, self.rule_and_states = bucket.rows, _rule(bucket)
         return self.rule_and_states
@@ -996,12 +1213,20 @@ def _kind(bucket: "Bucket") -> tuple[bool, bool]:
 
 
 def _rule(bucket: "Bucket") -> tuple[int, int]:
-    """The rule's code, and how many states the kernel has to know."""
+    """The rule's code, and the set of states that its groups have, as bits."""
     if bucket.rule is None:
         return NO_RULE.value, 0
-    if bucket.rule is rules.SGD:
-        return SGD.value, int(any(row.beta1 != 0 for row in bucket.rows))
-    return ADAM.value, 2 + any(row.flags & rules.AMSGRAD for row in bucket.rows)
+    union = 0
+    for row in bucket.rows:
+        if bucket.rule is rules.SGD:
+            union |= row.beta1 != 0
+        elif bucket.rule is rules.ADAM:
+            union |= 3 | 4 * bool(row.flags & rules.AMSGRAD)
+        elif bucket.rule is rules.RMSPROP:
+            union |= 1 | 2 * (row.beta1 > 0) | 4 * bool(row.flags & rules.CENTERED)
+        else:
+            union |= 2 ** len(bucket.rule.states) - 1
+    return bucket.rule.code, int(union)
 
 
 def _split(bucket: "Bucket") -> int:
@@ -1043,9 +1268,10 @@ def _compiled(kernel: Any, device: torch.device, constants: tuple[Any, ...]) -> 
 def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
     """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand."""
     options = {"num_warps": 8 if kernel is _grad_norm_kernel else 4, "enable_fp_fusion": False}
-    states = constants[1] if kernel is _update_kernel and tl.float64 not in constants else 0
+    rule, states = constants[:2] if kernel is _update_kernel else (NO_RULE.value, 0)
+    states = 0 if tl.float64 in constants else states.bit_count()
     if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers; 3.6's with 80
-        if states > 2:
+        if states > 2 or rule in (RMSPROP.value, NADAM.value):
             options["maxnreg"] = 128
         elif states > 1 and _version() < (3, 7):
             options["maxnreg"] = 96
