@@ -201,8 +201,8 @@ def test_ptx_rounds_as_the_formulas_say():
         # Of each element in the loop over aligned vectors (of 4, two at a time but for Adam), in that over others, and
         # in the tail. perturb_'s only one is the decay in the loss; its loops are there with and without ASAM.
         ("perturb", 1 * (2 * (2 * 4 + 4) + 1)),
-        ("plain", 1 * (2 * 4 + 4 + 1)),
-        ("sgd", 4 * (2 * 4 + 4 + 1) + 1 * 1),  # and one element at a time without momentum
+        ("plain", 2 * (2 * 4 + 4 + 1)),
+        ("sgd", 4 * (2 * 4 + 4 + 1) + 2 * 1),  # and one element at a time without momentum
         ("adam", 4 * (4 + 4 + 1)),
     ],
 )

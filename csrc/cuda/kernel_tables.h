@@ -55,9 +55,8 @@ template <Kernel kKernel, class S, class G>
 FASTSAM_HD constexpr int update_blocks() {
   const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
   if (sizeof(S) == 8) return states > 1 ? 2 : 3;
-  if (sizeof(S) < sizeof(G)) return 3;
-  if (states == 3) return sizeof(S) == 4 || kKernel == Kernel::centered ? 3 : 4;
-  return states == 2 && kKernel != Kernel::rmsprop && sizeof(G) == sizeof(S) ? 5 : 4;
+  if (sizeof(S) < sizeof(G) || states == 3) return 3;
+  return kKernel == Kernel::adam && sizeof(G) == sizeof(S) ? 5 : 4;
 }
 // sm_75 has room for 4.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
