@@ -23,6 +23,7 @@ READ = [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=py
 THREADS, REGISTERS = 256, 65536  # of a block, of a processor
 TYPES = {"f": "float32", "d": "float64", "NS0_8bfloat16E": "bfloat16", "NS0_7float16E": "float16"}
 # In the order of csrc/cuda/kernels.h.
+KERNELS = ["grad_norm", "perturb", "power_norm", "power_perturb"]
 UPDATES = "restore plain sgd adam amsgrad rmsprop centered adagrad nadam radam lion".split()
 UNDER_WAY = 64 * 1024  # bytes a processor has to wait for to keep the memory busy
 
@@ -74,7 +75,7 @@ def resources():
 
 def kernel_of(symbol, arch):
     dtypes = "|".join([*TYPES, r"S\d_"])  # a type that was named before is abbreviated
-    match = re.search(rf"(grad_norm|perturb|update)I(?:LNS0_6KernelE(\d)E)?({dtypes})({dtypes})Li(\d+)E", symbol)
+    match = re.search(rf"\d({'|'.join(KERNELS)}|update)I(?:LNS0_6KernelE(\d+)E)?({dtypes})({dtypes})Li(\d+)E", symbol)
     if match is None:
         return None
     name = UPDATES[int(match[2])] if match[2] else match[1]
@@ -176,7 +177,7 @@ def test_all_architectures_are_built():
     mixed = {(str(d)[6:], str(g)[6:]) for d, g in ops.MIXED_DTYPES}
     pairs = {(d, d) for d in TYPES.values()} | mixed
     restores = {("restore", d, g) for d, g in mixed}  # reads no gradients
-    assert kernels == {(name, *pair) for name in ["grad_norm", "perturb", *UPDATES] for pair in pairs} - restores
+    assert kernels == {(name, *pair) for name in [*KERNELS, *UPDATES] for pair in pairs} - restores
 
 
 @needs_kernels
@@ -241,7 +242,7 @@ def table():
         "| kernel | type | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
         "| --- | --- |" + " --- |" * len(archs),
     ]
-    for name in ["grad_norm", "perturb", *UPDATES]:
+    for name in [*KERNELS, *UPDATES]:
         for dtype in TYPES.values():
             row = [small()[Kernel(name, dtype, dtype, 0, arch)].registers for arch in archs]
             lines.append(f"| {name} | {dtype} | " + " | ".join(map(str, row)) + " |")

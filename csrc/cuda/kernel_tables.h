@@ -55,7 +55,7 @@ template <Kernel kKernel, class S, class G>
 FASTSAM_HD constexpr int update_blocks() {
   const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
   if (sizeof(S) == 8) return states > 1 ? 2 : 3;
-  if (sizeof(S) < sizeof(G) || states == 3) return 3;
+  if (sizeof(S) < sizeof(G) || states == 3 || kKernel == Kernel::radam) return 3;
   return kKernel == Kernel::adam && sizeof(G) == sizeof(S) ? 5 : 4;
 }
 // sm_75 has room for 4.
