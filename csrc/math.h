@@ -213,15 +213,15 @@ struct Gradient {
   FASTSAM_HD T operator()(T g) const { return select(clip == 0, T(0), (g * inverse) * clip); }
 };
 
-// ---- The rules. kStates is the set of state slots that a group of theirs reads and writes, as bits; `states` gives it,
+// ---- The rules. kStates is the set of state slots that a group of theirs reads and writes, as bits: `states` gives it.
 // `advance` is what happens to a segment's progress after all of it was updated.
 
 struct CountsAll {
   static FASTSAM_HD void advance(const Row&, Progress& progress) { progress.step += 1; }
 };
 
-// torch.optim.SGD. Without momentum (kStates = 0) there is no buffer and no dampening. It counts the steps with momentum:
-// torch's first step is the one that finds no buffer.
+// torch.optim.SGD. Without momentum (kStates = 0) there is no buffer and no dampening. It counts the steps with
+// momentum: torch's first step is the one that finds no buffer.
 template <class T, int kStates>
 struct Sgd {
   T neg_lr, weight_decay, momentum, one_minus_dampening;
@@ -295,8 +295,8 @@ struct Adam : CountsAll {
   static FASTSAM_HD int states(const Row& row) { return has(row, kAmsgrad) ? 7 : 3; }
 };
 
-// torch.optim.RMSprop (Tieleman & Hinton's lecture; centered: Graves, arXiv 1308.0850). States: the averages of squares,
-// the momentum, the averages of gradients (centered).
+// torch.optim.RMSprop (Tieleman & Hinton's lecture; centered: Graves, arXiv 1308.0850). States: the averages of
+// squares, the momentum, the averages of gradients (centered).
 template <class T, int kStates>
 struct Rmsprop : CountsAll {
   T neg_lr, weight_decay, momentum, alpha, one_minus_alpha, eps;
@@ -480,7 +480,7 @@ struct RuleOf;
 FASTSAM_RULES(FASTSAM_ROW)
 #undef FASTSAM_ROW
 
-// Which states a group uses, and what an update does to a segment's progress, for rules that are known at run time only.
+// Which states a group uses, and what an update does to a segment's progress, for rules known at run time only.
 FASTSAM_HD int states_of(Rule rule, const Row& row) {
 #define FASTSAM_ROW(code, Functor, ...) \
   if (rule == code) return Functor<float, 0>::states(row);

@@ -15,7 +15,15 @@ constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divid
 
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 enum Rule { kNoRule = -1, kSgd, kAdam, kRmsprop, kAdagrad, kNadam, kRadam, kLion, kRules };
-enum Flag { kAdaptive = 1, kNesterov = 2, kMaximize = 4, kDecoupled = 8, kAmsgrad = 16, kLrFloat64 = 32, kCentered = 64 };
+enum Flag {
+  kAdaptive = 1,
+  kNesterov = 2,
+  kMaximize = 4,
+  kDecoupled = 8,
+  kAmsgrad = 16,
+  kLrFloat64 = 32,
+  kCentered = 64
+};
 
 // The dtypes of weights and gradients for which there are loops and kernels: equal ones first, in the order of Dtype.
 constexpr int kMixed = 4;

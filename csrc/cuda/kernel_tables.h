@@ -47,8 +47,9 @@ template <Kernel kKernel, class S, class G>
 FASTSAM_HD constexpr int update_blocks() {
   const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
   if (sizeof(S) == 8) return states > 1 ? 2 : 3;
+  if (kKernel == Kernel::centered) return sizeof(S) == 4 ? 3 : 2;
   if (sizeof(S) < sizeof(G)) return 3;
-  if (states == 3) return sizeof(S) == 4 || kKernel == Kernel::centered ? 3 : 4;
+  if (states == 3) return sizeof(S) == 4 ? 3 : 4;
   return states == 2 && kKernel != Kernel::rmsprop ? 5 : 4;
 }
 // sm_75 has room for 4.
