@@ -12,11 +12,26 @@ import torch
 from shapes import shapes_of
 from torch import Tensor
 
+import fastsam
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+BASES: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "lion": fastsam.Lion,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+    "rmsprop": {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8, "momentum": 0.9, "weight_decay": 1e-5},
+    "adagrad": {"lr": 0.01, "lr_decay": 1e-3, "eps": 1e-10, "weight_decay": 5e-4},
+    "nadam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+    "radam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+    "lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1},
 }
 # In float16 the second moment of a small gradient is 0: torch's optimizers, whose every intermediate result is float16,
 # then divide by eps alone, which 1e-8 would not even be.
@@ -30,6 +45,11 @@ STATES = {"sgd": 1, "adamw": 2}  # tensors of the base optimizer that are as lar
 UPDATE = {
     "sgd": 5,  # reads backup, g2, momentum; writes w, momentum
     "adamw": 7,  # reads backup, g2, two moments; writes w, two moments
+    "rmsprop": 7,  # as adamw: averages of squares, momentum
+    "adagrad": 5,  # as sgd: the sum of squares
+    "nadam": 7,
+    "radam": 7,
+    "lion": 5,
 }
 
 
@@ -64,6 +84,7 @@ class Case:
 CASES = {
     "SGD": Case(),
     "AdamW": Case(base="adamw"),
+    **{BASES[base].__name__: Case(base=base) for base in ("rmsprop", "adagrad", "nadam", "radam", "lion")},
     "ASAM": Case(adaptive=True),
     "bfloat16": Case(dtype="bfloat16"),
     "bfloat16, AdamW": Case(base="adamw", dtype="bfloat16"),

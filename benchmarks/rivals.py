@@ -11,6 +11,7 @@ Gradients are handed over before each part, outside the timing, and are never wr
 
 import ctypes
 import functools
+import inspect
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -191,6 +192,8 @@ def fused_base_works(problem: Problem) -> bool:
 
 @functools.cache
 def _fused_base_steps(base: str, dtype: torch.dtype, device: torch.device) -> bool:
+    if "fused" not in inspect.signature(BASES[base]).parameters:
+        return False
     param = torch.nn.Parameter(torch.ones(64, dtype=dtype, device=device))
     param.grad = torch.ones_like(param)
     BASES[base]([param], lr=0.5, fused=True).step()

@@ -540,8 +540,7 @@ struct RuleOf;
 FASTSAM_RULES(FASTSAM_ROW)
 #undef FASTSAM_ROW
 
-// Which states a group uses, and what an update does to a segment's progress, for rules that are known at run time
-// only.
+// Which states a group uses, and what an update does to a segment's progress, for rules known at run time only.
 FASTSAM_HD int states_of(Rule rule, const Row& row) {
 #define FASTSAM_ROW(code, Functor, ...) \
   if (rule == code) return Functor<float, 0>::states(row);

@@ -148,11 +148,12 @@ def test_other_rules_have_the_bits_of_torch_but_for_their_root(backend, device, 
     run_beside_oracle(config, backend, device, torch.float32, compare, handover=True)
 
 
+@pytest.mark.parametrize("base", [torch.optim.AdamW, fastsam.Lion])
 @pytest.mark.parametrize("lr, weight_decay", [(0.6, 0.7), (0.9, 0.8)])
-def test_the_decoupled_decay_is_rounded_once(backend, device, lr, weight_decay):
+def test_the_decoupled_decay_is_rounded_once(backend, device, lr, weight_decay, base):
     """A zero gradient leaves w * (1 - lr * weight_decay): here another float32 than 1 - float32(lr * weight_decay)."""
     w = Parameter(torch.ones(65, device=device))
-    opt = fastsam.FusedSAM([w], torch.optim.AdamW, lr=lr, weight_decay=weight_decay, backend=backend)
+    opt = fastsam.FusedSAM([w], base, lr=lr, weight_decay=weight_decay, backend=backend)
     w.grad = torch.zeros_like(w)
     opt.first_step()
     opt.step()

@@ -1269,11 +1269,15 @@ def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
     """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand."""
     options = {"num_warps": 8 if kernel is _grad_norm_kernel else 4, "enable_fp_fusion": False}
     rule, states = constants[:2] if kernel is _update_kernel else (NO_RULE.value, 0)
-    states = 0 if tl.float64 in constants else states.bit_count()
-    if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers; 3.6's with 80
-        if states > 2 or rule in (RMSPROP.value, NADAM.value):
+    wide, states = tl.float64 in constants, states.bit_count()
+    if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers, 80 or 64
+        if rule in (ADAGRAD.value, LION.value):
+            options["maxnreg"] = 128 if wide else 80
+        elif rule == NADAM.value and wide:
+            options["maxnreg"] = 160
+        elif (states > 2 and not wide) or rule in (RMSPROP.value, NADAM.value):
             options["maxnreg"] = 128
-        elif states > 1 and _version() < (3, 7):
+        elif states > 1 and not wide and _version() < (3, 7):
             options["maxnreg"] = 96
     return options
 
