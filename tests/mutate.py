@@ -27,6 +27,8 @@ TESTS = [  # quick ones first
     "test_layouts.py",
     "test_schedulers.py",
     "test_native.py",
+    "test_clipping.py",
+    "test_general_p.py",
 ]
 SLOWEST = 300  # seconds a run of the tests may take; a mutant that hangs is dead
 
@@ -42,7 +44,7 @@ class Mutant(NamedTuple):
 REFERENCE, MATH = "fastsam/ops/reference.py", "csrc/math.h"
 MUTANTS = [
     Mutant(REFERENCE, "NORM_EPS = 1e-12", "NORM_EPS = 1e-10"),
-    Mutant(REFERENCE, "_ordered_sum(sums)) + NORM_EPS", "_ordered_sum(sums)) - NORM_EPS"),
+    Mutant(REFERENCE, "1 / bucket.q)) + NORM_EPS", "1 / bucket.q)) - NORM_EPS"),
     Mutant(
         REFERENCE,
         "        segment.backup.copy_(old)\n",
@@ -203,6 +205,17 @@ MUTANTS = [
         "decay_factor(T(1) - static_cast<T>(row.lr * row.weight_decay))",
     ),
     Mutant(MATH, "(x > 0) - (x < 0)", "(x > 0) - (x <= 0)"),
+    # Clipping, other norms, the decay in the loss, overflow counts.
+    Mutant(REFERENCE, "factor.clamp(max=1.0)", "factor"),
+    Mutant(REFERENCE, "(norm + CLIP_EPS)", "(norm - 1e4 * CLIP_EPS)"),
+    Mutant(REFERENCE, "_raise(x.abs() / norm, q - 1)", "_raise(x.abs() / norm, q)"),
+    Mutant(REFERENCE, "bucket.overflows[0] += ~norm", "bucket.overflows[0] += norm"),
+    Mutant(REFERENCE, "_fma(-row.weight_decay if", "_fma(row.weight_decay if"),
+    Mutant(MATH, "factor < 1.0 ? factor : 1.0", "factor"),
+    Mutant(MATH, "norm *= 1.0 / static_cast<double>(*grad_scale)", "norm /= 1.0 / static_cast<double>(*grad_scale)"),
+    Mutant(MATH, "exponent(q - 1)", "exponent(q)"),
+    Mutant(MATH, "if (!is_finite(norm)) rho = 0;", ""),
+    Mutant(MATH, "kMaximize) ? -row.weight_decay", "kMaximize) ? row.weight_decay"),
 ]
 
 

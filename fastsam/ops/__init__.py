@@ -19,7 +19,7 @@ from torch import Tensor
 from fastsam.ops import graphs, native, reference
 
 if TYPE_CHECKING:
-    from fastsam.buckets import Bucket
+    from fastsam.bucket import Bucket
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from fastsam.rules import Row
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastsam.buckets import Bucket
+    from fastsam.bucket import Bucket
 
 
 class Captures:

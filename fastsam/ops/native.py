@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsam.ops import reference
 
 if TYPE_CHECKING:
-    from fastsam.buckets import Bucket
+    from fastsam.bucket import Bucket
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_RULE = -1

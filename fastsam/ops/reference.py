@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsam.rules import ADAPTIVE, AMSGRAD, CENTERED, DECAYS, DECOUPLED, MAXIMIZE, NESTEROV, Row
 
 if TYPE_CHECKING:
-    from fastsam.buckets import Bucket
+    from fastsam.bucket import Bucket
 
 CHUNK = 8192  # elements a partial sum covers
 LANES = 2048  # a chunk is 4 rows of 2048 lanes

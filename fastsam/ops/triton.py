@@ -26,7 +26,7 @@ from fastsam import rules
 from fastsam.ops import graphs, native, reference
 
 if TYPE_CHECKING:
-    from fastsam.buckets import Bucket
+    from fastsam.bucket import Bucket
 
 CHUNK = tl.constexpr(8192)  # elements a partial sum covers
 LANES = tl.constexpr(2048)  # a chunk is 4 rows of 2048 lanes
