@@ -55,7 +55,7 @@ MUTANTS = [
         "scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0)",
         "scale = (torch.full_like(norm, row.rho) / norm)",
     ),
-    Mutant(REFERENCE, "torch.where(scale != 0, w + _climb(w, g, scale, row), w)", "w + _climb(w, g, scale, row)"),
+    Mutant(REFERENCE, "torch.where(scale != 0, w + e, w)", "w + e"),
     Mutant(REFERENCE, "scale = -scale", "scale = scale"),
     Mutant(
         REFERENCE, "source = segment.backup if perturbed else segment.flat(segment.param)", "source = segment.backup"
@@ -110,7 +110,11 @@ MUTANTS = [
     Mutant(MATH, "has_grad && !found_inf", "has_grad"),
     Mutant(MATH, "perturbed ? Source::kBackup", "perturbed && rule ? Source::kBackup"),
     Mutant(MATH, "progress.step += row.beta1 != 0;", "progress.step += 1;"),
-    Mutant(MATH, "1.0 / static_cast<double>(*grad_scale)", "2.0 / static_cast<double>(*grad_scale)"),
+    Mutant(
+        MATH,
+        "static_cast<T>(1.0 / static_cast<double>(*grad_scale))",
+        "static_cast<T>(2.0 / static_cast<double>(*grad_scale))",
+    ),
     Mutant(MATH, "select(clip == 0, T(0), (g * inverse) * clip)", "(g * inverse) * clip"),
     Mutant(MATH, "one_minus_dampening(static_cast<T>(1.0 - row.beta2))", "one_minus_dampening(T(1))"),
     Mutant(MATH, "first(progress.step == 0)", "first(progress.step == 1)"),
