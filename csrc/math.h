@@ -377,7 +377,7 @@ struct Rmsprop : CountsAll {
         eps(static_cast<T>(row.eps)),
         decay(row.weight_decay != 0) {}
   FASTSAM_HD T operator()(T w, T g, T* state) const {
-    if (decay) g = fma(weight_decay, w, g);
+    g = select(decay, fma(weight_decay, w, g), g);
     T second = state[0] = fma(one_minus_alpha * g, g, state[0] * alpha);
     if (kStates & 4) {
       const T grad_avg = state[2] = lerp(state[2], g, one_minus_alpha);
