@@ -41,7 +41,8 @@ FLOAT16_EPS = 1e-2
 NORM = 1  # reads g1
 NORM_ADAPTIVE = 2  # reads g1, w
 PERTURB = 4  # reads w, g1; writes backup, w
-STATES = {"sgd": 1, "adamw": 2}  # tensors of the base optimizer that are as large as the weights
+# Tensors of the base optimizer that are as large as the weights.
+STATES = {"sgd": 1, "adamw": 2, "rmsprop": 2, "adagrad": 1, "nadam": 2, "radam": 2, "lion": 1}
 UPDATE = {
     "sgd": 5,  # reads backup, g2, momentum; writes w, momentum
     "adamw": 7,  # reads backup, g2, two moments; writes w, two moments
