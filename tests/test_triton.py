@@ -77,10 +77,10 @@ VARIANTS = {
 }
 
 
-def constants_of(kernels, name, dtype, grad_dtype):
+def constants_of(kernels, name, dtype, grad_dtype, kind):
     bucket = rounding.bucket_of([torch.zeros(1, dtype=dtype)], "sgd")
     bucket.grad_dtype = grad_dtype
-    kind = (False, False) if name in ("grad_norm", "perturb_") else VARIANTS[name][1]
+    kind = kind if name in ("grad_norm", "perturb_") else VARIANTS[name][1]
     return kernels._constants(bucket, getattr(kernels, VARIANTS[name][0]), kind)
 
 
@@ -92,8 +92,8 @@ def compile_for(kernels):
 
     names = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
-    def run(name, dtype, grad_dtype, target):
-        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, dtype, grad_dtype)
+    def run(name, dtype, grad_dtype, target, kind=(False, False)):
+        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, dtype, grad_dtype, kind)
         n = len(kernel.arg_names) - len(constants)
         signature = {arg: names.get(kernels._TYPES.get(arg), "*u8") for arg in kernel.arg_names[:n]}
         signature.update({arg: "i32" for arg in signature if arg not in kernels._TYPES})
@@ -134,7 +134,7 @@ def resources(compiled):
     return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout + done.stderr)}
 
 
-ONE_TARGET = ("rmsprop", "rmsprop-centered", "adagrad", "nadam", "radam", "lion")  # the others are on all
+FEW_TARGETS = ("rmsprop", "rmsprop-centered", "adagrad", "nadam", "radam", "lion")  # the others: all
 PAIRS = [
     *((dtype, dtype, target) for dtype in STORED for target in TARGETS),
     *((*pair, MIXED_TARGET) for pair in sorted(ops.MIXED_DTYPES, key=str)),
@@ -149,8 +149,8 @@ PAIRS = [
 def test_compiled_kernels(kernels, compile_for, name, dtype, grad_dtype, target):
     if name == "restore" and grad_dtype != dtype:
         pytest.skip("reads no gradients")
-    if name in ONE_TARGET and (target != TARGETS[1] or grad_dtype != dtype):
-        pytest.skip("compiled for one target, without mixed gradients")
+    if name in FEW_TARGETS and (grad_dtype != dtype or target != TARGETS[1] and dtype != torch.float32):
+        pytest.skip("compiled in float32 for all targets, in other types for one, without mixed gradients")
     compiled = compile_for(name, dtype, grad_dtype, target)
     ptx, (size, wide) = compiled.asm["ptx"], STORED[dtype]
     taken = resources(compiled)
@@ -197,6 +197,18 @@ def test_compiled_kernels(kernels, compile_for, name, dtype, grad_dtype, target)
         assert before.rfind("bar.sync") > max(before.rfind("ld.global"), before.rfind("st.global"))
     if name == "perturb_":
         assert "0d3D719799812DEA11" in ptx, "NORM_EPS is not the float64 nearest to 1e-12"
+
+
+@compiled_only
+@pytest.mark.parametrize("kind", [(True, False), (False, True)], ids=["decay in the loss", "general p"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["grad_norm", "perturb_"])
+def test_compiled_kernels_of_other_perturbations(compile_for, name, dtype, kind):
+    compiled = compile_for(name, dtype, dtype, 90, kind)
+    taken = resources(compiled)
+    assert taken["STACK"] == taken["LOCAL"] == 0, f"spills: {taken}"
+    if kind[0]:  # the others take powers, which start from approximations
+        assert not re.search(r"\.approx|\.full|\.ftz", compiled.asm["ptx"])
 
 
 def instructions(ptx, name):
