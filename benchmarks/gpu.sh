@@ -28,7 +28,7 @@ section() {
   shift 3
   [ "$limit" -lt $((end - SECONDS)) ] || limit=$((end - SECONDS))
   echo "== $name: $*" | tee -a "$log"
-  [ "$limit" -le 0 ] || { timeout -k 5 "$limit" "$@" >>"$log" 2>&1; status=$?; }
+  [ "$limit" -le 0 ] || { timeout -s INT -k 10 "$limit" "$@" >>"$log" 2>&1; status=$?; }
   echo "$name $status $((SECONDS - begun))" >>"$parts/sections"
   echo "   status $status, $((SECONDS - begun)) s"
   "$python" benchmarks/gather.py "$parts" "$out" --device "$device"
@@ -57,7 +57,7 @@ if [ "$device" = cuda ]; then
   # For this card alone: a sixth of the time.
   TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   export TORCH_CUDA_ARCH_LIST
-  tests=(-m cuda --continue-on-collection-errors)
+  tests=(-m cuda --continue-on-collection-errors --tb=short -p no:benchmark)
   "$python" -c "import xdist.plugin" && tests+=(-n 8) # every test that takes a backend runs on two: thousands
   toolkit=$(dirname "$(readlink -f "$(command -v nvcc)")")
   sanitizer=$(PATH=$PATH:$toolkit:/usr/local/cuda/bin command -v compute-sanitizer)
