@@ -93,8 +93,9 @@ static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
 // ---- perturb_: reads 2n, writes 2n elements.
 
 template <class S, class G, class P>
-static void perturb_chunk(S* w, S* backup, const G* g, int n, const P& perturb, bool stream) {
+static void perturb_chunk(S* w, S* backup, const G* g, int n, const P& perturb, bool nothing, bool stream) {
   using T = typename Compute<S>::type;
+  if (nothing) return store(backup, w, n, stream);
   alignas(64) T w_tile[kTile], g_tile[kTile], new_w[kTile];
   alignas(64) S rounded[kTile];
   for (int start = 0; start < n; start += kTile) {
@@ -109,6 +110,7 @@ static void perturb_chunk(S* w, S* backup, const G* g, int n, const P& perturb, 
 
 template <class S, class G>
 static void perturb(const Launch& launch, int64_t begin, int64_t end) {
+  using T = typename Compute<S>::type;
   for (int64_t c = begin; c < end; c++) {
     const Chunk& chunk = launch.chunks[c];
     const Segment& segment = launch.segments[chunk.segment];
@@ -118,14 +120,12 @@ static void perturb(const Launch& launch, int64_t begin, int64_t end) {
     S* const w = at<S>(segment.weight, chunk);
     S* const backup = at<S>(segment.backup, chunk);
     const G* const g = at<const G>(address, chunk);
-    const Perturb<typename Compute<S>::type> perturb(row, launch.sum);
-    const PowerPerturb<typename Compute<S>::type> power(row, launch.sum, launch.q);
-    if (launch.q == 2 ? perturb.scale == 0 : power.rho == 0) {
-      store(backup, w, chunk.length, launch.stream);
-    } else if (launch.q == 2) {
-      perturb_chunk(w, backup, g, chunk.length, perturb, launch.stream);
+    if (launch.q == 2) {
+      const Perturb<T> perturb(row, launch.sum);
+      perturb_chunk(w, backup, g, chunk.length, perturb, perturb.scale == 0, launch.stream);
     } else {
-      perturb_chunk(w, backup, g, chunk.length, power, launch.stream);
+      const PowerPerturb<T> perturb(row, launch.sum, launch.q);
+      perturb_chunk(w, backup, g, chunk.length, perturb, perturb.rho == 0, launch.stream);
     }
   }
   store_fence(launch.stream);
