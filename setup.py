@@ -4,7 +4,7 @@ What was built, or why not, is written to fastsam/_build.txt, which `python -m f
 
     FASTSAM_NATIVE=1     a library that cannot be built is an error; 0: do not build it
     FASTSAM_CUDA=0/1     never / necessarily compile csrc/cuda (default: if there is an nvcc)
-    TORCH_CUDA_ARCH_LIST="9.0"  only for these compute capabilities, a sixth of the time (default: all that are served)
+    TORCH_CUDA_ARCH_LIST="9.0"  only for these compute capabilities, which is faster (default: all that are served)
     FASTSAM_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer. To run the tests with such a library:
                          LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
                          ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 pytest tests/test_native.py

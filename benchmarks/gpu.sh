@@ -54,7 +54,7 @@ sweep() {
 pytest=("$python" -m pytest -q)
 if [ "$device" = cuda ]; then
   large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 check=40 train=(--device cuda --budget 60)
-  # For this card alone: a sixth of the time.
+  # For this card alone, which is faster.
   TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   export TORCH_CUDA_ARCH_LIST
   tests=(-m cuda --continue-on-collection-errors --tb=short -p no:benchmark)

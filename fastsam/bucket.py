@@ -86,7 +86,7 @@ class Bucket:
 
     @property
     def row_table(self) -> Tensor:
-        """[n_groups, 8] float64 on the host: `rows`."""
+        """[n_groups, 10] float64 on the host: `rows`."""
         return self.owner.row_table
 
     @property
@@ -190,7 +190,7 @@ class Bucket:
     def settle(self) -> None:
         """Before a pass: see to it that a CUDA graph finds what changes from step to step on the device."""
         if graphs.capturing(self.device):
-            self.owner.captures.begin()
+            self.owner.captures.begin(self.owner.states_in_use())
         if self.graphs is not None:
             self.graphs.settle(self)
         elif graphs.capturing(self.device):

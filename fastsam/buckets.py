@@ -68,8 +68,8 @@ class Buckets:
 
     def refresh(self) -> None:
         """Read the groups' values, and bring them to where captured graphs find them."""
-        self.captures.check()
         self._read_values()
+        self.captures.check(self.states_in_use())
         for bucket in self.items:
             if bucket.graphs is not None:
                 bucket.graphs.upload(bucket)
@@ -99,6 +99,15 @@ class Buckets:
             self.perturbs, self.partial = perturbs, not all(perturbs)
             for bucket in self.items:
                 bucket.mask()
+
+    def states_in_use(self) -> frozenset[str]:
+        """The rule's states that any group uses now."""
+        return frozenset(name for group in self.groups for name in (self.rule.used(group) if self.rule else ()))
+
+    @property
+    def overflows(self) -> Tensor | None:
+        """[2] int64: the steps that an overflow changed, which one bucket counts for all; None without buckets."""
+        return self.items[0].overflows if self.items else None
 
     def gather(self, *, ascent: bool) -> list[Gradients]:
         """The gradients of every bucket; the tables follow parameters that were moved (`.to()`, `p.data = ...`).
@@ -164,9 +173,8 @@ class Buckets:
 
     def count_overflow(self) -> None:
         """Note that a step had no update, where no operation does."""
-        for bucket in self.items[:1]:
-            if bucket.overflows is not None:
-                bucket.overflows[1] += 1
+        if self.overflows is not None:
+            self.overflows[1] += 1
 
     def restore(self) -> None:
         """Bring the old weights back."""

@@ -340,23 +340,24 @@ class FusedSAM(Optimizer):
         """Norms, loss increase and overflow counts so far; nothing waits for the device until a value is read."""
         buckets, (loss, second_loss) = self._sam.buckets, self._sam.losses
         known = isinstance(loss, Tensor) and isinstance(second_loss, Tensor)
-        if not buckets.items:
+        if buckets.overflows is None:
             return Stats(None, None, None, None, None)
-        first = buckets.items[0]
-        overflows = first.overflows.clone() if first.overflows is not None else (None, None)
+        device = buckets.overflows.device
         return Stats(
-            buckets.sums[first.device].sum() ** (1 / buckets.q) if buckets.q != 1 else None,
-            None if self.max_grad_norm is None else buckets.second_sums[first.device].sum().sqrt(),
+            buckets.sums[device].sum() ** (1 / buckets.q) if buckets.q != 1 else None,
+            None if self.max_grad_norm is None else buckets.second_sums[device].sum().sqrt(),
             second_loss - loss if known else None,
-            *overflows,
+            *buckets.overflows.clone(),
         )
 
     def check_capture(self) -> None:
         """Check that a captured step will read today's gradients; for graphs that hold no backward pass of their own.
 
         Raises:
-            RuntimeError: a gradient is elsewhere than when the graph was captured, or appeared, or is gone.
+            RuntimeError: a gradient is elsewhere than when the graph was captured, or appeared, or is gone; or what
+                `refresh` refuses.
         """
+        self._sam.buckets.captures.check(self._sam.buckets.states_in_use())
         for bucket in self._sam.buckets.items:
             bucket.check_capture()
 

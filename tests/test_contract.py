@@ -503,3 +503,24 @@ def test_a_first_step_while_a_graph_is_captured_is_refused_and_prepare_makes_up_
     opt.first_step()
     opt.step()
     assert (p == 0.5).all()
+
+
+def test_a_graph_whose_kernels_know_no_momentum_is_outdated_when_it_comes(monkeypatch):
+    """The captured kernel has no code for such a group, which would stay where the first pass brought it."""
+    p = Parameter(torch.ones(70))
+    p.grad = torch.ones_like(p)
+    opt = FusedSAM([p], torch.optim.SGD, rho=0.1, lr=0.5, momentum=0.9)
+    opt.first_step()
+    opt.step()
+    opt.param_groups[0]["momentum"] = 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr("fastsam.ops.graphs.capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="capture with backend="):  # on a CPU; but the attempt counts
+            opt.first_step()
+    opt.param_groups[0]["lr"] = 0.25
+    opt.refresh()
+    opt.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(RuntimeError, match="momentum or amsgrad switched on.*capture it again"):
+        opt.refresh()
+    with pytest.raises(RuntimeError, match="capture it again"):
+        opt.check_capture()

@@ -31,7 +31,7 @@ struct Header {
   int64_t* overflows;      // [2] or null: steps without a perturbation, steps without an update
 };
 
-// Rows of 8 words each, then one word a segment: the address of its gradient, 0 for none, plus 1 if the backup holds
+// Rows of 10 words each, then one word a segment: the address of its gradient, 0 for none, plus 1 if the backup holds
 // the weights. Addresses of numbers are even.
 constexpr int64_t kPerturbed = 1;
 
@@ -399,7 +399,7 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
 // clang-format off
 #define FASTSAM_UPDATE_KERNELS(row) \
   row(restore, kNoRule, 0)          \
-  row(plain, kSgd, 0)                 \
+  row(plain, kSgd, 0)               \
   row(sgd, kSgd, 1)                 \
   row(adam, kAdam, 3)               \
   row(amsgrad, kAdam, 7)            \

@@ -31,10 +31,11 @@ class Captures:
         """No pass was captured yet."""
         self.any = self.outdated = False
         self._held: list[Tensor] = []
+        self._states: frozenset[str] = frozenset()  # those that the captured kernels know
 
-    def begin(self) -> None:
-        """A pass is being captured, with the tables of now."""
-        self.any, self.outdated = True, False
+    def begin(self, states: frozenset[str]) -> None:
+        """A pass is being captured, with the tables of now and kernels for groups that use these states."""
+        self.any, self.outdated, self._states = True, False, states
 
     def retire(self, *tables: Tensor | None) -> None:
         """Keep tables that are replaced, if a graph may read them."""
@@ -42,16 +43,17 @@ class Captures:
             self.outdated = True
             self._held += [table for table in tables if table is not None]
 
-    def check(self) -> None:
-        """Refuse to go on with a graph whose tables were replaced.
+    def check(self, states: frozenset[str]) -> None:
+        """Refuse to go on with a graph whose tables were replaced, or whose kernels lack a state that a group uses now.
 
         Raises:
-            RuntimeError: they were.
+            RuntimeError: they were, or do.
         """
-        if self.outdated:
+        if self.outdated or (self.any and not states <= self._states):
             raise RuntimeError(
-                "FusedSAM: parameters, states or groups were added or moved since the CUDA graph was captured, which "
-                "goes on without them and without new values of lr and rho: capture it again"
+                "FusedSAM: parameters, states or groups were added or moved, or momentum or amsgrad switched on, since "
+                "the CUDA graph was captured, which goes on without them and without new values of lr and rho: capture "
+                "it again"
             )
 
 
