@@ -50,6 +50,16 @@ inline int pair_of(const char* operation, int64_t dtype, int64_t grad_dtype) {
                   grad_dtype);
 }
 
+// From fastsam/ops/native.py: four dtypes of four bits each, and whether rounding is stochastic.
+inline Format checked_format(const char* operation, int64_t format) {
+  const auto dtype = [&](int place) { return static_cast<Dtype>(format >> 4 * place & 15); };
+  const Format result{dtype(0), dtype(1), dtype(2), dtype(3), (format >> 16 & 1) != 0};
+  for (const Dtype each : {result.weight, result.grad, result.source, result.state}) {
+    STD_TORCH_CHECK(each < kDtypes && format >> 17 == 0, operation, ": there is no format ", format);
+  }
+  return result;
+}
+
 inline Rule checked_rule(const char* operation, int64_t rule) {
   STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, operation, ": rule must be a code in [-1, ",
                   static_cast<int>(kRules), "), got ", rule);

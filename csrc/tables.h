@@ -34,7 +34,19 @@ constexpr int kPairs = kDtypes + kMixed;
 constexpr Dtype kMixedDtypes[kMixed][2] = {
     {kFloat32, kBFloat16}, {kFloat32, kFloat16}, {kBFloat16, kFloat32}, {kFloat16, kFloat32}};
 
-struct Row {  // one parameter group, 10 float64
+// What a bucket's tensors are stored as; fastsam/ops/formats.py. Python hands it over as one number.
+struct Format {
+  Dtype weight, grad;
+  Dtype source;     // what the formulas take the weights from: the masters' dtype, or the weights' own
+  Dtype state;      // of the base optimizer's states
+  bool stochastic;  // what is narrower than the arithmetic is rounded stochastically: states, weights without masters
+  constexpr bool masters() const { return source != weight; }
+};
+
+// Streams of random numbers: of the weights in perturb_, of the weights and the states in update_.
+enum Stream { kClimbStream, kStepStream, kStateStream };
+
+struct Row {  // one parameter group, 11 float64
   double lr, weight_decay;
   double beta1, beta2;  // SGD: momentum, dampening; RMSprop: momentum, alpha
   double eps, rho, eta;
@@ -42,6 +54,7 @@ struct Row {  // one parameter group, 10 float64
   double extra;       // Adagrad: lr_decay; NAdam: 0.96^momentum_decay
   double lr_address;  // not 0: lr is read from the device, float32 or with kLrFloat64 float64; exact, as addresses are
                       // below 2^53
+  double seed;        // of stochastic rounding, exact
 };
 
 struct Segment {  // one parameter, 8 int64; the addresses are absolute, 0 where absent
@@ -49,7 +62,8 @@ struct Segment {  // one parameter, 8 int64; the addresses are absolute, 0 where
   int64_t state[kMaxStates];
   int64_t master;
   int64_t progress;
-  int64_t group;
+  int32_t group;
+  int32_t index;  // among all parameters of the optimizer
 };
 
 struct Progress {    // of one segment, 2 float32
@@ -66,7 +80,7 @@ struct Chunk {  // up to kChunk elements of one segment, 4 int32
 
 constexpr int kRowColumns = sizeof(Row) / 8;
 
-static_assert(sizeof(Row) == 80 && sizeof(Segment) == 64 && sizeof(Chunk) == 16 && sizeof(Progress) == 8,
+static_assert(sizeof(Row) == 88 && sizeof(Segment) == 64 && sizeof(Chunk) == 16 && sizeof(Progress) == 8,
               "the tables' row sizes");
 
 }  // namespace fastsam

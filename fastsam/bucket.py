@@ -1,8 +1,8 @@
 """A bucket: the parameters of one (device, dtype) as one flat index space, and the flat tensors that belong to it.
 
 Parameters and gradients stay where they are and are reached through tables of addresses. What the optimizer owns (the
-backup of the weights, the base optimizer's state, the step counts) is flat, in pages that never move: a parameter that
-is thawed later gets a page of its own.
+backup of the weights or their masters, the base optimizer's state, the step counts) is flat, in pages that never move:
+a parameter that is thawed later gets a page of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsam import ops
 from fastsam.ops import graphs
+from fastsam.ops.formats import Format
 from fastsam.ops.native import reader
 from fastsam.rules import Row, Rule
 from fastsam.segments import Segment, is_dense, layout, place_of, real_numel
@@ -42,20 +43,22 @@ class Bucket:
 
     Attributes:
         slot: the bucket's place in `sums`.
-        grad_dtype: of this pass's gradients; another than `dtype` only where `ops.MIXED_DTYPES` has both.
+        format: what everything is stored as; its `grad` is of this pass's gradients.
         segment_table: [n_segments, 8] int64: addresses of weights, backup, three states, master and progress (step
-            count, NAdam's product of momenta); the group. A backend's own rows may follow.
+            count, NAdam's product of momenta); the group, and 2^32 times the parameter's index. A backend's own rows
+            may follow.
         chunk_table: [n_chunks, 4] int32: segment, start / 64, length, and the padded lengths of all chunks before / 64.
         grad_table: [n_segments] int64 on the host: addresses of this pass's gradients, 0 for none.
         perturbed: [n_segments] bool on the host: the backup holds the weights; `perturb_` sets it, `update_` clears it.
         partials: [n_chunks] float64, scratch of `grad_norm`.
         overflows: [2] int64, steps that an overflow in the first and in the second pass changed; None but in slot 0.
+        rounding: [1] int64, the step of the random numbers, which `update_` advances; None without stochastic rounding.
     """
 
     def __init__(self, owner: Buckets, device: torch.device, dtype: torch.dtype, backend: str, slot: int) -> None:
         """An empty bucket; `append` gives it parameters."""
-        self.owner, self.device, self.dtype, self.backend, self.slot = owner, device, dtype, backend, slot
-        self.grad_dtype = dtype  # what this pass's launches read gradients as
+        self.owner, self.device, self.backend, self.slot = owner, device, backend, slot
+        self.format: Format = owner.precision.format_of(dtype)
         self.ops, self.graphs = ops.operations(backend), ops.graph_support(backend)
         self.segments: list[Segment] = []
         self.params: list[Tensor] = []
@@ -64,10 +67,20 @@ class Bucket:
         self.silent: list[int] = []  # segments whose state is not in optimizer.state yet
         self.perturbed = torch.zeros(0, dtype=torch.bool)
         self.overflows = torch.zeros(2, dtype=torch.int64, device=device) if slot == 0 else None
+        self.rounding: Tensor | None = None
+        if self.format.stochastic:
+            self.rounding = torch.full((1,), owner.rounding_step(), dtype=torch.int64, device=device)
         self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
+        self.versions: list[int] = []  # of all parameters when their masters were last what they are rounded from
+        self.aside: dict[int, Tensor] = {}  # weights with masters that `swap` took out of the way
         self.uploaded: list[Row] | None = None  # the groups' values that the device holds for captured graphs
         self.captured: Gradients | None = None  # what the last captured update reads; kept alive for its replays
         self.kept: Any = None  # what the backend keeps beside the tables
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self.format.weight
 
     @property
     def rule(self) -> Rule | None:
@@ -86,7 +99,7 @@ class Bucket:
 
     @property
     def row_table(self) -> Tensor:
-        """[n_groups, 10] float64 on the host: `rows`."""
+        """[n_groups, 11] float64 on the host: `rows`."""
         return self.owner.row_table
 
     @property
@@ -100,15 +113,20 @@ class Bucket:
         """Give the bucket a page for more parameters; existing pages stay where they are."""
         self._refuse_capture()
         sizes = [real_numel(param) for param, _ in members]
-        backups = self._page(sizes)
+        kept = self._page(sizes, self.format.source)
+        nothing: list[Tensor | None] = [None] * len(sizes)
+        backups, masters = (nothing, kept) if self.format.masters else (kept, nothing)
+        index = {id(p): i for i, p in enumerate(p for group in self.owner.groups for p in group["params"])}
         progress = torch.zeros(len(members), 2, dtype=torch.float32, device=self.device)
         before = len(self.segments)
         chunk = self.segments[-1].chunks.stop if self.segments else 0
         for i, (param, group) in enumerate(members):
             chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
-            self.segments.append(
-                Segment(param, layout(param), group, sizes[i], is_dense(param), chunks, backups[i], progress[i])
-            )
+            place = layout(param), group, sizes[i], is_dense(param), index[id(param)], chunks
+            segment = Segment(param, *place, backups[i], masters[i], progress[i])
+            if segment.master is not None:
+                segment.master.copy_(segment.flat(param))
+            self.segments.append(segment)
         try:
             self._allocate()
             self._build_tables()
@@ -135,13 +153,14 @@ class Bucket:
             if bare:
                 self._refuse_capture()
                 self.pointed = False
-            for segment, flat in zip(bare, self._page([s.numel for s in bare]), strict=True):
+            pieces = self._page([s.numel for s in bare], self.format.state)
+            for segment, flat in zip(bare, pieces, strict=True):
                 segment.states[slot] = flat.fill_(self.rule.initial(self.owner.defaults))
 
-    def _page(self, sizes: Sequence[int]) -> list[Tensor]:
+    def _page(self, sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """One new flat tensor, not initialised, cut into pieces of these sizes that start at multiples of ALIGN."""
         rooms = [-(-n // ALIGN) * ALIGN for n in sizes]
-        flat = torch.empty(sum(rooms), dtype=self.dtype, device=self.device)
+        flat = torch.empty(sum(rooms), dtype=dtype, device=self.device)
         if reader is not None and self.device.type == "cpu":
             reader.use_huge_pages(flat.data_ptr(), flat.nbytes)
         return [piece[:n] for piece, n in zip(torch.split(flat, rooms), sizes, strict=True)] if sizes else []
@@ -175,8 +194,9 @@ class Bucket:
         rows = []
         for segment in self.segments:
             segment.layout = layout(segment.param)
-            owned = (segment.backup, *segment.states, None, segment.progress)
-            rows.append([segment.layout.address, *(0 if t is None else t.data_ptr() for t in owned), segment.group])
+            owned = (segment.backup, *segment.states, segment.master, segment.progress)
+            addresses = (0 if t is None else t.data_ptr() for t in owned)
+            rows.append([segment.layout.address, *addresses, segment.group | segment.index << 32])
         places = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8)
         own = 0 if self.graphs is None else self.graphs.own_rows(len(rows), len(self.owner.groups))
         table = torch.cat([places, places.new_zeros(own, 8)]).to(self.device)
@@ -221,7 +241,7 @@ class Bucket:
                 self.signatures.data_ptr(),
                 self.skip.data_ptr() if ascent and self.owner.partial else 0,
                 self.grad_table.data_ptr(),
-                0 if self.grad_dtype == self.dtype else DLPACK_CODES[self.grad_dtype],
+                0 if self.format.grad == self.dtype else DLPACK_CODES[self.format.grad],
             )
             grads = Gradients(found)
             grads.table = self.grad_table
@@ -229,11 +249,11 @@ class Bucket:
             skip = self.skip.tolist() if ascent else [False] * len(self.params)
             grads = Gradients([None if left_out else p.grad for p, left_out in zip(self.params, skip, strict=True)])
             moved = [i for i, segment in enumerate(self.segments) if layout(segment.param) != segment.layout]
-            dtypes = [s.layout.dtype if self.grad_dtype == self.dtype else self.grad_dtype for s in self.segments]
+            dtypes = [s.layout.dtype if self.format.grad == self.dtype else self.format.grad for s in self.segments]
             foreign = [i for i, g in enumerate(grads) if g is not None and not self.segments[i].accepts(g, dtypes[i])]
         if foreign and not moved:
-            if (common := self._common_dtype(grads)) != self.grad_dtype:
-                self.grad_dtype = common
+            if (common := self._common_dtype(grads)) != self.format.grad:
+                self.format = self.format._replace(grad=common)
                 return self.gather(ascent=ascent)
             for i in foreign:
                 grads[i] = grad = self._converted(self.segments[i].param)
@@ -245,13 +265,13 @@ class Bucket:
         """What one launch reads all these gradients as: the least dtype that holds them all, or the weights' own."""
         dtypes = {grad.dtype for grad in grads if grad is not None}
         common = reduce(torch.promote_types, dtypes) if dtypes else self.dtype
-        return common if (self.dtype, common) in ops.MIXED_DTYPES else self.dtype
+        return common if self.format.takes(common) else self.dtype
 
     def _converted(self, param: Tensor) -> Tensor:
         """A copy of a gradient that is sparse, or of other strides or dtype, as the kernels want it."""
         grad = param.grad
         assert grad is not None
-        dtype = param.dtype if self.grad_dtype == self.dtype else self.grad_dtype
+        dtype = param.dtype if self.format.grad == self.dtype else self.format.grad
         if grad.dtype != dtype:
             self.owner.warn_once(
                 f"FusedSAM: {place_of(param, self.owner.groups)} is {param.dtype}, its gradient {grad.dtype}: it is "
@@ -280,6 +300,7 @@ class Bucket:
         if graphs.capturing(self.device):
             self.captured = grads
         torch.autograd.graph.increment_version(written)
+        self._note_versions()
 
     def here(self, scalar: Tensor | None) -> Tensor | None:
         """A number for this device; a GradScaler keeps its own on one of them."""
@@ -320,65 +341,106 @@ class Bucket:
         """Restore parameters that were moved, cast or laid out otherwise since `perturb_`."""
         for i, segment in enumerate(self.segments):
             if self.perturbed[i] and segment.param.numel() == segment.layout.shape.numel():
-                segment.param.copy_(segment.shaped(segment.backup).reshape(segment.param.shape))
+                segment.param.copy_(segment.shaped(segment.kept()).reshape(segment.param.shape))
         self.perturbed.zero_()
 
     def swap(self) -> None:
         """Exchange perturbed and old weights, one parameter at a time."""
-        for segment, perturbed in zip(self.segments, self.perturbed.tolist(), strict=True):
-            if perturbed:
+        for i, (segment, perturbed) in enumerate(zip(self.segments, self.perturbed.tolist(), strict=True)):
+            if not perturbed:
+                continue
+            if segment.backup is not None:
                 kept, aside = segment.shaped(segment.backup), segment.param.clone()
                 segment.param.copy_(kept)
                 kept.copy_(aside)
+            elif i in self.aside:
+                segment.renew_master()  # what was written meanwhile is the weight from now on
+                segment.param.copy_(self.aside.pop(i))
+            else:
+                self.aside[i] = segment.param.clone()
+                segment.store(segment.kept())
         self.watched = [(param, param._version) for param, _ in self.watched]
+
+    # Masters.
+
+    def meet_writes(self) -> None:
+        """Before a step, bring masters up to date where somebody else wrote the weights since the last one.
+
+        A write through `.data` leaves no trace and is not seen.
+        """
+        if not self.format.masters or self.versions == (versions := [param._version for param in self.params]):
+            return
+        before = self.versions or [-1] * len(versions)
+        for segment, seen, now in zip(self.segments, before, versions, strict=False):
+            if seen != now:
+                segment.renew_master()
+        self.versions = versions
+
+    def _note_versions(self) -> None:
+        if self.format.masters:
+            self.versions = [param._version for param in self.params]
 
     # optimizer.state.
 
     def absorb(self, state: State, segments: Iterable[Segment]) -> None:
         """Copy what `state` holds into the flat tensors and show these there; where it holds nothing, reset."""
-        rule = self.rule
-        if rule is None:
-            return
+        rule, names = self.rule, self.rule.states if self.rule is not None else ()
+        perturbed = {id(s) for s, hit in zip(self.segments, self.perturbed.tolist(), strict=True) if hit}
         for segment in segments:
             held = state[segment.param] if segment.param in state else {}
-            values = {name: held.get(name) for name in rule.states}
-            segment.shown = any(value is not None for value in values.values()) or "step" in held
-            segment.step.fill_(float(held.get("step", 0.0) if rule.counters else values[rule.states[0]] is not None))
-            segment.mu_product.fill_(float(held.get("mu_product", 1.0)))
-            segment.views = {name: getattr(segment, name) for name in rule.counters}
+            values = {name: held.get(name) for name in names}
+            segment.shown = any(value is not None for value in values.values()) or "step" in held or "master" in held
+            segment.views = {}
+            if rule is not None:
+                began = held.get("step", 0.0) if rule.counters else values[rule.states[0]] is not None
+                segment.step.fill_(float(began))
+                segment.mu_product.fill_(float(held.get("mu_product", 1.0)))
+                segment.views = {name: getattr(segment, name) for name in rule.counters}
             for (name, value), flat in zip(values.items(), segment.states, strict=False):
-                if flat is None:
-                    continue
-                view = segment.views[name] = segment.shaped(flat)
-                if value is None:
+                if flat is not None and not self._take(segment, name, value, flat):
+                    assert rule is not None
                     flat.fill_(rule.initial(self.owner.defaults))
-                elif value.shape != view.shape:
-                    raise ValueError(
-                        f"FusedSAM: state[{name!r}] of {place_of(segment.param, self.owner.groups)} must have its "
-                        f"parameter's shape {list(view.shape)}, got {list(value.shape)}; load a checkpoint of this "
-                        "model, or clear optimizer.state"
-                    )
-                elif value.data_ptr() != view.data_ptr():
-                    view.copy_(value)
+            if segment.master is not None:
+                given = self._take(segment, "master", held.get("master"), segment.master)
+                if not given and id(segment) not in perturbed:
+                    segment.master.copy_(segment.flat(segment.param))
+                self.versions = []  # the model's weights may be loaded after these
             if segment.shown:
-                self._show(segment, state, rule)
-        stateful = [bool(rule.counters or rule.used(group)) for group in self.owner.groups]
-        self.silent = [i for i, s in enumerate(self.segments) if stateful[s.group] and not s.shown]
+                self._show(segment, state)
+        self.silent = [i for i, segment in enumerate(self.segments) if self._names(segment) and not segment.shown]
+
+    def _take(self, segment: Segment, name: str, value: Tensor | None, flat: Tensor) -> bool:
+        """Have a view of a flat tensor, and a value that `state` holds copied there; False if it holds none."""
+        view = segment.views[name] = segment.shaped(flat)
+        if value is None:
+            return False
+        if value.shape != view.shape:
+            raise ValueError(
+                f"FusedSAM: state[{name!r}] of {place_of(segment.param, self.owner.groups)} must have its parameter's "
+                f"shape {list(view.shape)}, got {list(value.shape)}; load a checkpoint of this model, or clear "
+                "optimizer.state"
+            )
+        if value.data_ptr() != view.data_ptr():
+            view.copy_(value)
+        return True
 
     def publish(self, grads: Sequence[Tensor | None], state: State) -> None:
         """Show the state of parameters that had their first update, as torch would create it."""
-        rule = self.rule
-        if rule is None or not self.silent:
+        if not self.silent:
             return
         for i in self.silent:
             if grads[i] is not None:
-                self._show(self.segments[i], state, rule)
+                self._show(self.segments[i], state)
         self.silent = [i for i in self.silent if not self.segments[i].shown]
 
-    def _show(self, segment: Segment, state: State, rule: Rule) -> None:
+    def _names(self, segment: Segment) -> tuple[str, ...]:
+        """What `state` shows of a segment once it was updated."""
+        rule, master = self.rule, ("master",) if segment.master is not None else ()
+        return master if rule is None else (*rule.counters, *rule.used(self.owner.groups[segment.group]), *master)
+
+    def _show(self, segment: Segment, state: State) -> None:
         segment.shown = True
-        names = (*rule.counters, *rule.used(self.owner.groups[segment.group]))
-        if names:
+        if names := self._names(segment):
             state[segment.param].update({name: segment.views[name] for name in names})
 
     def replaced(self, state: State) -> bool:
@@ -391,14 +453,18 @@ class Bucket:
         )
 
     def release(self, state: State) -> None:
-        """Before the buckets are built anew: restore the weights, leave plain tensors of their dtype in `state`."""
+        """Before the buckets are built anew: restore the weights, leave plain tensors in `state`."""
         self._copy_back()
         for segment in self.segments:
             held = state[segment.param] if segment.param in state else {}
             for name, view in segment.views.items():
-                if held.get(name) is view:
-                    like = view if name in ("step", "mu_product") else segment.param
-                    held[name] = view.to(segment.param.device, like.dtype, copy=True)
+                if held.get(name) is not view:
+                    continue
+                wide = name in ("step", "mu_product") or self.format.masters
+                dtype = view.dtype if wide else segment.param.dtype
+                held[name] = view.to(segment.param.device, dtype, copy=True)
+            if "master" in segment.views and segment.param.dtype != segment.layout.dtype:
+                held.pop("master", None)  # of another precision now
 
 
 def address(tensor: Tensor | None) -> int | None:

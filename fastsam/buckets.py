@@ -13,6 +13,7 @@ from fastsam import ops, rules
 from fastsam.bucket import Bucket, Gradients, Member, State
 from fastsam.checks import check_param
 from fastsam.ops import graphs
+from fastsam.ops.formats import Precision
 from fastsam.ops.native import reader
 from fastsam.ops.reference import Clip, clip_factor
 from fastsam.rules import Group, Row, Rule
@@ -32,9 +33,18 @@ class Buckets:
         decays: whether the perturbation is that of the loss with the weight decay in it.
     """
 
-    def __init__(self, rule: Rule | None, backend: str, defaults: Group, groups: Sequence[Group], state: State) -> None:
+    def __init__(
+        self,
+        rule: Rule | None,
+        backend: str,
+        precision: Precision,
+        defaults: Group,
+        groups: Sequence[Group],
+        state: State,
+    ) -> None:
         """No buckets yet: `follow` builds them. `defaults` are the base optimizer's."""
-        self.rule, self.backend, self.defaults, self.groups, self.state = rule, backend, defaults, groups, state
+        self.rule, self.backend, self.precision = rule, backend, precision
+        self.defaults, self.groups, self.state = defaults, groups, state
         self.items: list[Bucket] = []
         self.params: list[Tensor] = []  # of all groups, in order
         self.frozen: list[Member] = []  # never had a gradient: no memory is spent on them
@@ -65,6 +75,24 @@ class Buckets:
         self._read_values()
         for bucket in self.items:
             bucket.settle()
+
+    def meet_writes(self) -> None:
+        """Before a step, bring masters up to date with weights that somebody else wrote since the last one."""
+        for bucket in self.items:
+            bucket.meet_writes()
+
+    def rounding_step(self) -> int:
+        """The step of the random numbers of stochastic rounding; reading it waits for the device."""
+        counters = [bucket.rounding for bucket in self.items if bucket.rounding is not None]
+        if counters:
+            return int(counters[0])
+        return max((int(group.get("rounding_step", 0)) for group in self.groups), default=0)
+
+    def set_rounding_step(self, step: int) -> None:
+        """Go on with the random numbers of a checkpoint."""
+        for bucket in self.items:
+            if bucket.rounding is not None:
+                bucket.rounding.fill_(step)
 
     def refresh(self) -> None:
         """Read the groups' values, and bring them to where captured graphs find them."""
@@ -171,10 +199,13 @@ class Buckets:
             bucket.step(g, grad_scale, found_inf, factors.get(bucket.device))
             bucket.publish(g, self.state)
 
-    def count_overflow(self) -> None:
-        """Note that a step had no update, where no operation does."""
+    def finish_step(self, overflow: bool) -> None:
+        """Note that a step without an update of ours is over, and whether it had none at all."""
         if self.overflows is not None:
-            self.overflows[1] += 1
+            self.overflows[1] += overflow
+        for bucket in self.items:
+            if bucket.rounding is not None:
+                bucket.rounding += 1
 
     def restore(self) -> None:
         """Bring the old weights back."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import ops
+from fastsam.ops.formats import Precision
 from fastsam.rules import NAMES, Group
 from fastsam.segments import place_of, real_dtype
 
@@ -24,6 +25,9 @@ def check_values(group: Group) -> None:
     for name in ("rho", "eta"):
         if not 0 <= group[name] < float("inf"):
             raise ValueError(f"FusedSAM: {name} must be >= 0, got {group[name]!r}")
+    seed = group.get("rounding_seed", 0)
+    if not (isinstance(seed, int) and 0 <= seed < 2**53):
+        raise ValueError(f"FusedSAM: rounding_seed must be an integer in [0, 2^53), got {seed!r}")
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
@@ -36,6 +40,20 @@ def check_p(p: float) -> None:
     """Refuse norms that have no dual norm to perturb by."""
     if not p > 1:
         raise ValueError(f"FusedSAM: p must be in (1, inf], got {p!r}; p = 1 would put all of rho on one weight")
+
+
+def check_precision(precision: Precision) -> None:
+    """Refuse contradictions between masters, stochastic rounding and the states' dtype."""
+    if precision.master_weights and precision.stochastic_rounding:
+        raise ValueError(
+            "FusedSAM: master_weights=True and stochastic_rounding=True exclude each other: weights with masters are "
+            "the masters, rounded to nearest. Choose one"
+        )
+    if precision.state_dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            "FusedSAM: state_dtype must be torch.bfloat16, or None for the dtype of the parameters or their masters, "
+            f"got {precision.state_dtype!r}"
+        )
 
 
 def check_name(name: str) -> type[Optimizer]:

@@ -26,14 +26,24 @@ from fastsam.checks import (
     check_name,
     check_p,
     check_param,
+    check_precision,
     check_values,
 )
+from fastsam.fallback import step_base
+from fastsam.ops.formats import Precision
 from fastsam.rules import RULES
 from fastsam.segments import real_dtype
 
 CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
-OWN_KEYS = ("rho", "adaptive", "eta", "perturb")
-KEPT = ("base_optimizer", "closure_calls", "max_grad_norm", "p", "perturb_with_weight_decay")  # in copies and pickles
+OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step")  # the latter where they matter
+KEPT = (  # in copies and pickles
+    "base_optimizer",
+    "closure_calls",
+    "max_grad_norm",
+    "p",
+    "perturb_with_weight_decay",
+    "precision",
+)
 CLOSURE_RECIPE = (
     "either let the closure clear the gradients, run forward and backward and return the loss (FusedSAM calls it "
     "twice), or pass closure_calls=1, run the first forward and backward before step(closure) yourself"
@@ -109,6 +119,18 @@ class FusedSAM(Optimizer):
             paper's own code does; by default along the gradient alone, as the well-known PyTorch file does.
         max_grad_norm: clip the gradients of the second pass to this norm over all parameters, as
             torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them.
+        master_weights: keep float32 masters of bfloat16 and float16 parameters, and their states in float32. The
+            perturbation and the step are made from the masters, which are the backup, too; weights are the masters,
+            rounded. They are saved as `state[p]['master']`. Without them states have their parameter's dtype, as in
+            torch. Weights must be written in place or as `p.data = ...`, not in place through `.data`, which torch
+            does not count: such a write is undone by the next step.
+        stochastic_rounding: round bfloat16 and float16 weights (and their states) up or down at random, so that
+            perturbation and step are right on average, where rounding to nearest loses most of them; instead of
+            masters.
+        rounding_seed: of the random numbers, in every parameter group, >= 0 and below 2^53. They depend on nothing else
+            but the step, the parameter's place and the element; replicas draw the same.
+        state_dtype: torch.bfloat16 for states of float32 parameters and of masters, rounded stochastically, as rounding
+            to nearest would never let `exp_avg_sq` decay.
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".
@@ -138,6 +160,10 @@ class FusedSAM(Optimizer):
         p: float = 2.0,
         perturb_with_weight_decay: bool = False,
         max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        state_dtype: torch.dtype | None = None,
         closure_calls: int = 2,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -146,6 +172,12 @@ class FusedSAM(Optimizer):
         if closure_calls not in (1, 2):
             raise ValueError(f"FusedSAM: closure_calls must be 1 or 2, got {closure_calls!r}")
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": perturb}
+        self.precision = Precision(master_weights, stochastic_rounding, state_dtype)
+        check_precision(self.precision)
+        if self.precision.draws:
+            own |= {"rounding_seed": rounding_seed, "rounding_step": 0}
+        elif rounding_seed != 0:
+            raise ValueError("FusedSAM: rounding_seed is for stochastic_rounding or state_dtype, neither was asked for")
         check_values(own)
         check_max_grad_norm(max_grad_norm)
         check_p(p)
@@ -176,9 +208,15 @@ class FusedSAM(Optimizer):
         self.defaults = {**base.defaults, **own}
         self.param_groups = base.param_groups
         self.state = base.state
-        self._sam = _Progress(Buckets(RULES.get(type(base)), chosen, base.defaults, self.param_groups, self.state))
+        self._sam = self._progress(chosen)
         for i, group in enumerate(self.param_groups):
             self._check_group(i, group)
+
+    def _progress(self, backend: str) -> _Progress:
+        """Where a step is that has not begun."""
+        base = self.base_optimizer
+        rule = RULES.get(type(base))
+        return _Progress(Buckets(rule, backend, self.precision, base.defaults, self.param_groups, self.state))
 
     # The step.
 
@@ -333,7 +371,9 @@ class FusedSAM(Optimizer):
 
     @untraced
     def refresh(self) -> None:
-        """Take over changed values of the parameter groups (lr, rho, ...); every step does, a replayed graph cannot."""
+        """Take over changed weights and values of the groups (lr, rho); every step does, a replayed graph cannot."""
+        if self._sam.phase == CLEAN:
+            self._sam.buckets.meet_writes()
         self._sam.buckets.refresh()
 
     def stats(self) -> Stats:
@@ -368,12 +408,14 @@ class FusedSAM(Optimizer):
         self._meet_base()
         for group in self.param_groups:
             for key in OWN_KEYS:  # a group that came in through the base optimizer
-                if key not in group:
+                if key not in group and key in self.defaults:
                     group[key] = self.defaults[key]
         buckets = self._sam.buckets
         buckets.q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
         buckets.decays = self.perturb_with_weight_decay
         buckets.follow(self.param_groups, self.state)
+        if self._sam.phase == CLEAN:
+            buckets.meet_writes()
         return buckets
 
     def _meet_base(self) -> None:
@@ -401,44 +443,16 @@ class FusedSAM(Optimizer):
         if sam.phase == PAUSED:
             raise RuntimeError("FusedSAM: leave the `with optimizer.unperturbed():` block before taking a step")
         buckets = self._buckets()
+        amp = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if buckets.rule is not None:
             grads = buckets.gather(ascent=False)
             self._warn_without_gradients(grads)
-            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            buckets.update(grads, scale, found_inf, self.max_grad_norm)
+            buckets.update(grads, *amp, self.max_grad_norm)
         else:
-            self._step_base(buckets)
+            step_base(self.base_optimizer, buckets, *amp, self.max_grad_norm)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
-
-    def _step_base(self, buckets: Buckets) -> None:
-        """Restore, and let a base that is not fused step, below its hooks.
-
-        A loss scale is undone, and clipping done, on copies of the gradients.
-        """
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        gathered = buckets.gather(ascent=False)  # follows parameters that moved
-        factors = {} if self.max_grad_norm is None else buckets.clip(gathered, self.max_grad_norm, scale)
-        buckets.restore()
-        if found_inf is not None and found_inf.item() != 0:
-            buckets.count_overflow()
-            return
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        grads = [p.grad for p in params]
-        step = type(self.base_optimizer).step
-        if getattr(step, "hooked", False):
-            step = step.__wrapped__  # type: ignore[attr-defined]
-        try:
-            for p, grad in zip(params, grads, strict=True):
-                if scale is not None:
-                    p.grad = (grad * scale.double().reciprocal().to(grad.device)).to(grad.dtype)
-                if factors:
-                    p.grad = p.grad * factors[grad.device].to(real_dtype(grad))
-            step(self.base_optimizer)
-        finally:
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:
@@ -547,14 +561,18 @@ class FusedSAM(Optimizer):
         for bucket in buckets.items:
             if self.state is not buckets.state or bucket.replaced(self.state):
                 bucket.absorb(self.state, bucket.segments)
+        buckets.meet_writes()
+        self._note_rounding_step()
         out = super().state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
         segments = {id(segment.param): segment for bucket in buckets.items for segment in bucket.segments}
         for i, param in enumerate(params):
             segment = segments.get(id(param))
             if rule is not None and i in out["state"] and segment is not None and segment.shown:
-                if segment.step == 0 and not rule.eager:  # an overflow kept its first step from happening
-                    del out["state"][i]
+                if segment.step == 0 and not rule.eager and segment.master is None:
+                    del out["state"][i]  # an overflow kept its first step from happening
+                elif segment.step == 0 and not rule.eager:
+                    out["state"][i] = {"master": out["state"][i]["master"]}
                 else:
                     counters = {name: segment.views[name].cpu().clone() for name in rule.counters}
                     out["state"][i] = {**out["state"][i], **counters}
@@ -587,12 +605,26 @@ class FusedSAM(Optimizer):
         for param, held in zip(params, (state.get(key, {}) for key in keys), strict=True):
             if "mu_product" in held:  # NAdam's number, which torch casts to the parameter's dtype
                 self.state[param]["mu_product"] = torch.as_tensor(held["mu_product"], dtype=torch.float32).clone()
+            if self.precision.format_of(real_dtype(param)).masters:  # so it does with masters and their states
+                for name, value in held.items():
+                    if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
+                        self.state[param][name] = value.detach().to(param.device, copy=True)
+        if self.precision.draws:
+            self._sam.buckets.set_rounding_step(max(int(group["rounding_step"]) for group in self.param_groups))
         if self._sam.buckets.items and self._sam.phase == CLEAN:
             self._buckets()  # copies into the flat tensors: addresses stay
+
+    def _note_rounding_step(self) -> None:
+        """Write the step of the random numbers, which the device counts, into the groups."""
+        if self.precision.draws:
+            step = self._sam.buckets.rounding_step()
+            for group in self.param_groups:
+                group["rounding_step"] = step
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and deep-copied: no tables of addresses, no backup."""
         self._require_clean("copying or pickling the optimizer")
+        self._note_rounding_step()
         kept = {name: getattr(self, name) for name in KEPT}
         return {**super().__getstate__(), **kept, "_backend": self._sam.buckets.backend}
 
@@ -601,9 +633,7 @@ class FusedSAM(Optimizer):
         backend = state.pop("_backend", None)
         super().__setstate__(state)
         if backend is not None:
-            rule = RULES.get(type(self.base_optimizer))
-            defaults = self.base_optimizer.defaults
-            self._sam = _Progress(Buckets(rule, backend, defaults, self.param_groups, self.state))
+            self._sam = self._progress(backend)
         type(self.base_optimizer).__setstate__(
             self.base_optimizer, {"state": self.state, "param_groups": self.param_groups}
         )

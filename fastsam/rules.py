@@ -30,7 +30,7 @@ Group = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """What a kernel reads of one parameter group: ten float64, the flags and an address as exact integers among them.
+    """What a kernel reads of one parameter group: float64, flags, address and seed as exact integers among them.
 
     float64 because `1 - beta2` taken from a float32 table is off by 1e-5 relative at 0.999.
     """
@@ -45,6 +45,7 @@ class Row(NamedTuple):
     flags: int
     extra: float = 0.0  # Adagrad: lr_decay; NAdam: 0.96^momentum_decay
     lr_address: int = 0  # not 0: kernels read lr there, a float32 (or float64: LR_FLOAT64) on their device
+    seed: int = 0  # of stochastic rounding, below 2^53
 
 
 class Values(NamedTuple):
@@ -203,4 +204,5 @@ def row(group: Group, rule: Rule | None, device: torch.device | None = None, dec
     if isinstance(lr, torch.Tensor) and lr.device == device and lr.numel() == 1 and lr.dtype in LR_DTYPES:
         flags |= LR_FLOAT64 * (lr.dtype == torch.float64)
         address, lr = lr.data_ptr(), 0.0
-    return Row(float(lr), weight_decay, beta1, beta2, eps, rho, eta, flags | rule_flags, extra, address)
+    seed = int(group.get("rounding_seed", 0))
+    return Row(float(lr), weight_decay, beta1, beta2, eps, rho, eta, flags | rule_flags, extra, address, seed)

@@ -43,8 +43,10 @@ class Segment:
         group: index of its parameter group.
         numel: elements, a complex one counted as two.
         dense: whether its storage has no gaps, so that a kernel can walk it.
+        index: its place among all parameters of the optimizer, which picks its stream of random numbers.
         chunks: its rows of the bucket's chunk table.
-        backup: [numel], the weights before the perturbation, in storage order.
+        backup: [numel], the weights before the perturbation, in storage order; None where there is a master.
+        master: [numel] float32 or None, what the weights are rounded from.
         progress: [2] float32, the two numbers below.
         step: [] float32, the steps that the rule counted.
         mu_product: [] float32, NAdam's product of momenta.
@@ -58,8 +60,10 @@ class Segment:
     group: int
     numel: int
     dense: bool
+    index: int
     chunks: slice
-    backup: Tensor
+    backup: Tensor | None
+    master: Tensor | None
     progress: Tensor
     step: Tensor = field(init=False)
     mu_product: Tensor = field(init=False)
@@ -75,6 +79,23 @@ class Segment:
         """[numel]: a tensor of the parameter's layout in storage order; a view of it where the parameter is dense."""
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         return real.as_strided((self.numel,), (1,)) if self.dense else real.reshape(-1)
+
+    def kept(self) -> Tensor:
+        """[numel]: the weights before the perturbation."""
+        kept = self.backup if self.master is None else self.master
+        assert kept is not None
+        return kept
+
+    def source(self, perturbed: bool) -> Tensor:
+        """[numel]: what the formulas take the weights from."""
+        return self.kept() if perturbed or self.master is not None else self.flat(self.param)
+
+    def renew_master(self) -> None:
+        """Read the master anew where somebody else wrote the weight: where it does not round to these bits."""
+        if self.master is not None:
+            w = self.flat(self.param)
+            same = self.master.to(w.dtype).view(torch.int16) == w.view(torch.int16)
+            self.master.copy_(torch.where(same, self.master, w.to(self.master.dtype)))
 
     def store(self, values: Tensor) -> None:
         """Write [numel] values into the parameter, rounding once if it is of lower precision."""

@@ -4,11 +4,13 @@ import ctypes
 import mmap
 from functools import cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fastsam.ops import MIXED_DTYPES, native
+from fastsam.ops import native
+from fastsam.ops.formats import MIXED_DTYPES, Format
 from fastsam.rules import (
     ADAGRAD,
     ADAM,
@@ -27,7 +29,14 @@ from fastsam.rules import (
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = DTYPES
 MIXED = sorted(MIXED_DTYPES, key=str)
+PLAIN = [Format(dtype, dtype, dtype, dtype) for dtype in DTYPES]
+MASTERS = [Format(low, grad, FLOAT32, FLOAT32) for low in (BFLOAT16, FLOAT16) for grad in (low, FLOAT32)]
+STOCHASTIC = [  # without masters, and with states narrower than what they are computed in
+    *(Format(low, low, low, low, True) for low in (BFLOAT16, FLOAT16)),
+    *(Format(dtype, dtype, FLOAT32, BFLOAT16, True) for dtype in (FLOAT32, BFLOAT16, FLOAT16)),
+]
 SIZES = [0, 1, 3, 63, 64, 65, 2047, 2048, 8191, 8192, 8193, 3 * 8192 + 5]
 CHUNK = 8192
 STEPS = 3
@@ -60,9 +69,26 @@ INITIAL = {ADAGRAD: 0.375}  # of the states; the others begin with 0
 PERTURBATIONS = [(0.11, 0.0, 0), (0.7, 0.0, ADAPTIVE), (0.5, 0.03, ADAPTIVE)]  # (rho, eta, flags), a group each
 
 
+SEED, FIRST_DRAW = 3 * 2**33 + 12345, 2**32 + 5  # of group 0; the step of the random numbers, of which 32 bits count
+
+
 def rows_of(option):
     _, lr, weight_decay, beta1, beta2, eps, flags, extra = OPTIONS[option]
-    return [Row(lr, weight_decay, beta1, beta2, eps, rho, eta, flags | more, extra) for rho, eta, more in PERTURBATIONS]
+    return [
+        Row(lr, weight_decay, beta1, beta2, eps, rho, eta, flags | more, extra, seed=SEED + group)
+        for group, (rho, eta, more) in enumerate(PERTURBATIONS)
+    ]
+
+
+def mixed(dtype, grad_dtype):
+    """The format of weights with gradients of another dtype."""
+    return Format(dtype, grad_dtype, dtype, dtype)
+
+
+def label(format):
+    """A short name for a test's parameter."""
+    names = [str(dtype).removeprefix("torch.").replace("float", "f") for dtype in format[:4]]
+    return "-".join(names) + "-drawn" * format.stochastic
 
 
 def slots_of(option):
@@ -243,6 +269,47 @@ def lion(w, g, state, t, row):
 
 FORMULAS = {SGD: sgd, ADAM: adam, RMSPROP: rmsprop, ADAGRAD: adagrad, NADAM: nadam, RADAM: radam, LION: lion}
 
+# ---- Stochastic rounding.
+
+
+def philox(counter, key, rounds=7):
+    """Philox4x32 of Salmon et al., SC 2011, figure and constants: four uint32 arrays from four."""
+    low = np.uint64(0xFFFFFFFF)
+    x = [np.asarray(word, np.uint64) for word in np.broadcast_arrays(*counter)]
+    k = [np.uint64(word) for word in key]
+    for _ in range(rounds):
+        product0, product1 = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
+        x = [
+            (product1 >> np.uint64(32)) ^ x[1] ^ k[0],
+            product1 & low,
+            (product0 >> np.uint64(32)) ^ x[3] ^ k[1],
+            product0 & low,
+        ]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    return [word.astype(np.uint32) for word in x]
+
+
+def draw(n, seed, index, step, stream):
+    """[n] numbers below 2^16: eight from each counter, each word's lower half first."""
+    blocks = np.arange(-(-n // 8))
+    words = philox((blocks, index, step % 2**32, stream), (seed % 2**32, seed // 2**32))
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return np.stack(halves, axis=1).reshape(-1)[:n] if n else np.zeros(0, np.uint32)
+
+
+def drawn(x, dtype, noise):
+    """float32 values between two neighbours of `dtype`: the upper one if the noise exceeds what is left to it."""
+    bits, least = {BFLOAT16: (16, -126), FLOAT16: (13, -14)}[dtype]
+    finite = np.isfinite(x)
+    size = np.abs(np.where(finite, x, 0)).astype(np.float64)
+    step = np.exp2(np.maximum(np.frexp(size)[1] - 1, least) - 23.0 + bits)
+    at, r = size / step, noise >> (16 - bits)
+    sums = at + r / 2**bits  # exact, but for what float16 cannot hold at all: there in float32
+    sums = np.where((dtype == FLOAT16) & (size < 2.0**-14), sums.astype(np.float32), sums)
+    result = np.where(finite, np.copysign(np.floor(sums) * step, x), x)
+    return torch.from_numpy(result).to(dtype)
+
+
 # ---- Buckets by hand.
 
 
@@ -284,16 +351,19 @@ def copied(like, source):
     return like
 
 
-def bucket_of(params, option, states=0.0, spread=1):
+def bucket_of(params, option, states=0.0, spread=1, format=None):
     """A bucket over 1-D parameters; group i % 3. `spread` stretches the positions, as of so many more elements."""
-    n, dtype, rule = len(params), params[0].dtype, OPTIONS[option][0]
-    bucket = SimpleNamespace(params=params, dtype=dtype, grad_dtype=dtype, rule=rule, slot=1, rows=rows_of(option))
+    n, rule = len(params), OPTIONS[option][0]
+    format = format or PLAIN[DTYPES.index(params[0].dtype)]
+    bucket = SimpleNamespace(params=params, format=format, dtype=format.weight, rule=rule, slot=1, rows=rows_of(option))
     bucket.backups = [torch.full_like(p, float("nan")) for p in params]
-    bucket.states = [[torch.full_like(p, states) for p in params] for _ in range(3)]
+    bucket.masters = [p.to(format.source, copy=True) for p in params]
+    bucket.states = [[torch.full_like(p, states, dtype=format.state) for p in params] for _ in range(3)]
     bucket.progress = torch.tensor([[0.0, 1.0]]).repeat(n, 1)
     bucket.steps, bucket.products = bucket.progress.unbind(1)
     bucket.q = 2.0
     bucket.overflows = torch.zeros(2, dtype=torch.int64)
+    bucket.rounding = torch.tensor([FIRST_DRAW]) if format.stochastic else None
     bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
     bucket.grad_table = torch.zeros(n, dtype=torch.int64)
     bucket.perturbed = torch.zeros(n, dtype=torch.bool)
@@ -306,19 +376,26 @@ def bucket_of(params, option, states=0.0, spread=1):
     return bucket
 
 
+def index_of(i):
+    """What segment i says its parameter's place is."""
+    return 2 * i + 1
+
+
 def point(bucket):
-    owned = [bucket.params, bucket.backups, *bucket.states]
-    table = [
-        [*(tensors[i].data_ptr() for tensors in owned), 0, bucket.progress[i].data_ptr(), i % 3]
-        for i in range(len(bucket.params))
-    ]
+    table = []
+    for i, weights in enumerate(bucket.params):
+        kept = [0, bucket.masters[i].data_ptr()] if bucket.format.masters else [bucket.backups[i].data_ptr(), 0]
+        states = [state[i].data_ptr() for state in bucket.states]
+        place = i % 3 | index_of(i) << 32
+        table.append([weights.data_ptr(), kept[0], *states, kept[1], bucket.progress[i].data_ptr(), place])
     bucket.segment_table = torch.tensor(table, dtype=torch.int64)
 
 
-def fresh_bucket(option, dtype, make=shifted, spread=1):
-    """Weights as `expected` has them; states that are not to be read are NaN."""
-    params = [copied(make(n, dtype), values(n, dtype, i)) for i, n in enumerate(SIZES)]
-    bucket = bucket_of(params, option, float("nan"), spread)
+def fresh_bucket(option, format, make=shifted, spread=1):
+    """Weights as `expected` has them; states that are not to be read are NaN. `format` may be a dtype."""
+    format = PLAIN[DTYPES.index(format)] if isinstance(format, torch.dtype) else format
+    params = [copied(make(n, format.weight), values(n, format.weight, i)) for i, n in enumerate(SIZES)]
+    bucket = bucket_of(params, option, float("nan"), spread, format)
     for k in slots_of(option) if bucket.rule is not SGD else ():
         for s in bucket.states[k]:
             s.fill_(INITIAL.get(bucket.rule, 0.0))
@@ -343,29 +420,50 @@ def run(bucket, grads1, grads2, **options):
     return sums[1].clone(), perturbed
 
 
+class Plan(NamedTuple):
+    """What the plan makes of `STEPS` steps: each one's sum and perturbed weights; then what there is in the end."""
+
+    sums: list
+    climbs: list
+    weights: list
+    masters: list  # the weights before they are rounded
+    states: list
+    counts: np.ndarray
+    products: list
+
+
 @cache
-def expected(option, dtype, grad_dtype):
-    """What the plan makes of `STEPS` steps: each one's sum and perturbed weights; then weights, states, counts,
-    NAdam's products."""
+def expected(option, format):
+    """The plan's result for a `fresh_bucket`."""
     rule, rows = OPTIONS[option][0], rows_of(option)
     formula, counting = FORMULAS[rule], rows[0].beta1 != 0 or rule is not SGD
-    weights = [widened(values(n, dtype, i)) for i, n in enumerate(SIZES)]
+    weights = [widened(values(n, format.weight, i)) for i, n in enumerate(SIZES)]
     states = [[np.full_like(w, INITIAL.get(rule, 0.0))] * 3 for w in weights]
     products = [np.float32(1)] * len(SIZES)
     counts, sums, climbs = np.full(len(SIZES), STARTS.get(option, 0.0), np.float32), [], []
+
+    def rounded(x, dtype, i, step, stream):
+        if format.stochastic and dtype in (BFLOAT16, FLOAT16):
+            return drawn(x, dtype, draw(len(x), rows[i % 3].seed, index_of(i), FIRST_DRAW + step, stream))
+        return narrowed(x, dtype)
+
+    def stored(w, i, step, stream):  # the weights that the model sees
+        return narrowed(w, format.weight) if format.masters else rounded(w, format.weight, i, step, stream)
+
     for step in range(STEPS):
-        g1, g2 = ([None if g is None else widened(g) for g in gradients(grad_dtype, step, which)] for which in (1, 2))
+        g1, g2 = ([None if g is None else widened(g) for g in gradients(format.grad, step, which)] for which in (1, 2))
         pass1 = [(w, g, rows[i % 3]) for i, (w, g) in enumerate(zip(weights, g1, strict=True))]
         sums.append(canonical_sum(np.zeros_like(w) if g is None else steepest(w, g, row) for w, g, row in pass1))
         total = 0.25 + sums[-1] + 0.5
         climbed = [w if g is None else climb(w, g, row, total) for w, g, row in pass1]
-        climbs.append([narrowed(w, dtype) for w in climbed])
+        climbs.append([stored(w, i, step, 0) for i, w in enumerate(climbed)])
         for i, g in enumerate(g2):
             if g is not None:
                 counts[i] += counting
                 w, new = formula(weights[i], g, [*states[i], products[i]], int(counts[i]), rows[i % 3])
-                weights[i] = widened(narrowed(w, dtype))
-                states[i] = [widened(narrowed(s, dtype)) for s in new[:3]]
+                weights[i] = w if format.masters else widened(stored(w, i, step, 1))
+                states[i] = [widened(rounded(s, format.state, i, step, 2 + k)) for k, s in enumerate(new[:3])]
                 products[i] = new[3] if rule is NADAM else products[i]
-    weights, *states = ([narrowed(x, dtype) for x in xs] for xs in (weights, *zip(*states, strict=True)))
-    return sums, climbs, weights, states, counts, products
+    masters, seen = ([narrowed(w, dtype) for w in weights] for dtype in (format.source, format.weight))
+    states = [[narrowed(s, format.state) for s in slot] for slot in zip(*states, strict=True)]
+    return Plan(sums, climbs, seen, masters, states, counts, products)

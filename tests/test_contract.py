@@ -69,8 +69,9 @@ def test_signature_is_drop_in():
     names = list(inspect.signature(FusedSAM.__init__).parameters)
     assert names[:5] == ["self", "params", "base_optimizer", "rho", "adaptive"]
     keyword_only = [p.name for p in inspect.signature(FusedSAM).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    steps = ["p", "perturb_with_weight_decay", "max_grad_norm", "closure_calls"]
-    assert keyword_only == ["eta", "perturb", *steps, "backend"]
+    steps = ["p", "perturb_with_weight_decay", "max_grad_norm"]
+    precision = ["master_weights", "stochastic_rounding", "rounding_seed", "state_dtype"]
+    assert keyword_only == ["eta", "perturb", *steps, *precision, "closure_calls", "backend"]
     assert isinstance(FusedSAM([Parameter(torch.ones(2))], lr=0.1).base_optimizer, SGD)
 
 

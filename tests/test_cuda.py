@@ -6,6 +6,7 @@ import torch
 
 import fastsam
 from fastsam import ops
+from fastsam.ops.formats import MIXED_DTYPES
 
 WHY = ops.backends()["cuda"]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(WHY is not None, reason=f"no CUDA kernels: {WHY}")]
@@ -293,7 +294,7 @@ def test_two_devices_share_one_norm_without_waiting():
         torch.testing.assert_close(p.detach(), torch.full_like(p, 0.4))
 
 
-@pytest.mark.parametrize(("dtype", "grad_dtype"), sorted(ops.MIXED_DTYPES, key=str), ids=str)
+@pytest.mark.parametrize(("dtype", "grad_dtype"), sorted(MIXED_DTYPES, key=str), ids=str)
 def test_gradients_of_another_dtype(dtype, grad_dtype):
     for config in (cases.SGD_CONFIGS[-1], cases.ADAM_CONFIGS[-1]):
         ours, theirs = cases.make_params(dtype, device="cuda"), cases.make_params(dtype)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastsam import ops
 from fastsam.ops import native
+from fastsam.ops.formats import MIXED_DTYPES
 
 ARCHS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # and their threads a processor
 READ = [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
@@ -174,7 +174,7 @@ def test_the_library_needs_torch_and_the_system_only():
 def test_all_architectures_are_built():
     assert {kernel.arch for kernel in resources()} == set(ARCHS)
     kernels = {(kernel.name, kernel.dtype, kernel.grad_dtype) for kernel in resources()}
-    mixed = {(str(d)[6:], str(g)[6:]) for d, g in ops.MIXED_DTYPES}
+    mixed = {(str(d)[6:], str(g)[6:]) for d, g in MIXED_DTYPES}
     pairs = {(d, d) for d in TYPES.values()} | mixed
     restores = {("restore", d, g) for d, g in mixed}  # reads no gradients
     assert kernels == {(name, *pair) for name in [*KERNELS, *UPDATES] for pair in pairs} - restores

@@ -5,6 +5,7 @@ import pytest
 import torch
 from rounding import (
     DTYPES,
+    FIRST_DRAW,
     MIXED,
     OPTIONS,
     SIZES,
@@ -16,6 +17,7 @@ from rounding import (
     fresh_bucket,
     gradients,
     guarded,
+    mixed,
     narrowed,
     point,
     run,
@@ -54,33 +56,38 @@ def threads(request):
     torch.set_num_threads(previous)
 
 
-def check_steps(bucket, option, dtype, place=lambda grad: grad):
-    sums, climbs, weights, states, counts, products = expected(option, dtype, bucket.grad_dtype)
+def check_steps(bucket, option, place=lambda grad: grad):
+    format, plan = bucket.format, expected(option, bucket.format)
     for step in range(STEPS):
-        grads = [[g if g is None else place(g) for g in gradients(bucket.grad_dtype, step, which)] for which in (1, 2)]
+        grads = [[g if g is None else place(g) for g in gradients(format.grad, step, which)] for which in (1, 2)]
         total, perturbed = run(bucket, *grads)
-        if dtype == torch.float64:
-            assert total == pytest.approx(sums[step], rel=1e-14)
+        if format.source == torch.float64:
+            assert total == pytest.approx(plan.sums[step], rel=1e-14)
         else:
-            assert total == sums[step]
-        for i, (p, plan) in enumerate(zip(perturbed, climbs[step], strict=True)):
-            assert_same(p, plan, f"perturbed weights of segment {i} in step {step}")
+            assert total == plan.sums[step]
+        for i, (p, planned) in enumerate(zip(perturbed, plan.climbs[step], strict=True)):
+            assert_same(p, planned, f"perturbed weights of segment {i} in step {step}")
         assert not bucket.perturbed.any()
     used = slots_of(option)
-    for i, plan in enumerate(weights):
-        assert_same(bucket.params[i], plan, f"weights of segment {i}")
+    for i, planned in enumerate(plan.weights):
+        assert_same(bucket.params[i], planned, f"weights of segment {i}")
+        if format.masters:
+            assert_same(bucket.masters[i], plan.masters[i], f"master of segment {i}")
+            assert bucket.backups[i].isnan().all(), f"backup of segment {i} was written"
         for k in range(3):
             if k not in used:
                 assert bucket.states[k][i].isnan().all(), f"unused state {k} of segment {i} was written"
-            elif counts[i]:
-                assert_same(bucket.states[k][i], states[k][i], f"state {k} of segment {i}")
-    assert bucket.steps.tolist() == counts.tolist() and bucket.products.tolist() == products
+            elif plan.counts[i]:
+                assert_same(bucket.states[k][i], plan.states[k][i], f"state {k} of segment {i}")
+    assert bucket.steps.tolist() == plan.counts.tolist() and bucket.products.tolist() == plan.products
+    if format.stochastic:
+        assert bucket.rounding.tolist() == [FIRST_DRAW + STEPS]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_three_sam_steps_follow_the_plan(isa, threads, dtype, option):
-    check_steps(fresh_bucket(option, dtype), option, dtype)
+    check_steps(fresh_bucket(option, dtype), option)
 
 
 @pytest.mark.parametrize("spread", [1, 2000], ids=["cached", "streamed"])
@@ -89,7 +96,7 @@ def test_three_sam_steps_follow_the_plan(isa, threads, dtype, option):
 def test_any_alignment_and_kind_of_store(isa, dtype, offsets, spread):
     at_p, at_g = (max(dtype.itemsize, offset // dtype.itemsize * dtype.itemsize) for offset in offsets)
     bucket = fresh_bucket("sgd-dampening", dtype, lambda n, dtype: shifted(n, dtype, at_p), spread)
-    check_steps(bucket, "sgd-dampening", dtype, lambda g: copied(shifted(len(g), dtype, at_g), g))
+    check_steps(bucket, "sgd-dampening", lambda g: copied(shifted(len(g), dtype, at_g), g))
 
 
 @pytest.mark.parametrize("spread", [1, 2000], ids=["cached", "streamed"])
@@ -103,20 +110,18 @@ def test_no_access_beyond_weights_and_gradients(isa, dtype, at_end, spread):
     bucket.backups = [torch.full_like(make(len(p), dtype), float("nan")) for p in bucket.params]
     bucket.states = [[copied(make(len(s), dtype), s) for s in state] for state in bucket.states]
     point(bucket)
-    check_steps(bucket, "adamw-amsgrad-maximize", dtype, lambda g: copied(make(len(g), dtype), g))
+    check_steps(bucket, "adamw-amsgrad-maximize", lambda g: copied(make(len(g), dtype), g))
 
 
 @pytest.mark.parametrize("option", ["sgd", "adamw-amsgrad-maximize"])
 @pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED, ids=str)
 def test_gradients_of_another_dtype(isa, dtype, grad_dtype, option):
-    bucket = fresh_bucket(option, dtype)
-    bucket.grad_dtype = grad_dtype
-    check_steps(bucket, option, dtype, lambda g: copied(guarded(len(g), g.dtype, True), g) if len(g) else g)
+    bucket = fresh_bucket(option, mixed(dtype, grad_dtype))
+    check_steps(bucket, option, lambda g: copied(guarded(len(g), g.dtype, True), g) if len(g) else g)
 
 
 def test_there_are_no_kernels_for_other_dtypes_of_gradients():
-    bucket = fresh_bucket("sgd", torch.float64)
-    bucket.grad_dtype = torch.float32
+    bucket = fresh_bucket("sgd", mixed(torch.float64, torch.float32))
     with pytest.raises(
         RuntimeError, match="grad_norm: there is no kernel for weights of dtype 1 and gradients of dtype 0"
     ):
@@ -152,7 +157,7 @@ def test_rho_0_writes_the_backup_and_keeps_the_weights(isa, dtype):
 )
 def test_found_inf_restores_and_updates_nothing(isa, option):
     bucket, dtype = fresh_bucket(option, torch.float32), torch.float32
-    check_steps(bucket, option, dtype)
+    check_steps(bucket, option)
     before = [t.clone() for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]]
     g1 = gradients(dtype, 7, 1)
     infinite = [torch.full((n,), float("inf")) for n in SIZES]

@@ -21,6 +21,7 @@ import torch
 
 import fastsam
 from fastsam import ops
+from fastsam.ops.formats import MIXED_DTYPES
 
 HERE = Path(__file__).parent
 if importlib.util.find_spec("triton") is None:
@@ -137,7 +138,7 @@ def resources(compiled):
 FEW_TARGETS = ("rmsprop", "rmsprop-centered", "adagrad", "nadam", "radam", "lion")  # the others: all
 PAIRS = [
     *((dtype, dtype, target) for dtype in STORED for target in TARGETS),
-    *((*pair, MIXED_TARGET) for pair in sorted(ops.MIXED_DTYPES, key=str)),
+    *((*pair, MIXED_TARGET) for pair in sorted(MIXED_DTYPES, key=str)),
 ]
 
 

@@ -24,13 +24,6 @@ if TYPE_CHECKING:
 NAMES = ("reference", "cpu", "cuda", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (7, 5)  # of an NVIDIA GPU; older ones get the reference
-# Weights and gradients of different dtypes that one launch can take (`grad_dtype` of a parameter allows them).
-MIXED_DTYPES = {
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-}
 
 
 class Operations(Protocol):

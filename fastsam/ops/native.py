@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsam.ops import reference
+from fastsam.ops.formats import Format
 
 if TYPE_CHECKING:
     from fastsam.bucket import Bucket
@@ -55,8 +56,7 @@ def grad_norm(
     """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64. With `clip` T = 1."""
     max_norm, factor, grad_scale = (0.0, None, None) if clip is None else clip
     _operations().grad_norm(
-        _DTYPES[bucket.dtype],
-        _DTYPES[bucket.grad_dtype],
+        _code(bucket.format),
         bucket.segment_table,
         bucket.chunk_table,
         _addresses(bucket, grads),
@@ -74,8 +74,7 @@ def grad_norm(
 def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> None:
     """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
     _operations().perturb_(
-        _DTYPES[bucket.dtype],
-        _DTYPES[bucket.grad_dtype],
+        _code(bucket.format),
         bucket.segment_table,
         bucket.chunk_table,
         _addresses(bucket, grads),
@@ -84,6 +83,7 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
         sums,
         bucket.q,
         bucket.overflows,
+        bucket.rounding,
     )
 
 
@@ -100,8 +100,7 @@ def update_(
     grad_scale, found_inf: [] or [1] float32; clip: [] or [1] float64.
     """
     _operations().update_(
-        _DTYPES[bucket.dtype],
-        _DTYPES[bucket.grad_dtype],
+        _code(bucket.format),
         _rule(bucket),
         bucket.segment_table,
         bucket.chunk_table,
@@ -112,19 +111,26 @@ def update_(
         found_inf,
         clip,
         bucket.overflows,
+        bucket.rounding,
     )
 
 
 def upload_rows(bucket: Bucket) -> None:
     """Write the groups' values to the device, where captured graphs read them, and load the bucket's CUDA kernels."""
     torch.ops.fastsam.upload_rows(
-        _DTYPES[bucket.dtype],
-        _DTYPES[bucket.grad_dtype],
+        _code(bucket.format),
         _rule(bucket),
         bucket.segment_table,
         bucket.row_table,
         len(bucket.segments),
     )
+
+
+@cache
+def _code(format: Format) -> int:
+    """A format as one number, which csrc/checks.h takes apart."""
+    *dtypes, stochastic = format
+    return sum(_DTYPES[dtype] << 4 * i for i, dtype in enumerate(dtypes)) | stochastic << 16
 
 
 def _rule(bucket: Bucket) -> int:

@@ -2,7 +2,8 @@
 
 Every line of a formula is one rounding, in the order of torch.optim's for-loop on a CPU; `fma` stands where ATen rounds
 a product and a sum once. Low precision is widened to float32 and rounded once, at the store; float64 stays float64.
-Scalars are float64 until one final cast. Nothing is read back to the host.
+Where there are masters, the formulas take them for the weights, and the weights are the masters, rounded. Scalars are
+float64 until one final cast. Nothing is read back to the host.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsam.ops.formats import LOW_DTYPES
 from fastsam.rules import ADAPTIVE, AMSGRAD, CENTERED, DECAYS, DECOUPLED, MAXIMIZE, NESTEROV, Row
 
 if TYPE_CHECKING:
     from fastsam.bucket import Bucket
+    from fastsam.segments import Segment
 
 CHUNK = 8192  # elements a partial sum covers
 LANES = 2048  # a chunk is 4 rows of 2048 lanes
@@ -26,6 +29,9 @@ SLOTS = 1024  # lanes over which the partial sums of chunks are added
 NORM_EPS = 1e-12  # added to the norm; the paper's code divides by the bare norm
 CLIP_EPS = 1e-6  # added to the norm that gradients are clipped by, as torch does
 STEP_BITS = 24  # a float32 step count is exact up to 2^24
+# Streams of random numbers: of the weights in `perturb_`, of the weights and the states in `update_`.
+CLIMB, STEP, STATES = 0, 1, 2
+PHILOX_ROUNDS = 7  # the fewest that pass the tests of its authors
 
 
 class Clip(NamedTuple):
@@ -60,7 +66,7 @@ def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, cl
     bucket.partials.zero_()
     for segment, grad in zip(bucket.segments, grads, strict=True):
         if grad is not None and segment.numel > 0:
-            w, g = _widen(segment.flat(segment.param)), _widen(segment.flat(grad))
+            w, g = _widen(segment.source(False)), _widen(segment.flat(grad))
             x = g if clip is not None else _steepest(w, g, bucket.rows[segment.group])
             powers = bucket.q != 2 and clip is None
             bucket.partials[segment.chunks] = _chunk_power_sums(x, bucket.q) if powers else _chunk_sums(x).double()
@@ -85,7 +91,8 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
     """Back the weights up and climb: w <- w + e(w), e = rho T^2 g / (norm + NORM_EPS).
 
     Foret et al., arXiv 2010.01412, eq. 2; with T = abs(w) + eta Kwon et al., arXiv 2102.11600. The backup is written
-    whatever the norm is. If the norm is not finite there is no perturbation: this step becomes the base optimizer's.
+    whatever the norm is; a master is the backup. If the norm is not finite there is no perturbation: this step becomes
+    the base optimizer's.
 
     Args:
         bucket: the parameters; `bucket.perturbed` is set where the backup was written, a norm that is not finite is
@@ -104,16 +111,17 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
         if grad is None:
             continue
         row = bucket.rows[segment.group]
-        old = segment.flat(segment.param)
-        segment.backup.copy_(old)
+        source = segment.source(False)
+        if segment.backup is not None:
+            segment.backup.copy_(source)
         bucket.perturbed[i] = True
-        w, g = _widen(old), _widen(segment.flat(grad))
+        w, g = _widen(source), _widen(segment.flat(grad))
         scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0).to(w.dtype)
         if row.flags & MAXIMIZE:
             scale = -scale
         # A zero scale is a branch, never a product: 0 * inf is NaN.
         e = _climb(w, g, scale, row) if bucket.q == 2 else _power_climb(w, g, norm, bucket.q, row)
-        segment.store(torch.where(scale != 0, w + e, w))
+        _store_weights(bucket, segment, torch.where(scale != 0, w + e, w), CLIMB)
 
 
 def update_(
@@ -124,7 +132,7 @@ def update_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    """Return to the old weights and take the base optimizer's step from there, in one pass.
+    """Return to the old weights and take the base optimizer's step from there, in one pass; a master is the backup.
 
     | perturbed | gradient | found_inf | weights                | state, step count |
     | --------- | -------- | --------- | ---------------------- | ----------------- |
@@ -133,6 +141,8 @@ def update_(
     | yes       | no       | any       | backup                 | untouched         |
     | no        | yes      | 0         | rule(w)                | updated, + 1      |
     | no        | yes      | 1         | untouched              | untouched         |
+
+    With a rule, each call takes the random numbers of stochastic rounding one step further.
 
     Args:
         bucket: the parameters; `bucket.perturbed` says whose backup is to be used, and is cleared; a found_inf is
@@ -153,11 +163,11 @@ def update_(
     for i, (segment, grad, perturbed) in enumerate(zip(bucket.segments, grads, bucket.perturbed.tolist(), strict=True)):
         if grad is None or bucket.rule is None or formula is None:
             if perturbed:
-                segment.store(segment.backup)
+                segment.store(segment.kept())
                 bucket.perturbed[i] = False
             continue
         row = bucket.rows[segment.group]
-        source = segment.backup if perturbed else segment.flat(segment.param)
+        source = segment.source(perturbed)
         g = _widen(segment.flat(grad))
         if inverse is not None:
             g = g * inverse
@@ -167,16 +177,22 @@ def update_(
         if row.flags & MAXIMIZE:
             g = -g
         w, new = formula(_widen(source), g, old, scalars[:, i].to(compute).unbind(), row)
-        segment.store(w if skip is None else torch.where(skip, source.to(w.dtype), w))
+        w = w if skip is None else torch.where(skip, source.to(w.dtype), w)
+        if segment.master is not None:
+            segment.master.copy_(w)
+        _store_weights(bucket, segment, w, STEP)
         bucket.perturbed[i] = False
-        for state, before, after in zip(segment.states, old, new, strict=True):
+        for k, (state, before, after) in enumerate(zip(segment.states, old, new, strict=True)):
             if state is not None and before is not None and after is not None:
-                state.copy_(after if skip is None else torch.where(skip, before, after))
+                after = after if skip is None else torch.where(skip, before, after)
+                state.copy_(_rounded(bucket, segment, after, state.dtype, STATES + k))
         if "mu_product" in bucket.rule.counters:  # the new one is the last of the scalars
             product = scalars[-1, i].to(segment.mu_product.dtype)
             segment.mu_product.copy_(product if skip is None else torch.where(skip, segment.mu_product, product))
         if bucket.counts[segment.group]:
             segment.step.add_(1.0 if skip is None else torch.where(skip, 0.0, 1.0))
+    if bucket.rounding is not None and bucket.rule is not None:
+        bucket.rounding += 1
 
 
 def _loss_gradient(w: Tensor, g: Tensor, row: Row) -> Tensor:
@@ -395,6 +411,64 @@ _FORMULAS: dict[str, tuple[_Scalars | None, _Formula]] = {
 
 def _widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _store_weights(bucket: Bucket, segment: Segment, w: Tensor, stream: int) -> None:
+    """Round weights to their precision, to nearest if there is a master, and write them."""
+    segment.store(w if segment.master is not None else _rounded(bucket, segment, w, bucket.dtype, stream))
+
+
+def _rounded(bucket: Bucket, segment: Segment, x: Tensor, dtype: torch.dtype, stream: int) -> Tensor:
+    """Values as `dtype`: rounded to nearest, or stochastically if it is narrower and the bucket's format says so."""
+    if not bucket.format.stochastic or dtype not in LOW_DTYPES or bucket.rounding is None:
+        return x.to(dtype)
+    return round_stochastically(x, _noise(bucket, segment, stream), dtype)
+
+
+def round_stochastically(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round x (float32) to bfloat16 or float16, up or down with the odds that make the result right on average.
+
+    A value that the dtype holds stays, and so do infinities and NaN.
+
+    Args:
+        x: [n] float32.
+        noise: [n] int64 in [0, 2^16).
+        dtype: bfloat16 or float16.
+    """
+    bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    if dtype == torch.bfloat16:  # what is cut off carries into what stays
+        rounded = torch.where(x.isnan(), 0x7FC0, (bits + noise) >> 16)
+    else:
+        noise = noise >> 3  # float16 has 13 bits less than float32
+        magnitude = bits & 0x7FFFFFFF
+        clamped = magnitude.clamp(max=0x47800000)  # 2^16 and beyond are infinity
+        normal = ((clamped + noise) >> 13) - (112 << 10)
+        subnormal = (x.abs() * 2.0**24 + noise.float() * 2.0**-13).clamp(max=2048.0).to(torch.int64)
+        finite = torch.where(magnitude < 0x38800000, subnormal, normal)  # 2^-14, the smallest normal number
+        rounded = (bits >> 16 & 0x8000) | torch.where(x.isnan(), 0x7E00, finite)
+    return torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(dtype)
+
+
+def _noise(bucket: Bucket, segment: Segment, stream: int) -> Tensor:
+    """[numel] int64 in [0, 2^16): a parameter's random numbers in this step and stream, eight from each counter."""
+    assert bucket.rounding is not None
+    seed = bucket.rows[segment.group].seed
+    blocks = torch.arange(-(-segment.numel // 8), device=bucket.device)
+    counter = (blocks, *(torch.full_like(blocks, n) for n in (segment.index, 0, stream)))
+    counter[2].add_(bucket.rounding & 0xFFFFFFFF)
+    words = torch.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=2).reshape(-1)[: segment.numel]
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-7 (Salmon et al., SC 2011): four words of random bits for each counter of four words, in int64."""
+    a, b, c, d = counter
+    for i in range(PHILOX_ROUNDS):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57  # the bits of unsigned products
+        k0, k1 = (key[0] + i * 0x9E3779B9) & 0xFFFFFFFF, (key[1] + i * 0xBB67AE85) & 0xFFFFFFFF
+        a, b = (second >> 32 & 0xFFFFFFFF) ^ b ^ k0, second & 0xFFFFFFFF
+        c, d = (first >> 32 & 0xFFFFFFFF) ^ d ^ k1, first & 0xFFFFFFFF
+    return a, b, c, d
 
 
 def _chunk_sums(x: Tensor) -> Tensor:

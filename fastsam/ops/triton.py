@@ -1163,7 +1163,7 @@ class _Own:
 
     def launcher(self, bucket: "Bucket", kernel: Any, *kind: int) -> Callable[..., None]:
         """What launches a kernel for this bucket, given its arguments; looked up, compiled and loaded once."""
-        key = id(kernel), bucket.grad_dtype, kind
+        key = id(kernel), bucket.format.grad, kind
         launch = self.launchers.get(key)
         if launch is None:
             if self.capturing:  # no time to load a kernel
@@ -1202,7 +1202,7 @@ def _scalar(bucket: "Bucket", name: str, value: Tensor | None, neutral: Tensor) 
 def _constants(bucket: "Bucket", kernel: Any, kind: tuple[int, ...]) -> tuple[Any, ...]:
     """What the kernel is compiled for: its kind, what weights and gradients are stored as and computed in, the tile."""
     double = bucket.dtype == torch.float64
-    types = _STORAGE[bucket.dtype], _STORAGE[bucket.grad_dtype], tl.float64 if double else tl.float32
+    types = _STORAGE[bucket.dtype], _STORAGE[bucket.format.grad], tl.float64 if double else tl.float32
     tile = () if kernel is _grad_norm_kernel else (512 if double else 1024,)
     return (*kind, *types, *tile) if kernel is _update_kernel else (*types, *tile, *kind)
 
