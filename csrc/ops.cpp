@@ -10,11 +10,10 @@ namespace fastsam {
 
 namespace {
 
-cpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, const Tensor& segments,
+cpu::Launch tables(const char* operation, int64_t format, const Tensor& segments,
                    const Tensor& chunks, const Tensor& grads, const Tensor& rows) {
   cpu::Launch launch{};
-  launch.pair = pair_of(operation, dtype, grad_dtype);
-  launch.dtype = static_cast<Dtype>(dtype);
+  launch.format = checked_format(operation, format);
   launch.segments =
       static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCpu, ScalarType::Long, -1, 8));
   launch.n_segments = segments.size(0);
@@ -27,10 +26,10 @@ cpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, con
   return launch;
 }
 
-void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
                Tensor partials, Tensor out, int64_t slot, double q, double max_norm, std::optional<Tensor> clip,
                std::optional<Tensor> grad_scale) {
-  cpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
+  cpu::Launch launch = tables("grad_norm", format, segments, chunks, grads, rows);
   launch.partials = static_cast<double*>(
       checked("grad_norm", "partials", partials, Place::kCpu, ScalarType::Double, launch.n_chunks, 0));
   double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCpu, ScalarType::Double, -1, 0));
@@ -46,23 +45,25 @@ void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks
   *factor = baseline::clip_factor(max_norm, sum, scale);
 }
 
-void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
-              Tensor perturbed, Tensor sums, double q, std::optional<Tensor> overflows) {
-  cpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
+void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+              Tensor perturbed, Tensor sums, double q, std::optional<Tensor> overflows,
+              std::optional<Tensor> rounding) {
+  cpu::Launch launch = tables("perturb_", format, segments, chunks, grads, rows);
   launch.perturbed = static_cast<bool*>(
       checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   const double* const slots =
       static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
   for (int64_t i = 0; i < sums.size(0); i++) launch.sum += slots[i];
   launch.overflows = counters("perturb_", overflows, Place::kCpu);
+  launch.rounding = scalar<int64_t>("perturb_", "rounding", rounding, Place::kCpu, ScalarType::Long);
   launch.q = q;
   cpu::perturb(launch);
 }
 
-void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
              Tensor perturbed, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-             std::optional<Tensor> clip, std::optional<Tensor> overflows) {
-  cpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
+             std::optional<Tensor> clip, std::optional<Tensor> overflows, std::optional<Tensor> rounding) {
+  cpu::Launch launch = tables("update_", format, segments, chunks, grads, rows);
   launch.rule = checked_rule("update_", rule);
   launch.perturbed = static_cast<bool*>(
       checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
@@ -70,6 +71,7 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
   launch.found_inf = scalar<float>("update_", "found_inf", found_inf, Place::kCpu, ScalarType::Float);
   launch.clip = scalar<double>("update_", "clip", clip, Place::kCpu, ScalarType::Double);
   launch.overflows = counters("update_", overflows, Place::kCpu);
+  launch.rounding = scalar<int64_t>("update_", "rounding", rounding, Place::kCpu, ScalarType::Long);
   cpu::update(launch);
 }
 
@@ -77,16 +79,16 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
 
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def(
-      "grad_norm(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "grad_norm(int format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
       "Tensor(a!) partials, Tensor(b!) out, int slot, float q, float max_norm, Tensor(c!)? clip, Tensor? grad_scale) "
       "-> ()");
   m.def(
-      "perturb_(int dtype, int grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
-      "Tensor(a!) perturbed, Tensor sums, float q, Tensor(b!)? overflows) -> ()");
+      "perturb_(int format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "Tensor(a!) perturbed, Tensor sums, float q, Tensor(b!)? overflows, Tensor? rounding) -> ()");
   m.def(
-      "update_(int dtype, int grad_dtype, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
+      "update_(int format, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
       "Tensor(a!) perturbed, Tensor? grad_scale, Tensor? found_inf, Tensor? clip, "
-      "Tensor(b!)? overflows) -> ()");
+      "Tensor(b!)? overflows, Tensor(c!)? rounding) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {

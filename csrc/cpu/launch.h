@@ -6,8 +6,7 @@
 namespace fastsam::cpu {
 
 struct Launch {
-  Dtype dtype;              // of weights and states
-  int pair;                 // with that of the gradients: below kPairs
+  Format format;
   const Segment* segments;  // [n_segments]
   const Chunk* chunks;      // [n_chunks]
   const int64_t* grads;     // [n_segments] addresses, 0 = no gradient
@@ -21,6 +20,8 @@ struct Launch {
   bool* perturbed = nullptr;   // [n_segments] whether the backup holds the weights: perturb_ sets it, update_ clears it
 
   int64_t* overflows = nullptr;  // [2] or null: steps without a perturbation, steps without an update
+
+  int64_t* rounding = nullptr;  // [1] or null: the step of the random numbers, which update_ with a rule advances
 
   Rule rule = kNoRule;                // update_, as all below
   const float* grad_scale = nullptr;  // [1] or null, as the two below

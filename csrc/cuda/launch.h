@@ -18,8 +18,7 @@ inline int64_t table_size(int64_t n_segments, int64_t n_groups) {
 }
 
 struct Launch {
-  Dtype dtype;  // of weights and states
-  int pair;     // with that of the gradients: below kPairs
+  Format format;
   int device;
   void* stream;             // cudaStream_t
   const Segment* segments;  // [table_size()] on the device
@@ -38,6 +37,7 @@ struct Launch {
   const float* grad_scale = nullptr;
   const float* found_inf = nullptr;
   int64_t* overflows = nullptr;
+  int64_t* rounding = nullptr;
   double* clip = nullptr;  // grad_norm writes it, update_ reads it
 };
 

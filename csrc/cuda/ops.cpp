@@ -14,11 +14,10 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-gpu::Launch tables(const char* operation, int64_t dtype, int64_t grad_dtype, const Tensor& segments,
+gpu::Launch tables(const char* operation, int64_t format, const Tensor& segments,
                    const Tensor& chunks, const Tensor& grads, const Tensor& rows) {
   gpu::Launch launch{};
-  launch.pair = pair_of(operation, dtype, grad_dtype);
-  launch.dtype = static_cast<Dtype>(dtype);
+  launch.format = checked_format(operation, format);
   launch.grads = static_cast<const int64_t*>(checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, -1, 0));
   launch.n_segments = grads.size(0);
   launch.rows =
@@ -47,10 +46,10 @@ void expect_success(const char* operation, const char* error, int device) {
                   "and later; errors of earlier work may show here)");
 }
 
-void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
                Tensor partials, Tensor out, int64_t slot, double q, double max_norm, std::optional<Tensor> clip,
                std::optional<Tensor> grad_scale) {
-  gpu::Launch launch = tables("grad_norm", dtype, grad_dtype, segments, chunks, grads, rows);
+  gpu::Launch launch = tables("grad_norm", format, segments, chunks, grads, rows);
   launch.partials = static_cast<double*>(
       checked("grad_norm", "partials", partials, Place::kCuda, ScalarType::Double, launch.n_chunks, 0));
   double* const sums = static_cast<double*>(checked("grad_norm", "out", out, Place::kCuda, ScalarType::Double, -1, 0));
@@ -69,14 +68,17 @@ void grad_norm(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks
   expect_success("grad_norm", gpu::grad_norm(launch), launch.device);
 }
 
-void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
-              Tensor perturbed, Tensor sums, double q, std::optional<Tensor> overflows) {
-  gpu::Launch launch = tables("perturb_", dtype, grad_dtype, segments, chunks, grads, rows);
+void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+              Tensor perturbed, Tensor sums, double q, std::optional<Tensor> overflows,
+              std::optional<Tensor> rounding) {
+  gpu::Launch launch = tables("perturb_", format, segments, chunks, grads, rows);
   bool* const marks = static_cast<bool*>(
       checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.sums = static_cast<double*>(checked("perturb_", "sums", sums, Place::kCuda, ScalarType::Double, -1, 0));
   launch.n_sums = sums.size(0);
   launch.overflows = counters("perturb_", overflows, Place::kCuda);
+  launch.rounding = scalar<int64_t>("perturb_", "rounding", rounding, Place::kCuda, ScalarType::Long);
+  if (rounding) expect_device("perturb_", "rounding", *rounding, launch.device);
   launch.q = q;
   if (overflows) expect_device("perturb_", "overflows", *overflows, launch.device);
   expect_device("perturb_", "sums", sums, launch.device);
@@ -87,10 +89,10 @@ void perturb_(int64_t dtype, int64_t grad_dtype, Tensor segments, Tensor chunks,
   expect_success("perturb_", gpu::perturb(launch), launch.device);
 }
 
-void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
+void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
              Tensor perturbed, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-             std::optional<Tensor> clip, std::optional<Tensor> overflows) {
-  gpu::Launch launch = tables("update_", dtype, grad_dtype, segments, chunks, grads, rows);
+             std::optional<Tensor> clip, std::optional<Tensor> overflows, std::optional<Tensor> rounding) {
+  gpu::Launch launch = tables("update_", format, segments, chunks, grads, rows);
   launch.rule = checked_rule("update_", rule);
   bool* const marks = static_cast<bool*>(
       checked("update_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
@@ -100,6 +102,8 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
   launch.clip = scalar<double>("update_", "clip", clip, Place::kCuda, ScalarType::Double);
   if (grad_scale) expect_device("update_", "grad_scale", *grad_scale, launch.device);
   launch.overflows = counters("update_", overflows, Place::kCuda);
+  launch.rounding = scalar<int64_t>("update_", "rounding", rounding, Place::kCuda, ScalarType::Long);
+  if (rounding) expect_device("update_", "rounding", *rounding, launch.device);
   if (overflows) expect_device("update_", "overflows", *overflows, launch.device);
   if (found_inf) expect_device("update_", "found_inf", *found_inf, launch.device);
   if (clip) expect_device("update_", "clip", *clip, launch.device);
@@ -114,10 +118,9 @@ void update_(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, T
 
 // Captured graphs read the groups' values from the device's table; this writes it, outside the graph, and loads the
 // kernels.
-void upload_rows(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segments, Tensor rows, int64_t n_segments) {
+void upload_rows(int64_t format, int64_t rule, Tensor segments, Tensor rows, int64_t n_segments) {
   gpu::Launch launch{};
-  launch.dtype = static_cast<Dtype>(dtype);
-  launch.pair = pair_of("upload_rows", dtype, grad_dtype);
+  launch.format = checked_format("upload_rows", format);
   launch.rule = checked_rule("upload_rows", rule);
   launch.rows =
       static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
@@ -136,7 +139,7 @@ void upload_rows(int64_t dtype, int64_t grad_dtype, int64_t rule, Tensor segment
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastsam, m) {
-  m.def("upload_rows(int dtype, int grad_dtype, int rule, Tensor(a!) segments, Tensor rows, int n_segments) -> ()");
+  m.def("upload_rows(int format, int rule, Tensor(a!) segments, Tensor rows, int n_segments) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {
