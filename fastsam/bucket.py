@@ -203,6 +203,7 @@ class Bucket:
         self.owner.captures.retire(self.segment_table)
         self.places, self.segment_table = places, table  # the former on the host, for the reader
         self.uploaded, self.pointed = None, True
+        self.versions = []  # a parameter may have been given other weights
         if reader is not None:
             signatures = [reader.describe(segment.param)[1] for segment in self.segments]
             self.signatures = torch.tensor(signatures, dtype=torch.int64)
@@ -372,7 +373,7 @@ class Bucket:
             return
         before = self.versions or [-1] * len(versions)
         for segment, seen, now in zip(self.segments, before, versions, strict=False):
-            if seen != now:
+            if seen != now and layout(segment.param).moved_only(segment.layout):
                 segment.renew_master()
         self.versions = versions
 
@@ -397,8 +398,11 @@ class Bucket:
                 segment.mu_product.fill_(float(held.get("mu_product", 1.0)))
                 segment.views = {name: getattr(segment, name) for name in rule.counters}
             for (name, value), flat in zip(values.items(), segment.states, strict=False):
-                if flat is not None and not self._take(segment, name, value, flat):
-                    assert rule is not None
+                if flat is None or rule is None:
+                    continue
+                if rule.eager and self.format.masters and segment.step == 0:
+                    value = None  # torch made it in the weights' precision
+                if not self._take(segment, name, value, flat):
                     flat.fill_(rule.initial(self.owner.defaults))
             if segment.master is not None:
                 given = self._take(segment, "master", held.get("master"), segment.master)

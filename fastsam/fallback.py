@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam.bucket import Gradients
 from fastsam.buckets import Buckets
 from fastsam.segments import Segment, real_dtype
 
@@ -15,6 +16,7 @@ from fastsam.segments import Segment, real_dtype
 def step_base(
     base: Optimizer,
     buckets: Buckets,
+    grads: Sequence[Gradients],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float | None,
@@ -24,8 +26,7 @@ def step_base(
     A loss scale is undone, and clipping done, on copies of the gradients; whether they overflowed is read here, which
     waits for the device.
     """
-    gathered = buckets.gather(ascent=False)  # follows parameters that moved
-    factors = {} if max_grad_norm is None else buckets.clip(gathered, max_grad_norm, grad_scale)
+    factors = {} if max_grad_norm is None else buckets.clip(grads, max_grad_norm, grad_scale)
     buckets.restore()
     overflow = found_inf is not None and found_inf.item() != 0
     buckets.finish_step(overflow)
@@ -37,15 +38,15 @@ def step_base(
     masters = {id(s.param): s for bucket in buckets.items for s in bucket.segments if s.master is not None}
     with _lent(base, masters) as stand_ins:
         params = [p for group in base.param_groups for p in group["params"]]
-        grads = [stand_ins.get(id(p), p).grad for p in params]
+        held = [stand_ins.get(id(p), p).grad for p in params]
         try:
-            for p, grad in zip(params, grads, strict=True):
+            for p, grad in zip(params, held, strict=True):
                 if grad is not None:
                     grad = grad.to(p.dtype) if id(p) in stand_ins else grad
                     p.grad = _prepared(grad, grad_scale, factors.get(grad.device))
             step(base)
         finally:
-            for p, grad in zip(params, grads, strict=True):
+            for p, grad in zip(params, held, strict=True):
                 p.grad = None if id(p) in stand_ins else grad
     for segment in masters.values():
         if segment.param.grad is not None:

@@ -414,8 +414,6 @@ class FusedSAM(Optimizer):
         buckets.q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
         buckets.decays = self.perturb_with_weight_decay
         buckets.follow(self.param_groups, self.state)
-        if self._sam.phase == CLEAN:
-            buckets.meet_writes()
         return buckets
 
     def _meet_base(self) -> None:
@@ -434,6 +432,7 @@ class FusedSAM(Optimizer):
             raise RuntimeError("FusedSAM: leave the `with optimizer.unperturbed():` block before taking a step")
         buckets = self._buckets()
         grads = buckets.gather(ascent=True)
+        buckets.meet_writes()
         sam.phase = PERTURBED
         buckets.perturb(grads)
         torch.clear_autocast_cache()
@@ -443,13 +442,15 @@ class FusedSAM(Optimizer):
         if sam.phase == PAUSED:
             raise RuntimeError("FusedSAM: leave the `with optimizer.unperturbed():` block before taking a step")
         buckets = self._buckets()
+        grads = buckets.gather(ascent=False)
+        if sam.phase == CLEAN:
+            buckets.meet_writes()
         amp = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if buckets.rule is not None:
-            grads = buckets.gather(ascent=False)
             self._warn_without_gradients(grads)
             buckets.update(grads, *amp, self.max_grad_norm)
         else:
-            step_base(self.base_optimizer, buckets, *amp, self.max_grad_norm)
+            step_base(self.base_optimizer, buckets, grads, *amp, self.max_grad_norm)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer

@@ -145,10 +145,10 @@ def bits(t: Tensor) -> bytes:
     return t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
-def assert_within_ulp(actual: Tensor, expected: Tensor, before: Tensor, what: str = "") -> None:
+def assert_within_ulp(actual: Tensor, expected: Tensor, before: Tensor, what: str = "", ulps: int = 2) -> None:
     """One ulp of the weight and two of its change: a root that is one ulp off, then two roundings."""
     actual, expected, before = (t.detach().cpu().double() for t in (actual, expected, before))
-    allowed = 2.0**-23 * (expected.abs() + 2 * (expected - before).abs())
+    allowed = 2.0**-23 * (expected.abs() + ulps * (expected - before).abs())
     worst = (actual - expected).abs() - allowed
     assert bool((worst <= 0).all()), f"{what}: off by {float((actual - expected).abs().max())}"
 
