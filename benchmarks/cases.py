@@ -6,7 +6,7 @@ from it, and so does the time that SGD's measured time predicts for it.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from shapes import shapes_of
@@ -37,21 +37,43 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # then divide by eps alone, which 1e-8 would not even be.
 FLOAT16_EPS = 1e-2
 
-# Numbers read or written per element, for gradients that are there. fp32: 4 bytes each, 40 in all for SGD, 48 AdamW.
-NORM = 1  # reads g1
-NORM_ADAPTIVE = 2  # reads g1, w
-PERTURB = 4  # reads w, g1; writes backup, w
 # Tensors of the base optimizer that are as large as the weights.
 STATES = {"sgd": 1, "adamw": 2, "rmsprop": 2, "adagrad": 1, "nadam": 2, "radam": 2, "lion": 1}
-UPDATE = {
-    "sgd": 5,  # reads backup, g2, momentum; writes w, momentum
-    "adamw": 7,  # reads backup, g2, two moments; writes w, two moments
-    "rmsprop": 7,  # as adamw: averages of squares, momentum
-    "adagrad": 5,  # as sgd: the sum of squares
-    "nadam": 7,
-    "radam": 7,
-    "lion": 5,
+# How low precision is kept: FusedSAM's options.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masters": {"master_weights": True},
+    "drawn": {"stochastic_rounding": True},
+    "bfloat16-states": {"state_dtype": torch.bfloat16},
 }
+
+
+class Sizes(NamedTuple):
+    """Bytes of an element of what a step reads and writes."""
+
+    weight: int
+    grad: int
+    source: int  # what the formulas take the weights from: a master, or the weight
+    state: int
+
+    @property
+    def masters(self) -> bool:
+        """Whether there are masters, which are the backup, too."""
+        return self.source != self.weight
+
+    def step(self, base: str, adaptive: bool) -> int:
+        """Bytes of a whole step, every operand read once and every result written once per operation.
+
+        In fp32 40 for SGD with momentum and 48 for AdamW, with masters of bfloat16 weights 30 and 38.
+        """
+        norm = self.grad + adaptive * self.source
+        climb = self.source + self.grad + self.weight + (0 if self.masters else self.weight)  # the last is the backup
+        update = self.source + self.grad + self.weight + self.masters * self.source
+        return norm + climb + update + 2 * STATES[base] * self.state
+
+    def kept(self, base: str) -> int:
+        """Bytes of an element's weight, master and states."""
+        return self.weight + self.masters * self.source + STATES[base] * self.state
 
 
 @dataclass(frozen=True)
@@ -67,6 +89,7 @@ class Case:
             term to the gradients themselves, which the contenders share.
         missing: every tenth parameter has no gradient in either pass.
         misaligned: every gradient starts one element after a 64-byte boundary, as views of one buffer do.
+        precision: key of `PRECISIONS`.
     """
 
     base: str = "sgd"
@@ -75,11 +98,19 @@ class Case:
     groups: int = 1
     missing: bool = False
     misaligned: bool = False
+    precision: str = "plain"
 
     def flags(self) -> list[str]:
         """The command-line options of step.py that mean this case."""
         flags = ["--base", self.base, "--dtype", self.dtype, "--groups", str(self.groups)]
+        flags += ["--precision", self.precision]
         return flags + [f"--{name}" for name in ("adaptive", "missing", "misaligned") if getattr(self, name)]
+
+    def sizes(self) -> Sizes:
+        """What its tensors are made of."""
+        weight = DTYPES[self.dtype].itemsize
+        source = 4 if self.precision == "masters" else weight
+        return Sizes(weight, weight, source, 2 if self.precision == "bfloat16-states" else source)
 
 
 CASES = {
@@ -89,6 +120,11 @@ CASES = {
     "ASAM": Case(adaptive=True),
     "bfloat16": Case(dtype="bfloat16"),
     "bfloat16, AdamW": Case(base="adamw", dtype="bfloat16"),
+    "masters": Case(dtype="bfloat16", precision="masters"),
+    "masters, AdamW": Case(base="adamw", dtype="bfloat16", precision="masters"),
+    "stochastic rounding": Case(dtype="bfloat16", precision="drawn"),
+    "stochastic rounding, AdamW": Case(base="adamw", dtype="bfloat16", precision="drawn"),
+    "bfloat16 states, AdamW": Case(base="adamw", precision="bfloat16-states"),
     "float64": Case(dtype="float64"),
     "8 groups": Case(groups=8),
     "10 % without gradient": Case(missing=True),
@@ -152,11 +188,9 @@ class Problem:
 
     def ideal_bytes(self) -> int:
         """Bytes that a step cannot do without: every operand read once and every result written once per operation."""
-        size = self.dtype.itemsize
-        total = 0
+        total, sizes = 0, self.case.sizes()
         # One stand-in per parameter: its number of elements, 0 where no gradient comes.
         counts: list[Any] = [0 if g is None else g.numel() for g in self.gradients[0]]
         for group in self.groups(counts):
-            norm = NORM_ADAPTIVE if group["adaptive"] else NORM
-            total += sum(group["params"]) * size * (norm + PERTURB + UPDATE[self.case.base])
+            total += sum(group["params"]) * sizes.step(self.case.base, group["adaptive"])
         return total

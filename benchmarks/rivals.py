@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BASES, Problem
+from cases import BASES, PRECISIONS, Problem
 from timing import last_level_cache
 from torch import Tensor
 
@@ -130,7 +130,7 @@ class ForeachSAM(Stepper):
         """Allocate the backup once."""
         super().__init__(name, problem)
         self.alpha = alpha
-        self.optimizer = self.base(**{"fused" if fused_base_works(problem) else "foreach": True})
+        self.optimizer = self.base(**fastest(problem))
         self.backup = [torch.empty_like(param.data) for param in self.params]
         self.backup_of = dict(zip(self.params, self.backup, strict=True))
 
@@ -166,6 +166,41 @@ class ForeachSAM(Stepper):
         self.optimizer.step()
 
 
+class MasterSAM(Stepper):
+    """The same with float32 masters of low-precision weights: list operations, and a fused base on the masters."""
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        """Make the masters, which are the backup, and room for gradients and perturbed weights in float32."""
+        super().__init__(name, problem)
+        self.masters, self.wide = ([param.detach().float() for param in self.params] for _ in range(2))
+        self.optimizer = BASES[problem.case.base](problem.groups(self.masters), **fastest(problem))
+
+    @torch.no_grad()
+    def first(self) -> None:
+        """Climb to w', from the masters."""
+        grads, masters, wide, params = self._lists()
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))
+        torch._foreach_copy_(wide, grads)
+        torch._foreach_mul_(wide, self.problem.rho / (norm + EPS))
+        torch._foreach_add_(wide, masters)
+        torch._foreach_copy_(params, wide)
+
+    @torch.no_grad()
+    def second(self) -> None:
+        """Step the masters and round them."""
+        grads, masters, wide, params = self._lists()
+        torch._foreach_copy_(wide, grads)
+        for master, grad in zip(masters, wide, strict=True):
+            master.grad = grad
+        self.optimizer.step()
+        torch._foreach_copy_(params, masters)
+
+    def _lists(self) -> tuple[list[Tensor], ...]:
+        rows = zip(self.params, self.masters, self.wide, strict=True)
+        lists = zip(*((p.grad, master, wide, p) for p, master, wide in rows if p.grad is not None), strict=True)
+        return tuple(map(list, lists))
+
+
 class PlainBase(Stepper):
     """The base optimizer alone, `fused=True`: a step without SAM."""
 
@@ -187,7 +222,16 @@ def fused_base_works(problem: Problem) -> bool:
     Up to torch 2.13 fused SGD on the CPU leaves bfloat16 and float16 weights as they are (pytorch issue 191763), and a
     rival that does nothing is no rival.
     """
-    return _fused_base_steps(problem.case.base, problem.dtype, problem.device)
+    dtype = torch.float32 if problem.case.precision == "masters" else problem.dtype
+    return _fused_base_steps(problem.case.base, dtype, problem.device)
+
+
+def fastest(problem: Problem) -> dict[str, bool]:
+    """The options that make the case's base as fast as it can be; Lion knows none."""
+    if fused_base_works(problem):
+        return {"fused": True}
+    knows = inspect.signature(BASES[problem.case.base]).parameters
+    return {"foreach": True} if "foreach" in knows else {}
 
 
 @functools.cache
@@ -208,9 +252,9 @@ class Fastsam(Stepper):
         import fastsam  # not needed to time the rivals alone
 
         super().__init__(name, problem)
-        self.optimizer = fastsam.FusedSAM(
-            problem.groups(self.params), BASES[problem.case.base], rho=problem.rho, backend=backend
-        )
+        case = problem.case
+        options = {"rho": problem.rho, "backend": backend, **PRECISIONS[case.precision]}
+        self.optimizer = fastsam.FusedSAM(problem.groups(self.params), BASES[case.base], **options)
         self.first = self.optimizer.first_step
         self.second = self.optimizer.step
         self.step = self.optimizer.step
@@ -301,6 +345,7 @@ RIVALS: dict[str, Callable[[Problem], Stepper]] = {
     "eager_fused": lambda problem: EagerSAM("eager_fused", problem, fused=True),
     "foreach_mul": lambda problem: ForeachSAM("foreach_mul", problem, alpha=False),
     "foreach_alpha": lambda problem: ForeachSAM("foreach_alpha", problem, alpha=True),
+    "foreach_masters": lambda problem: MasterSAM("foreach_masters", problem),
     "base_fused": lambda problem: PlainBase("base_fused", problem),
 }
 

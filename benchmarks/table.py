@@ -22,6 +22,7 @@ LABELS = {
     "eager_fused": "eager SAM + `fused=True` base",
     "foreach_mul": "foreach SAM (`mul`, `add`) + `fused=True` base",
     "foreach_alpha": "foreach SAM (`add(alpha=)`) + `fused=True` base",
+    "foreach_masters": "foreach SAM on float32 masters + `fused=True` base",
     "base_fused": "`fused=True` base alone, no SAM",
     "triad": "streaming triad",
     "copy": "device-to-device copy",
@@ -146,7 +147,7 @@ def _sweep_table(steps: Sequence[Mapping[str, Any]]) -> str:
             share = there and yardstick_of(result) is not None
             row.append(f"{100 * share_of_yardstick(result, name)['median']:.0f}" if share else MISSING)
         own = result["fastsam"][0] if result["fastsam"] else None
-        for rivals in (["eager"], ["foreach_mul", "foreach_alpha"], ["base_fused"]):
+        for rivals in (["eager"], ["foreach_mul", "foreach_alpha", "foreach_masters"], ["base_fused"]):
             there = [rival for rival in rivals if own and rival in processes[0]]
             ratios = [paired_ratio(processes, rival, own)["median"] for rival in there]
             row.append(f"{min(ratios):.2f}" if ratios else MISSING)
@@ -179,8 +180,9 @@ def cases_table(results: Sequence[Mapping[str, Any]]) -> str:
             f"{result['bytes'][name] / seconds['median'] / 1e9:.1f}",
             spread(over_prediction(result)) if ANCHOR in processes[0] else MISSING,
         ]
-        for rival in ("eager", "foreach_alpha"):
-            row.append(spread(paired_ratio(processes, rival, name)) if rival in processes[0] else MISSING)
+        for rivals in (("eager",), ("foreach_alpha", "foreach_masters")):
+            there = [rival for rival in rivals if rival in processes[0]]
+            row.append(spread(paired_ratio(processes, there[0], name)) if there else MISSING)
         rows.append(row)
     first = results[0]
     columns = [f"FusedSAM, {first['model']} shapes", "bytes a parameter", "ms", "GB/s", "time / predicted by bytes"]
@@ -208,6 +210,7 @@ def _title(result: Mapping[str, Any]) -> str:
     case = result["case"]
     extra = [name for name in ("adaptive", "missing", "misaligned") if case[name]]
     extra += [f"{case['groups']} groups"] if case["groups"] > 1 else []
+    extra += [case["precision"]] if case.get("precision", "plain") != "plain" else []
     return ", ".join([f"{result['model']} shapes", case["base"], case["dtype"], *extra])
 
 
