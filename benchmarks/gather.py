@@ -26,6 +26,7 @@ SECTIONS = [
     "memcheck",
     "racecheck",
     "initcheck",
+    "step-precision",
     "step-bfloat16",
     "step-others",
 ]

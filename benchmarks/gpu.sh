@@ -42,6 +42,16 @@ cases() {
   done
 }
 
+# precisions MODELS: masters, rounding at random, bfloat16 states.
+precisions() {
+  local model base
+  for model in $1; do
+    for base in sgd adamw; do
+      echo "$model-$base-bfloat16-masters" "$model-$base-bfloat16-drawn" "$model-$base-float32-bfloat16-states"
+    done
+  done
+}
+
 # sweep NAME LIMIT CASE...: the last case has 15 s to finish.
 sweep() {
   local name=$1 limit=$2
@@ -86,6 +96,7 @@ fi
   section memcheck "$check" sanitizers.log "${memcheck[@]}"
   section racecheck "$check" sanitizers.log "${racecheck[@]}"
   section initcheck "$check" sanitizers.log "${initcheck[@]}"
+  sweep step-precision 60 $(precisions "${large##* }") # the largest model
   sweep step-bfloat16 120 $(cases "$large $small" bfloat16)
   sweep step-others 400 $(cases "$small" float32) $(cases "$large $small" "float16 float64")
 }

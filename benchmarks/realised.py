@@ -1,6 +1,6 @@
 """How much of a SAM perturbation reaches bfloat16 weights: rounded to nearest, from float32 masters, or at random.
 
-    python benchmarks/realised.py --json        # prints the table, keeps it under results/
+    python benchmarks/realised.py --json --readme     # prints the table, keeps it under results/ and in the README
 
 Weights are normal with the deviation 0.02 of a trained layer, gradients normal too; the perturbation e has the size an
 element that rho = 0.05 gives a model of so many parameters, rho / sqrt(parameters). With d what the weights moved by:
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table import markdown
+from table import markdown, replace_between_markers
 from timing import ROOT, environment
 
 import fastsam
@@ -71,12 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="keep the result [benchmarks/results/...]")
+    parser.add_argument("--readme", action="store_true", help="put the table into the README")
     args = parser.parse_args()
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     document: dict[str, Any] = {
         "format": 1,
         "date": date,
-        "command": "python benchmarks/realised.py --json",
+        "command": "python benchmarks/realised.py --json --readme",
         "environment": {**environment(torch.device("cpu"), torch.get_num_threads()), "fastsam": fastsam.__version__},
         "samples": SAMPLES,
         "results": [
@@ -86,9 +87,14 @@ def main() -> None:
         ],
     }
     print(table(document))
+    file = Path(args.json or ROOT / "benchmarks" / "results" / f"{date}-cpu-realised.json")
     if args.json is not None:
-        file = Path(args.json or ROOT / "benchmarks" / "results" / f"{date}-cpu-realised.json")
         file.write_text(json.dumps(document, indent=1) + "\n")
+    if args.readme:
+        note = f"Of `benchmarks/results/{file.name}`; to repeat: `{document['command']}`."
+        readme = ROOT / "README.md"
+        text = replace_between_markers(readme.read_text(), "realised", f"{table(document)}\n\n{note}")
+        readme.write_text(text)
 
 
 if __name__ == "__main__":

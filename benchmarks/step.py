@@ -238,7 +238,7 @@ def sweep(args: argparse.Namespace, document: dict[str, Any]) -> None:
     document |= {"results": [], "failures": {}}
     end = time.monotonic() + args.budget
     for model, case in args.sweep:
-        name = f"{model}-{case.base}-{case.dtype}"
+        name = "-".join([model, case.base, case.dtype, *([case.precision] if case.precision != "plain" else [])])
         try:
             if time.monotonic() > end:
                 raise TimeoutError(f"left out, the {args.budget} s are over")
@@ -312,7 +312,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, help=f"fresh processes [{PROCESSES}]")
     parser.add_argument("--rounds", type=int, help=f"rounds in a process [{ROUNDS}; host time {HOST_ROUNDS}]")
     parser.add_argument("--quick", action="store_true", help="one process and three rounds")
-    parser.add_argument("--sweep", nargs="+", type=case_of, metavar="MODEL-BASE-DTYPE", help="these, in one process")
+    parser.add_argument("--sweep", nargs="+", type=case_of, metavar="CASE", help="MODEL-BASE-DTYPE[-PRECISION]")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is started")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="keep the result [benchmarks/results/...]")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # one process's result goes to this file
@@ -332,11 +332,12 @@ def arguments() -> argparse.Namespace:
 
 
 def case_of(text: str) -> tuple[str, Case]:
-    """What MODEL-BASE-DTYPE means."""
-    model, base, dtype = text.split("-")
-    if model not in MODELS or base not in BASES or dtype not in DTYPES:
+    """What MODEL-BASE-DTYPE or MODEL-BASE-DTYPE-PRECISION means."""
+    model, base, dtype, *precision = text.split("-", 3)
+    case = Case(base, dtype, precision=precision[0] if precision else "plain")
+    if model not in MODELS or base not in BASES or dtype not in DTYPES or case.precision not in PRECISIONS:
         raise ValueError(text)
-    return model, Case(base, dtype)
+    return model, case
 
 
 def keep(args: argparse.Namespace, document: dict[str, Any]) -> None:

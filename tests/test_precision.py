@@ -155,6 +155,37 @@ def assert_equal_runs(opt, params, other, twins):
     oracle.assert_same_state(opt, other)
 
 
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize(
+    "more",
+    [dict(p=3.0), dict(p=math.inf), dict(perturb_with_weight_decay=True), dict(max_grad_norm=0.3)],
+    ids=lambda more: "-".join(f"{k}={v}" for k, v in more.items()),
+)
+@pytest.mark.parametrize("name", ["groups", "adamw_asam_eta"])
+@low
+def test_options_do_to_masters_what_they_do_to_float32_weights(backend, device, name, more, dtype):
+    config = next(c for c in CONFIGS if c.name == name)
+    ours = cases.make_params(dtype, device=device)
+    wide = [Parameter(p.detach().float()) for p in ours]
+    opt, other = (
+        cases.fused(ours, config, backend, master_weights=True, **more),
+        cases.fused(wide, config, backend, **more),
+    )
+    for step in range(STEPS):
+        for pass_, finish in ((1, "first_step"), (2, "step")):
+            cases.set_gradients(ours, step, pass_)
+            for p, q in zip(ours, wide, strict=True):
+                q.grad = None if p.grad is None else p.grad.float()
+            getattr(opt, finish)(), getattr(other, finish)()
+            for tensor, p, q in zip(NAMES, ours, wide, strict=True):
+                assert_same(p, q.detach().to(dtype), what=f"step {step}, pass {pass_}, {tensor}")
+    held = {k: {n: v for n, v in entry.items() if n != "master"} for k, entry in saved_state(opt).items()}
+    assert {k: entry for k, entry in held.items() if entry}.keys() == saved_state(other).keys()
+    for k, entry in saved_state(other).items():
+        for key, value in entry.items():
+            assert_same(held[k][key], value, what=key)
+
+
 SOME = [c for c in CONFIGS if c.name in ("groups", "dampening", "adamw_groups", "nadam", "lion", "plain", "adagrad")]
 VARIANTS = {
     "masters": dict(master_weights=True),
