@@ -390,7 +390,8 @@ class Bucket:
         for segment in segments:
             held = state[segment.param] if segment.param in state else {}
             values = {name: held.get(name) for name in names}
-            segment.shown = any(value is not None for value in values.values()) or "step" in held or "master" in held
+            mastered = segment.master is not None and "master" in held
+            segment.shown = any(value is not None for value in values.values()) or "step" in held or mastered
             segment.views = {}
             if rule is not None:
                 began = held.get("step", 0.0) if rule.counters else values[rule.states[0]] is not None

@@ -590,7 +590,10 @@ class FusedSAM(Optimizer):
             RuntimeError: the weights are perturbed.
         """
         self._require_clean("load_state_dict()")
-        state = {k: {n: v for n, v in held.items() if n != "old_p"} for k, held in state_dict["state"].items()}
+        unknown = {"old_p"}
+        if self._sam.buckets.rule is not None and not self.precision.master_weights:
+            unknown.add("master")
+        state = {k: {n: v for n, v in held.items() if n not in unknown} for k, held in state_dict["state"].items()}
         if any("old_p" in held for held in state_dict["state"].values()):
             warnings.warn(
                 "FusedSAM: this checkpoint's state holds copies of the weights (old_p) instead of the base optimizer's "

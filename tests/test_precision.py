@@ -376,6 +376,18 @@ def test_a_checkpoint_of_torch_and_one_for_torch(backend, device):
     plain.step()
 
 
+def test_a_checkpoint_with_masters_loads_where_there_are_none(backend, device):
+    w, opt, step = one(device=device, backend=backend)
+    step()
+    twin, other, go_on = one(device=device, backend=backend, master_weights=False)
+    with torch.no_grad():
+        twin.copy_(w)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    go_on(1)
+    assert {name: value.dtype for name, value in other.state[twin].items()} == {"momentum_buffer": BFLOAT16}
+    assert set(other.state_dict()["state"][0]) == {"momentum_buffer"}
+
+
 def test_masters_follow_copies_moves_and_casts(backend, device):
     w, opt, step = one(device=device, backend=backend)
     step()
