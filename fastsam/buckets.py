@@ -254,8 +254,10 @@ class Buckets:
         """Build all buckets anew, with the state they hold; perturbed weights are restored first."""
         for bucket in self.items:
             bucket.release(self.state)
-        self.items = []
-        self._admit([(param, i) for i, group in enumerate(self.groups) for param in group["params"]])
+        self.items, self.params = [], []  # if memory runs out, the next step begins with `_regroup`
+        members = [(param, i) for i, group in enumerate(self.groups) for param in group["params"]]
+        self._admit(members)
+        self.params = [param for param, _ in members]
 
     def _admit(self, members: Sequence[Member]) -> None:
         self.frozen = [m for m in members if not m[0].requires_grad and m[0].grad is None]
