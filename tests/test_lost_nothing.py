@@ -192,6 +192,7 @@ REFUSED = {
     "add_param_group": lambda opt: opt.add_param_group(dict(params=[Parameter(torch.ones(2))])),
     "deepcopy": lambda opt: copy.deepcopy(opt),
     "pickle": lambda opt: pickle.dumps(opt),
+    "unflatten": lambda opt: opt.unflatten(),
 }
 
 
