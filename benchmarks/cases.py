@@ -54,6 +54,9 @@ UPDATE = {
 }
 
 
+SWITCHES = ("adaptive", "missing", "misaligned", "flattened")  # the fields of a case that are on or off
+
+
 @dataclass(frozen=True)
 class Case:
     """One set of circumstances.
@@ -67,6 +70,7 @@ class Case:
             term to the gradients themselves, which the contenders share.
         missing: every tenth parameter has no gradient in either pass.
         misaligned: every gradient starts one element after a 64-byte boundary, as views of one buffer do.
+        flattened: FusedSAM's weights are in one buffer; the rivals' stay where they are.
     """
 
     base: str = "sgd"
@@ -75,11 +79,12 @@ class Case:
     groups: int = 1
     missing: bool = False
     misaligned: bool = False
+    flattened: bool = False
 
     def flags(self) -> list[str]:
         """The command-line options of step.py that mean this case."""
         flags = ["--base", self.base, "--dtype", self.dtype, "--groups", str(self.groups)]
-        return flags + [f"--{name}" for name in ("adaptive", "missing", "misaligned") if getattr(self, name)]
+        return flags + [f"--{name}" for name in SWITCHES if getattr(self, name)]
 
 
 CASES = {
@@ -93,6 +98,7 @@ CASES = {
     "8 groups": Case(groups=8),
     "10 % without gradient": Case(missing=True),
     "misaligned gradients": Case(misaligned=True),
+    "flattened": Case(flattened=True),
 }
 
 

@@ -208,9 +208,8 @@ class Fastsam(Stepper):
         import fastsam  # not needed to time the rivals alone
 
         super().__init__(name, problem)
-        self.optimizer = fastsam.FusedSAM(
-            problem.groups(self.params), BASES[problem.case.base], rho=problem.rho, backend=backend
-        )
+        options: dict[str, Any] = {"rho": problem.rho, "flatten": problem.case.flattened, "backend": backend}
+        self.optimizer = fastsam.FusedSAM(problem.groups(self.params), BASES[problem.case.base], **options)
         self.first = self.optimizer.first_step
         self.second = self.optimizer.step
         self.step = self.optimizer.step

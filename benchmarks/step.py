@@ -318,6 +318,7 @@ def arguments() -> argparse.Namespace:
     case.add_argument("--groups", type=int, default=1, help="parameter groups; more than 1: with different options")
     case.add_argument("--missing", action="store_true", help="a tenth of the parameters has no gradient")
     case.add_argument("--misaligned", action="store_true", help="gradients off the 16-byte grid by one element")
+    case.add_argument("--flattened", action="store_true", help="FusedSAM(flatten=True)")
     args = parser.parse_args()
     args.processes = args.processes or (1 if args.quick else PROCESSES)
     args.rounds = args.rounds or (3 if args.quick else None)
@@ -345,7 +346,7 @@ def keep(args: argparse.Namespace, document: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print the tables, keep the result."""
     args = arguments()
-    case = Case(args.base, args.dtype, args.adaptive, args.groups, args.missing, args.misaligned)
+    case = Case(args.base, args.dtype, args.adaptive, args.groups, args.missing, args.misaligned, args.flattened)
     if args.worker:
         args.worker.write_text(json.dumps(work(args, args.model, case)))
         return
