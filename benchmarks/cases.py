@@ -48,6 +48,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
+SWITCHES = ("adaptive", "missing", "misaligned", "flattened")  # the fields of a case that are on or off
+
+
 class Sizes(NamedTuple):
     """Bytes of an element of what a step reads and writes."""
 
@@ -90,6 +93,7 @@ class Case:
         missing: every tenth parameter has no gradient in either pass.
         misaligned: every gradient starts one element after a 64-byte boundary, as views of one buffer do.
         precision: key of `PRECISIONS`.
+        flattened: FusedSAM's weights are in one buffer; the rivals' stay where they are.
     """
 
     base: str = "sgd"
@@ -99,12 +103,13 @@ class Case:
     missing: bool = False
     misaligned: bool = False
     precision: str = "plain"
+    flattened: bool = False
 
     def flags(self) -> list[str]:
         """The command-line options of step.py that mean this case."""
         flags = ["--base", self.base, "--dtype", self.dtype, "--groups", str(self.groups)]
         flags += ["--precision", self.precision]
-        return flags + [f"--{name}" for name in ("adaptive", "missing", "misaligned") if getattr(self, name)]
+        return flags + [f"--{name}" for name in SWITCHES if getattr(self, name)]
 
     def sizes(self) -> Sizes:
         """What its tensors are made of."""
@@ -129,6 +134,7 @@ CASES = {
     "8 groups": Case(groups=8),
     "10 % without gradient": Case(missing=True),
     "misaligned gradients": Case(misaligned=True),
+    "flattened": Case(flattened=True),
 }
 
 

@@ -253,7 +253,8 @@ class Fastsam(Stepper):
 
         super().__init__(name, problem)
         case = problem.case
-        options = {"rho": problem.rho, "backend": backend, **PRECISIONS[case.precision]}
+        options: dict[str, Any] = {"rho": problem.rho, "flatten": case.flattened, "backend": backend}
+        options |= PRECISIONS[case.precision]
         self.optimizer = fastsam.FusedSAM(problem.groups(self.params), BASES[case.base], **options)
         self.first = self.optimizer.first_step
         self.second = self.optimizer.step

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BASES, CASES, DTYPES, PRECISIONS, Case, Problem
+from cases import BASES, CASES, DTYPES, PRECISIONS, SWITCHES, Case, Problem
 from launches import Closure, kernels, operations, profiled, whole_step
 from ratios import across, paired_ratio
 from rivals import (
@@ -325,6 +325,7 @@ def arguments() -> argparse.Namespace:
     case.add_argument("--precision", choices=PRECISIONS, default="plain", help="masters, or rounding at random")
     case.add_argument("--missing", action="store_true", help="a tenth of the parameters has no gradient")
     case.add_argument("--misaligned", action="store_true", help="gradients off the 16-byte grid by one element")
+    case.add_argument("--flattened", action="store_true", help="FusedSAM(flatten=True)")
     args = parser.parse_args()
     args.processes = args.processes or (1 if args.quick else PROCESSES)
     args.rounds = args.rounds or (3 if args.quick else None)
@@ -353,7 +354,8 @@ def keep(args: argparse.Namespace, document: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print the tables, keep the result."""
     args = arguments()
-    case = Case(args.base, args.dtype, args.adaptive, args.groups, args.missing, args.misaligned, args.precision)
+    switches = {name: getattr(args, name) for name in SWITCHES}
+    case = Case(args.base, args.dtype, groups=args.groups, precision=args.precision, **switches)
     if args.worker:
         args.worker.write_text(json.dumps(work(args, args.model, case)))
         return

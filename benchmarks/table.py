@@ -208,7 +208,7 @@ def host_table(result: Mapping[str, Any]) -> str:
 
 def _title(result: Mapping[str, Any]) -> str:
     case = result["case"]
-    extra = [name for name in ("adaptive", "missing", "misaligned") if case[name]]
+    extra = [name for name in ("adaptive", "missing", "misaligned", "flattened") if case.get(name)]
     extra += [f"{case['groups']} groups"] if case["groups"] > 1 else []
     extra += [case["precision"]] if case.get("precision", "plain") != "plain" else []
     return ", ".join([f"{result['model']} shapes", case["base"], case["dtype"], *extra])

@@ -2,7 +2,7 @@
 
 Parameters and gradients stay where they are and are reached through tables of addresses. What the optimizer owns (the
 backup of the weights or their masters, the base optimizer's state, the step counts) is flat, in pages that never move:
-a parameter that is thawed later gets a page of its own.
+a parameter that is thawed later gets a page of its own. With `flatten=True` the weights have such pages, too.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Bucket:
         """Give the bucket a page for more parameters; existing pages stay where they are."""
         self._refuse_capture()
         sizes = [real_numel(param) for param, _ in members]
-        kept = self._page(sizes, self.format.source)
+        _, kept = self.page(sizes, self.format.source)
         nothing: list[Tensor | None] = [None] * len(sizes)
         backups, masters = (nothing, kept) if self.format.masters else (kept, nothing)
         index = {id(p): i for i, p in enumerate(p for group in self.owner.groups for p in group["params"])}
@@ -128,8 +128,9 @@ class Bucket:
                 segment.master.copy_(segment.flat(param))
             self.segments.append(segment)
         try:
-            self._allocate()
-            self._build_tables()
+            with self.owner.flat.moving_in(self, self.segments[before:]):
+                self._allocate()
+                self._build_tables()
         except BaseException:  # out of memory, say: as if nothing had been asked, so that restore() works
             del self.segments[before:]
             raise
@@ -153,17 +154,17 @@ class Bucket:
             if bare:
                 self._refuse_capture()
                 self.pointed = False
-            pieces = self._page([s.numel for s in bare], self.format.state)
+            _, pieces = self.page([s.numel for s in bare], self.format.state)
             for segment, flat in zip(bare, pieces, strict=True):
                 segment.states[slot] = flat.fill_(self.rule.initial(self.owner.defaults))
 
-    def _page(self, sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def page(self, sizes: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """One new flat tensor, not initialised, cut into pieces of these sizes that start at multiples of ALIGN."""
         rooms = [-(-n // ALIGN) * ALIGN for n in sizes]
         flat = torch.empty(sum(rooms), dtype=dtype, device=self.device)
         if reader is not None and self.device.type == "cpu":
             reader.use_huge_pages(flat.data_ptr(), flat.nbytes)
-        return [piece[:n] for piece, n in zip(torch.split(flat, rooms), sizes, strict=True)] if sizes else []
+        return flat, [piece[:n] for piece, n in zip(torch.split(flat, rooms), sizes, strict=True)] if sizes else []
 
     def _build_tables(self) -> None:
         chunks: list[tuple[int, int, int, int]] = []

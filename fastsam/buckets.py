@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsam import ops, rules
 from fastsam.bucket import Bucket, Gradients, Member, State
 from fastsam.checks import check_param
+from fastsam.flat import FlatWeights
 from fastsam.ops import graphs
 from fastsam.ops.formats import Precision
 from fastsam.ops.native import reader
@@ -31,6 +32,7 @@ class Buckets:
         partial: whether a group has `perturb=False`.
         q: the exponent of the gradient's norm, 1 for none.
         decays: whether the perturbation is that of the loss with the weight decay in it.
+        flat: the buffers that the weights live in with `flatten=True`.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Buckets:
         self.factors: dict[torch.device, Tensor] = {}
         self.warned: set[str] = set()
         self.captures = graphs.Captures()
+        self.flat = FlatWeights()
         self.q, self.decays = 2.0, False
 
     def follow(self, groups: Sequence[Group], state: State) -> None:
@@ -162,6 +165,33 @@ class Buckets:
                 self._rebuild()
                 return
             bucket.point()
+        self._notice_leavers()
+
+    def _notice_leavers(self) -> None:
+        """Say that weights are no longer in the flat buffer; they stay where their owner put them."""
+        moved_in = [segment for bucket in self.items for segment in bucket.segments if segment.moved_in]
+        left = [segment for segment in moved_in if self.flat.home(segment.param) is None]
+        if not left:
+            return
+        for segment in left:
+            segment.moved_in = False
+        self._prune_flat()
+        if self.flat.wanted:
+            self.warn_once(
+                f"FusedSAM: {place_of(left[0].param, self.groups)} is no longer in the flat buffer of flatten=True, "
+                "because something gave it another storage (p.data = ..., .to(), .cpu()). The step follows it there. "
+                "Write weights in place to keep them in the buffer; to have them in one again, build a new FusedSAM "
+                "and load this one's state_dict()",
+                topic="left the flat buffer",
+            )
+
+    def flat_weights(self) -> list[Tensor]:
+        """The buffers that parameters of the buckets live in."""
+        homes = (self.flat.home(p) for bucket in self.items for p in bucket.params)
+        return list({id(page): page for page in homes if page is not None}.values())
+
+    def _prune_flat(self) -> None:
+        self.flat.prune(param for group in self.groups for param in group["params"])
 
     def perturb(self, grads: Sequence[Gradients]) -> None:
         """Norm over all buckets, then backup and climb; for p = inf there is no norm."""
@@ -226,10 +256,10 @@ class Buckets:
         for bucket in self.items:
             bucket.swap()
 
-    def warn_once(self, message: str) -> None:
-        """Warn, the first time only."""
-        if message not in self.warned:
-            self.warned.add(message)
+    def warn_once(self, message: str, topic: str = "") -> None:
+        """Warn, the first time only: of this topic, or with this message."""
+        if (topic or message) not in self.warned:
+            self.warned.add(topic or message)
             warnings.warn(message, stacklevel=2)
 
     def _same_params(self) -> bool:
@@ -254,8 +284,10 @@ class Buckets:
         """Build all buckets anew, with the state they hold; perturbed weights are restored first."""
         for bucket in self.items:
             bucket.release(self.state)
-        self.items = []
-        self._admit([(param, i) for i, group in enumerate(self.groups) for param in group["params"]])
+        self.items, self.params = [], []  # if memory runs out, the next step begins with `_regroup`
+        members = [(param, i) for i, group in enumerate(self.groups) for param in group["params"]]
+        self._admit(members)
+        self.params = [param for param, _ in members]
 
     def _admit(self, members: Sequence[Member]) -> None:
         self.frozen = [m for m in members if not m[0].requires_grad and m[0].grad is None]
@@ -269,6 +301,7 @@ class Buckets:
                 f"FusedSAM: parameters must not share memory, got {place_of(both[0], self.groups)} and "
                 f"{place_of(both[1], self.groups)}; tie weights by using one Parameter in both places"
             )
+        self._warn_of_stayers(members)
         placed: dict[tuple[torch.device, torch.dtype, str], list[Member]] = {}
         for param, group in members:
             check_param(param, group, self.groups, self.backend)
@@ -286,6 +319,17 @@ class Buckets:
             {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices} for _ in range(2)
         )
         self.factors = {d: torch.ones((), dtype=torch.float64, device=d) for d in devices}
+        self._prune_flat()
+
+    def _warn_of_stayers(self, members: Sequence[Member]) -> None:
+        if not self.flat.wanted:
+            return
+        reasons = [(p, why) for p, _ in members if p.numel() > 0 and (why := self.flat.reason_to_stay(p)) is not None]
+        if reasons:
+            self.warn_once(
+                f"FusedSAM: flatten=True leaves {len(reasons)} of {len(members)} parameters where they are, the first "
+                f"is {place_of(reasons[0][0], self.groups)}: {reasons[0][1]}"
+            )
 
     def _share(self, sums: Mapping[torch.device, Tensor]) -> None:
         """Bring the sums of all devices together; copies between devices do not wait for the host."""

@@ -39,6 +39,7 @@ OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step
 KEPT = (  # in copies and pickles
     "base_optimizer",
     "closure_calls",
+    "flatten",
     "max_grad_norm",
     "p",
     "perturb_with_weight_decay",
@@ -131,6 +132,14 @@ class FusedSAM(Optimizer):
             but the step, the parameter's place and the element; replicas draw the same.
         state_dtype: torch.bfloat16 for states of float32 parameters and of masters, rounded stochastically, as rounding
             to nearest would never let `exp_avg_sq` decay.
+        flatten: move the weights into flat buffers, one a device and dtype, at the first step or `prepare`, for who
+            wants them in one piece (`flat_weights`). No step is faster by it, and what needs parameters with a storage
+            of their own needs `unflatten` first: `safetensors.save_model` refuses them, `torch.save` of one writes the
+            whole buffer, `pickle` does so for each. The move takes their memory twice for a moment; tensors that shared
+            it (`p.detach()` from before) no longer follow. Complex parameters and those that have gaps or share a
+            storage with others already (cuDNN's RNNs) stay where they are, with a warning. Those that leave later
+            (`p.data = ...`, `model.cpu().cuda()`) stay out, with a warning; after `.to()` another dtype or device all
+            are moved again, without one.
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".
@@ -164,6 +173,7 @@ class FusedSAM(Optimizer):
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
         state_dtype: torch.dtype | None = None,
+        flatten: bool = False,
         closure_calls: int = 2,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -204,7 +214,7 @@ class FusedSAM(Optimizer):
             check_differentiable(group)
         self.base_optimizer = base
         self.closure_calls, self.max_grad_norm = closure_calls, max_grad_norm
-        self.p, self.perturb_with_weight_decay = p, perturb_with_weight_decay
+        self.p, self.perturb_with_weight_decay, self.flatten = p, perturb_with_weight_decay, flatten
         self.defaults = {**base.defaults, **own}
         self.param_groups = base.param_groups
         self.state = base.state
@@ -376,6 +386,30 @@ class FusedSAM(Optimizer):
             self._sam.buckets.meet_writes()
         self._sam.buckets.refresh()
 
+    def flat_weights(self) -> list[Tensor]:
+        """The flat buffers of `flatten=True`; none before the first step or `prepare`.
+
+        One a device and dtype, and one more for parameters that were added or thawed later. The weights are there in
+        the order of the parameter groups, each in its storage order and from a multiple of 64 elements on, with zeros
+        between them. Writing there is like writing through `.data`, which torch does not count: `master_weights=True`
+        undoes it.
+        """
+        return self._sam.buckets.flat_weights()
+
+    @untraced
+    @torch.no_grad()
+    def unflatten(self) -> None:
+        """Give every weight a storage of its own again, for good, as what saves or shares a model may ask for.
+
+        The buffers are freed with the last view of them; CUDA graphs must be captured again.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._require_clean("unflatten()")
+        self._sam.buckets.flat.move_out(param for group in self.param_groups for param in group["params"])
+        self.flatten = False
+
     def stats(self) -> Stats:
         """Norms, loss increase and overflow counts so far; nothing waits for the device until a value is read."""
         buckets, (loss, second_loss) = self._sam.buckets, self._sam.losses
@@ -413,6 +447,7 @@ class FusedSAM(Optimizer):
         buckets = self._sam.buckets
         buckets.q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
         buckets.decays = self.perturb_with_weight_decay
+        buckets.flat.wanted = self.flatten
         buckets.follow(self.param_groups, self.state)
         return buckets
 
@@ -630,14 +665,18 @@ class FusedSAM(Optimizer):
         self._require_clean("copying or pickling the optimizer")
         self._note_rounding_step()
         kept = {name: getattr(self, name) for name in KEPT}
-        return {**super().__getstate__(), **kept, "_backend": self._sam.buckets.backend}
+        flat, params = self._sam.buckets.flat, (p for group in self.param_groups for p in group["params"])
+        in_buffer = [i for i, param in enumerate(params) if flat.home(param) is not None]
+        return {**super().__getstate__(), **kept, "_backend": self._sam.buckets.backend, "_in_buffer": in_buffer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a deep copy, or take over what `load_state_dict` loaded."""
-        backend = state.pop("_backend", None)
+        backend, in_buffer = state.pop("_backend", None), state.pop("_in_buffer", ())
         super().__setstate__(state)
         if backend is not None:
             self._sam = self._progress(backend)
+            params = [param for group in self.param_groups for param in group["params"]]
+            self._sam.buckets.flat.adopt(params[i] for i in in_buffer)
         type(self.base_optimizer).__setstate__(
             self.base_optimizer, {"state": self.state, "param_groups": self.param_groups}
         )

@@ -53,6 +53,7 @@ class Segment:
         states: [numel] each or None, in the rule's slot order.
         views: what `optimizer.state[param]` shows: torch's names, the parameter's shape and strides.
         shown: whether it shows them already.
+        moved_in: whether the parameter was moved into a flat buffer.
     """
 
     param: Tensor
@@ -70,6 +71,7 @@ class Segment:
     states: list[Tensor | None] = field(default_factory=lambda: [None] * STATE_SLOTS)
     views: dict[str, Tensor] = field(default_factory=dict)
     shown: bool = False
+    moved_in: bool = False
 
     def __post_init__(self) -> None:
         """Make the views of single numbers."""

@@ -192,6 +192,7 @@ REFUSED = {
     "add_param_group": lambda opt: opt.add_param_group(dict(params=[Parameter(torch.ones(2))])),
     "deepcopy": lambda opt: copy.deepcopy(opt),
     "pickle": lambda opt: pickle.dumps(opt),
+    "unflatten": lambda opt: opt.unflatten(),
 }
 
 
@@ -266,7 +267,15 @@ class NoMemory:
         return allocate
 
 
-@pytest.mark.parametrize("late", [dict(), dict(momentum=0.9), dict(thaw=True)], ids=["at first", "momentum", "thawed"])
+LATE = {
+    "at first": dict(),
+    "momentum": dict(momentum=0.9),
+    "thawed": dict(thaw=True),
+    "another dtype": dict(double=True),
+}
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 def test_running_out_of_memory_in_any_allocation_can_be_survived(monkeypatch, backend, device, late):
     """What failed is asked for again by the next step, which then is as if nothing had happened."""
 
@@ -277,8 +286,10 @@ def test_running_out_of_memory_in_any_allocation_can_be_survived(monkeypatch, ba
         failed = False
         for step in range(3):
             if late and step == 1:
-                opt.param_groups[0].update({k: v for k, v in late.items() if k != "thaw"})
+                opt.param_groups[0].update({k: v for k, v in late.items() if k == "momentum"})
                 params[1].requires_grad_()
+                for p in params if "double" in late else ():
+                    p.grad, p.data = None, p.data.double()
             before = [bits(p) for p in params]
             for attempt in range(2):
                 with monkeypatch.context() as patch:
