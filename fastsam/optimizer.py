@@ -9,7 +9,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from fastsam import ops
 from fastsam.buckets import Buckets, serve
+from fastsam.checkpoint import as_torch_saves, keep_wide, loadable
 from fastsam.checks import (
     check_class,
     check_differentiable,
@@ -32,7 +33,7 @@ from fastsam.checks import (
 from fastsam.fallback import step_base
 from fastsam.ops.formats import Precision
 from fastsam.rules import RULES
-from fastsam.segments import real_dtype
+from fastsam.stats import Stats, read_stats
 
 CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step")  # the latter where they matter
@@ -65,24 +66,6 @@ def untraced(method: F) -> F:
         return disabled(*args, **kwargs)
 
     return entry  # type: ignore[return-value]
-
-
-class Stats(NamedTuple):
-    """What `FusedSAM.stats()` gives: 0-dim tensors on the parameters' device, None where there is nothing to tell.
-
-    Attributes:
-        first_norm: float64, the length of the last first gradient (of T g in ASAM), loss scale included.
-        second_norm: float64, the same of the last second gradient, always without T; only with `max_grad_norm`.
-        loss_increase: the loss at w + e minus the loss at w, of the last `step(closure)` with two calls.
-        first_overflows: int64, steps without a perturbation because the first norm was not finite.
-        second_overflows: int64, steps without an update because a GradScaler found an overflow.
-    """
-
-    first_norm: Tensor | None
-    second_norm: Tensor | None
-    loss_increase: Tensor | None
-    first_overflows: Tensor | None
-    second_overflows: Tensor | None
 
 
 class _Progress:
@@ -282,7 +265,7 @@ class FusedSAM(Optimizer):
         elif sam.base_step_asked or all(float(group["lr"]) == 0 for group in self.param_groups):
             # A learning rate of 0 is how distributed checkpoints create state.
             self._update()
-        elif any(p.grad is not None for group in self.param_groups for p in group["params"]):
+        elif any(p.grad is not None for p in self._params()):
             raise RuntimeError(
                 "FusedSAM: step() needs a closure, or first_step() before it: SAM takes two gradients a step. Call "
                 "first_step(zero_grad=True) after the first backward and step() after the second, or step(closure), or "
@@ -365,9 +348,8 @@ class FusedSAM(Optimizer):
     @property
     def backend(self) -> dict[torch.device, str]:
         """The backend that serves each device."""
-        params = (p for group in self.param_groups for p in group["params"])
         chosen: dict[torch.device, str] = {}
-        for param in params:
+        for param in self._params():
             name = serve(param, self._sam.buckets.backend)[1]
             if chosen.get(param.device, "reference") == "reference":
                 chosen[param.device] = name
@@ -407,22 +389,12 @@ class FusedSAM(Optimizer):
             RuntimeError: the weights are perturbed.
         """
         self._require_clean("unflatten()")
-        self._sam.buckets.flat.move_out(param for group in self.param_groups for param in group["params"])
+        self._sam.buckets.flat.move_out(self._params())
         self.flatten = False
 
     def stats(self) -> Stats:
         """Norms, loss increase and overflow counts so far; nothing waits for the device until a value is read."""
-        buckets, (loss, second_loss) = self._sam.buckets, self._sam.losses
-        known = isinstance(loss, Tensor) and isinstance(second_loss, Tensor)
-        if buckets.overflows is None:
-            return Stats(None, None, None, None, None)
-        device = buckets.overflows.device
-        return Stats(
-            buckets.sums[device].sum() ** (1 / buckets.q) if buckets.q != 1 else None,
-            None if self.max_grad_norm is None else buckets.second_sums[device].sum().sqrt(),
-            second_loss - loss if known else None,
-            *buckets.overflows.clone(),
-        )
+        return read_stats(self._sam.buckets, self._sam.losses, self.max_grad_norm is not None)
 
     def check_capture(self) -> None:
         """Check that a captured step will read today's gradients; for graphs that hold no backward pass of their own.
@@ -529,7 +501,7 @@ class FusedSAM(Optimizer):
             )
 
     def _require_gradients(self) -> None:
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        if all(p.grad is None for p in self._params()):
             raise RuntimeError(
                 f"FusedSAM: closure_calls=1 needs the gradients at w before step(closure), found none; {CLOSURE_RECIPE}"
             )
@@ -593,25 +565,14 @@ class FusedSAM(Optimizer):
         """
         self._require_clean("state_dict()")
         self._meet_base()
-        buckets, rule = self._sam.buckets, self._sam.buckets.rule
+        buckets = self._sam.buckets
         for bucket in buckets.items:
             if self.state is not buckets.state or bucket.replaced(self.state):
                 bucket.absorb(self.state, bucket.segments)
         buckets.meet_writes()
         self._note_rounding_step()
         out = super().state_dict()
-        params = [param for group in self.param_groups for param in group["params"]]
-        segments = {id(segment.param): segment for bucket in buckets.items for segment in bucket.segments}
-        for i, param in enumerate(params):
-            segment = segments.get(id(param))
-            if rule is not None and i in out["state"] and segment is not None and segment.shown:
-                if segment.step == 0 and not rule.eager and segment.master is None:
-                    del out["state"][i]  # an overflow kept its first step from happening
-                elif segment.step == 0 and not rule.eager:
-                    out["state"][i] = {"master": out["state"][i]["master"]}
-                else:
-                    counters = {name: segment.views[name].cpu().clone() for name in rule.counters}
-                    out["state"][i] = {**out["state"][i], **counters}
+        as_torch_saves(out["state"], self._params(), buckets)
         return out
 
     @torch.no_grad()
@@ -625,33 +586,19 @@ class FusedSAM(Optimizer):
             RuntimeError: the weights are perturbed.
         """
         self._require_clean("load_state_dict()")
-        unknown = {"old_p"}
-        if self._sam.buckets.rule is not None and not self.precision.master_weights:
-            unknown.add("master")
-        state = {k: {n: v for n, v in held.items() if n not in unknown} for k, held in state_dict["state"].items()}
-        if any("old_p" in held for held in state_dict["state"].values()):
-            warnings.warn(
-                "FusedSAM: this checkpoint's state holds copies of the weights (old_p) instead of the base optimizer's "
-                "state; they are ignored, and what the base optimizer's state lacks starts afresh",
-                stacklevel=2,
-            )
-        live = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        saved = state_dict["param_groups"]
-        groups = [{**mine, **theirs} for mine, theirs in zip(live, saved, strict=False)] + list(saved[len(live) :])
-        super().load_state_dict({"state": {k: held for k, held in state.items() if held}, "param_groups": groups})
-        params = [param for group in self.param_groups for param in group["params"]]
-        keys = [key for group in groups for key in group["params"]]
-        for param, held in zip(params, (state.get(key, {}) for key in keys), strict=True):
-            if "mu_product" in held:  # NAdam's number, which torch casts to the parameter's dtype
-                self.state[param]["mu_product"] = torch.as_tensor(held["mu_product"], dtype=torch.float32).clone()
-            if self.precision.format_of(real_dtype(param)).masters:  # so it does with masters and their states
-                for name, value in held.items():
-                    if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
-                        self.state[param][name] = value.detach().to(param.device, copy=True)
+        fused = self._sam.buckets.rule is not None
+        ignored = ("old_p", "master") if fused and not self.precision.master_weights else ("old_p",)
+        given = loadable(state_dict, self.param_groups, ignored)
+        super().load_state_dict(given)
+        keep_wide(self.state, self._params(), given, self.precision)
         if self.precision.draws:
             self._sam.buckets.set_rounding_step(max(int(group["rounding_step"]) for group in self.param_groups))
         if self._sam.buckets.items and self._sam.phase == CLEAN:
             self._buckets()  # copies into the flat tensors: addresses stay
+
+    def _params(self) -> list[Tensor]:
+        """All parameters, in the order of the groups."""
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _note_rounding_step(self) -> None:
         """Write the step of the random numbers, which the device counts, into the groups."""
@@ -665,8 +612,8 @@ class FusedSAM(Optimizer):
         self._require_clean("copying or pickling the optimizer")
         self._note_rounding_step()
         kept = {name: getattr(self, name) for name in KEPT}
-        flat, params = self._sam.buckets.flat, (p for group in self.param_groups for p in group["params"])
-        in_buffer = [i for i, param in enumerate(params) if flat.home(param) is not None]
+        flat = self._sam.buckets.flat
+        in_buffer = [i for i, param in enumerate(self._params()) if flat.home(param) is not None]
         return {**super().__getstate__(), **kept, "_backend": self._sam.buckets.backend, "_in_buffer": in_buffer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -675,7 +622,7 @@ class FusedSAM(Optimizer):
         super().__setstate__(state)
         if backend is not None:
             self._sam = self._progress(backend)
-            params = [param for group in self.param_groups for param in group["params"]]
+            params = self._params()
             self._sam.buckets.flat.adopt(params[i] for i in in_buffer)
         type(self.base_optimizer).__setstate__(
             self.base_optimizer, {"state": self.state, "param_groups": self.param_groups}

@@ -1,0 +1,64 @@
+"""Checkpoints: what torch's own optimizer would have saved, and what of one can be loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.bucket import State
+from fastsam.buckets import Buckets
+from fastsam.ops.formats import Precision
+from fastsam.rules import Group
+from fastsam.segments import real_dtype
+
+
+def as_torch_saves(state: dict[int, dict[str, Any]], params: Sequence[Tensor], buckets: Buckets) -> None:
+    """Change what the base class gathered, by number of the parameter, to what torch's optimizer would have saved.
+
+    Counters are copies on the CPU, and there is no state of a parameter whose first step an overflow kept from
+    happening, but for its master.
+    """
+    rule = buckets.rule
+    if rule is None:
+        return
+    segments = {id(segment.param): segment for bucket in buckets.items for segment in bucket.segments}
+    for i, param in enumerate(params):
+        segment = segments.get(id(param))
+        if i not in state or segment is None or not segment.shown:
+            continue
+        if segment.step > 0 or rule.eager:
+            state[i] = {**state[i], **{name: segment.views[name].cpu().clone() for name in rule.counters}}
+        elif segment.master is not None:
+            state[i] = {"master": state[i]["master"]}
+        else:
+            del state[i]
+
+
+def loadable(state_dict: Mapping[str, Any], groups: Sequence[Group], ignored: Collection[str]) -> dict[str, Any]:
+    """A state dict without the state of these names, its groups completed by the values of the live ones."""
+    saved, live = state_dict["param_groups"], [{k: v for k, v in g.items() if k != "params"} for g in groups]
+    if any("old_p" in held for held in state_dict["state"].values()):
+        warnings.warn(
+            "FusedSAM: this checkpoint's state holds copies of the weights (old_p) instead of the base optimizer's "
+            "state; they are ignored, and what the base optimizer's state lacks starts afresh",
+            stacklevel=3,
+        )
+    state = {k: {n: v for n, v in held.items() if n not in ignored} for k, held in state_dict["state"].items()}
+    completed = [{**mine, **theirs} for mine, theirs in zip(live, saved, strict=False)] + list(saved[len(live) :])
+    return {"state": {k: held for k, held in state.items() if held}, "param_groups": completed}
+
+
+def keep_wide(state: State, params: Sequence[Tensor], loaded: Mapping[str, Any], precision: Precision) -> None:
+    """Put into `state` what torch has cast to the parameters' dtype: NAdam's number, masters and their states."""
+    keys = [key for group in loaded["param_groups"] for key in group["params"]]
+    for param, held in zip(params, (loaded["state"].get(key, {}) for key in keys), strict=True):
+        masters = precision.format_of(real_dtype(param)).masters
+        for name, value in held.items():
+            if name == "mu_product":
+                state[param][name] = torch.as_tensor(value, dtype=torch.float32).clone()
+            elif masters and name != "step" and isinstance(value, Tensor) and value.is_floating_point():
+                state[param][name] = value.detach().to(param.device, copy=True)

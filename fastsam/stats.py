@@ -1,0 +1,42 @@
+"""What happened in the last step, without waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastsam.buckets import Buckets
+
+
+class Stats(NamedTuple):
+    """What `FusedSAM.stats()` gives: 0-dim tensors on the parameters' device, None where there is nothing to tell.
+
+    Attributes:
+        first_norm: float64, the length of the last first gradient (of T g in ASAM), loss scale included.
+        second_norm: float64, the same of the last second gradient, always without T; only with `max_grad_norm`.
+        loss_increase: the loss at w + e minus the loss at w, of the last `step(closure)` with two calls.
+        first_overflows: int64, steps without a perturbation because the first norm was not finite.
+        second_overflows: int64, steps without an update because a GradScaler found an overflow.
+    """
+
+    first_norm: Tensor | None
+    second_norm: Tensor | None
+    loss_increase: Tensor | None
+    first_overflows: Tensor | None
+    second_overflows: Tensor | None
+
+
+def read_stats(buckets: Buckets, losses: tuple[Any, Any], clipped: bool) -> Stats:
+    """What the operations have written down, and the losses at w and at w + e where they are tensors."""
+    loss, second_loss = losses
+    known = isinstance(loss, Tensor) and isinstance(second_loss, Tensor)
+    if buckets.overflows is None:
+        return Stats(None, None, None, None, None)
+    device = buckets.overflows.device
+    return Stats(
+        buckets.sums[device].sum() ** (1 / buckets.q) if buckets.q != 1 else None,
+        buckets.second_sums[device].sum().sqrt() if clipped else None,
+        second_loss - loss if known else None,
+        *buckets.overflows.clone(),
+    )
