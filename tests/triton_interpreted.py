@@ -6,6 +6,7 @@ ask of a table of addresses is asked of these kernels by the same functions, imp
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import cases
@@ -41,6 +42,7 @@ from fastsam.ops import reference
 from fastsam.rules import LR_FLOAT64, Row
 
 kernels = ops.operations("triton")
+triton_kernels = importlib.import_module("fastsam.ops.triton_kernels")
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = rounding.DTYPES
 pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
 
@@ -70,7 +72,7 @@ def two_roundings(a, b, c):
 @pytest.fixture
 def hints(monkeypatch):
     """The interpreter reads at any address; on a GPU an alignment that does not hold is an error."""
-    plain, given = kernels._pointer, set()
+    plain, given = triton_kernels._pointer, set()
 
     def pointer(address, start, STORAGE, ALIGN):
         align, at = int(getattr(ALIGN, "value", ALIGN)), address.handle.data.item()
@@ -78,7 +80,7 @@ def hints(monkeypatch):
         assert align == 0 or at % align == 0, f"{at:#x} is not a multiple of {align}"
         return plain(address, start, STORAGE, ALIGN)
 
-    monkeypatch.setattr(kernels, "_pointer", pointer)
+    monkeypatch.setattr(triton_kernels, "_pointer", pointer)
     return given
 
 
@@ -105,7 +107,7 @@ def isa(monkeypatch):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_three_sam_steps_follow_the_plan(option):
-    check_steps(fresh_bucket(option, FLOAT32), option, FLOAT32)
+    check_steps(fresh_bucket(option, FLOAT32), option)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_three_sam_steps_follow_the_plan(option):
     ids=str,
 )
 def test_three_sam_steps_in_other_precisions(dtype, option):
-    check_steps(fresh_bucket(option, dtype), option, dtype)
+    check_steps(fresh_bucket(option, dtype), option)
 
 
 @pytest.mark.usefixtures("hints")
@@ -123,7 +125,7 @@ def test_three_sam_steps_in_other_precisions(dtype, option):
 )
 def test_any_alignment(dtype, at_p, at_g):
     bucket = fresh_bucket("sgd-dampening", dtype, lambda n, dtype: shifted(n, dtype, at_p))
-    check_steps(bucket, "sgd-dampening", dtype, lambda g: copied(shifted(len(g), dtype, at_g), g))
+    check_steps(bucket, "sgd-dampening", lambda g: copied(shifted(len(g), dtype, at_g), g))
 
 
 FEW = [0, 65, 8193]
@@ -150,7 +152,7 @@ MIXED = [
 def test_gradients_of_another_dtype_at_any_alignment(hints, dtype, grad_dtype, at_p, at_g, align):
     """The bits that gradients of the weights' dtype give, for values that both dtypes have."""
     mixed, plain = few_bucket("adamw", dtype, lambda n, dtype: shifted(n, dtype, at_p)), few_bucket("adamw", dtype)
-    mixed.grad_dtype = grad_dtype
+    mixed.format = rounding.mixed(dtype, grad_dtype)
     half = min(dtype, grad_dtype, key=lambda dtype: dtype.itemsize)
     exact = [[rounding.values(n, half, seed + n) for n in FEW] for seed in (1, 2)]
     given = [[copied(shifted(len(g), grad_dtype, at_g), g) for g in grads] for grads in exact]
@@ -164,7 +166,7 @@ def test_gradients_of_another_dtype_at_any_alignment(hints, dtype, grad_dtype, a
 @pytest.mark.parametrize("dtype, grad_dtype", [(FLOAT32, BFLOAT16), (FLOAT16, FLOAT32)], ids=str)
 def test_no_access_beyond_a_gradient_of_another_dtype(dtype, grad_dtype):
     bucket = few_bucket("sgd", dtype)
-    bucket.grad_dtype = grad_dtype
+    bucket.format = rounding.mixed(dtype, grad_dtype)
     for at_end in (True, False):
         grads = [
             copied(guarded(n, grad_dtype, at_end) if n else shifted(n, grad_dtype), rounding.values(n, FLOAT32, n))
@@ -206,7 +208,7 @@ def test_no_access_beyond_any_tensor(at_end):
     bucket.backups = [torch.full_like(make(len(p), FLOAT32), float("nan")) for p in bucket.params]
     bucket.states = [[copied(make(len(s), FLOAT32), s) for s in state] for state in bucket.states]
     point(bucket)
-    check_steps(bucket, option, FLOAT32, lambda g: copied(make(len(g), FLOAT32), g))
+    check_steps(bucket, option, lambda g: copied(make(len(g), FLOAT32), g))
 
 
 @pytest.mark.parametrize("split", [2, 4])
@@ -214,7 +216,7 @@ def test_any_number_of_programs_a_chunk(monkeypatch, split):
     bucket = fresh_bucket("adamw", FLOAT32)
     monkeypatch.setattr(kernels, "_PROGRAMS", split * len(bucket.chunk_table) - 1)
     assert kernels._split(bucket) == split
-    check_steps(bucket, "adamw", FLOAT32)
+    check_steps(bucket, "adamw")
     assert bucket.kept.tickets.tolist() == [0, 0]
 
 
