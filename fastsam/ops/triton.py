@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsam import rules
 from fastsam.ops import graphs, native, reference
+from fastsam.ops.formats import LOW_DTYPES
 from fastsam.ops.triton_kernels import NO_RULE, _grad_norm_kernel, _perturb_kernel, _update_kernel
 from fastsam.ops.triton_rules import ADAGRAD, LION, NADAM, RMSPROP
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _STORAGE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.uint16, torch.float16: tl.float16}
 _TYPES = {  # of the kernels' arguments: tables, and otherwise int32
-    **dict.fromkeys(("segments", "grads", "overflows"), torch.int64),
+    **dict.fromkeys(("segments", "grads", "overflows", "rounding"), torch.int64),
     **dict.fromkeys(("chunks", "ticket"), torch.int32),
     **dict.fromkeys(("rows", "partials", "out", "sums", "numbers", "clip"), torch.float64),
     **dict.fromkeys(("grad_scale", "found_inf"), torch.float32),
@@ -77,8 +78,8 @@ def perturb_(bucket: "Bucket", grads: Sequence[Tensor | None], sums: Tensor) -> 
     addresses = native._addresses(bucket, grads)
     tables = own.tables(bucket, own.ascent, addresses)
     bucket.perturbed.logical_or_(addresses)
-    numbers, overflows = own.numbers(bucket.q), own.overflows(bucket)
-    launch(*tables, _place(sums), numbers, overflows, sums.shape[0], own.n_chunks, own.split)
+    counts = sums.shape[0], own.n_chunks, own.split
+    launch(*tables, _place(sums), own.numbers(bucket.q), *own.counters(bucket), *counts)
 
 
 def update_(
@@ -102,8 +103,8 @@ def update_(
         _scalar(bucket, "found_inf", found_inf, own.zero),
         _scalar(bucket, "clip", clip, own.unclipped),
     )
-    numbers = own.n_segments, own.n_chunks, own.split
-    launch(*tables, perturbed, own.update_ticket, *map(_place, scalars), own.overflows(bucket), *numbers)
+    counts = own.n_segments, own.n_chunks, own.split
+    launch(*tables, perturbed, own.update_ticket, *map(_place, scalars), *own.counters(bucket), *counts)
     bucket.perturbed.zero_()
 
 
@@ -211,9 +212,10 @@ class _Own:
             self.q_and_max_norm[1] = max_norm
         return self.numbers_there(self.q_and_max_norm, self.capturing)
 
-    def overflows(self, bucket: "Bucket") -> Any:
-        """Where overflows are counted."""
-        return _place(self.uncounted if bucket.overflows is None else bucket.overflows)
+    def counters(self, bucket: "Bucket") -> tuple[Any, Any]:
+        """Where overflows are counted, and the steps of the random numbers."""
+        overflows, rounding = bucket.overflows, bucket.rounding
+        return tuple(_place(self.uncounted if counter is None else counter) for counter in (overflows, rounding))
 
     def rule(self, bucket: "Bucket") -> tuple[int, int]:
         """The rule's code, and the states of its groups, as bits; the groups' values decide, seldom anew."""
@@ -260,11 +262,15 @@ def _scalar(bucket: "Bucket", name: str, value: Tensor | None, neutral: Tensor) 
 
 
 def _constants(bucket: "Bucket", kernel: Any, kind: tuple[int, ...]) -> tuple[Any, ...]:
-    """What the kernel is compiled for: its kind, what weights and gradients are stored as and computed in, the tile."""
-    double = bucket.dtype == torch.float64
-    types = _STORAGE[bucket.dtype], _STORAGE[bucket.format.grad], tl.float64 if double else tl.float32
-    tile = () if kernel is _grad_norm_kernel else (512 if double else 1024,)
-    return (*kind, *types, *tile) if kernel is _update_kernel else (*types, *tile, *kind)
+    """What the kernel is compiled for: its kind, the bucket's format, what is computed in, the tile."""
+    format, double = bucket.format, bucket.dtype == torch.float64
+    types = tuple(_STORAGE[dtype] for dtype in (format.weight, format.grad, format.source))
+    wide, tile = tl.float64 if double else tl.float32, 512 if double else 1024
+    if kernel is _grad_norm_kernel:
+        return *types, wide, *kind
+    if kernel is _perturb_kernel:  # it has nothing to do with states
+        return *types, wide, format.stochastic and format.source in LOW_DTYPES, tile, *kind
+    return *kind, *types, _STORAGE[format.state], wide, format.stochastic, tile
 
 
 def _kind(bucket: "Bucket") -> tuple[bool, bool]:

@@ -1,7 +1,9 @@
 """The kernels in Triton, one for each operation of `reference.py`; `triton.py` launches them.
 
-bfloat16 is taken as its 16 bits (STORAGE uint16) and rounded by integer arithmetic, because Triton's interpreter
-truncates where a GPU rounds.
+What tensors are stored as: STORAGE the weights, GRAD the gradients, SOURCE what the formulas take the weights from (the
+masters, where it is not STORAGE), STATE the states. DRAWN: what is stored in less than it is computed in is rounded
+stochastically, but for weights with masters. bfloat16 is taken as its 16 bits (uint16) and rounded by integer
+arithmetic, because Triton's interpreter truncates where a GPU rounds.
 
 No value is baked into a kernel: hyper-parameters stand in a table, and arguments are not specialised on their values or
 alignment. So a kernel is compiled once for its dtype and rule, whatever the numbers and the number of tensors.
@@ -24,6 +26,7 @@ from fastsam.ops.triton_rules import (
     RHO,
     RMSPROP,
     ROW_COLUMNS,
+    SEED,
     SGD,
     WEIGHT_DECAY,
     _apply,
@@ -40,9 +43,12 @@ UNIT = tl.constexpr(64)  # chunk starts are counted in units of 64 elements
 NORM_EPS = tl.constexpr(1e-12)  # added to the norm; the paper's code divides by the bare norm
 CLIP_EPS = tl.constexpr(1e-6)  # added to the norm that gradients are clipped by, as torch does
 COUNTED = tl.constexpr(256)  # segments whose step counts are advanced at once
+# Streams of random numbers: of the weights in `perturb_`, of the weights and the states in `update_`.
+CLIMB, STEP, STATES0 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass the tests of its authors
 
 # Columns of the segment table: `Bucket` says what they hold.
-WEIGHT, BACKUP, STATE0, STATE1, STATE2, PROGRESS, PLACE = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 6, 7))
+WEIGHT, BACKUP, STATE0, STATE1, STATE2, MASTER, PROGRESS, PLACE = (tl.constexpr(i) for i in range(8))
 SEGMENT_COLUMNS = tl.constexpr(8)
 
 NO_RULE = tl.constexpr(-1)
@@ -62,22 +68,22 @@ def _pointer(address, start, STORAGE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _direction(address, start, STORAGE: tl.constexpr, GRAD: tl.constexpr, ALIGN: tl.constexpr):
-    # Where the gradient is. Narrower than the weights (GRAD below STORAGE), it is read in as many elements at once as
-    # they are, not in as many bytes: all operands then lie in the same threads, and nothing is exchanged between these.
-    if GRAD.primitive_bitwidth < STORAGE.primitive_bitwidth:
-        return _pointer(address, start, GRAD, ALIGN // 2)
+def _operand(address, start, STORAGE: tl.constexpr, SOURCE: tl.constexpr, ALIGN: tl.constexpr):
+    # Where an operand is. Narrower than SOURCE, it is accessed in as many elements at once as SOURCE is, not in as many
+    # bytes: all operands then lie in the same threads, and nothing is exchanged between these.
+    if STORAGE.primitive_bitwidth < SOURCE.primitive_bitwidth:
+        return _pointer(address, start, STORAGE, ALIGN // 2)
     else:
-        return _pointer(address, start, GRAD, ALIGN)
+        return _pointer(address, start, STORAGE, ALIGN)
 
 
 @triton.jit
-def _low_bits(weight, grad, STORAGE: tl.constexpr, GRAD: tl.constexpr):
-    # Zero modulo ALIGN where `_pointer` and `_direction` may be told ALIGN.
-    if GRAD.primitive_bitwidth < STORAGE.primitive_bitwidth:
-        return weight | (grad * 2)
+def _low_bits(address, STORAGE: tl.constexpr, SOURCE: tl.constexpr):
+    # Zero modulo ALIGN where `_operand` may be told ALIGN.
+    if STORAGE.primitive_bitwidth < SOURCE.primitive_bitwidth:
+        return address * 2
     else:
-        return weight | grad
+        return address
 
 
 @triton.jit
@@ -132,6 +138,55 @@ def _store_once(pointer, o, x, length, ALIGN: tl.constexpr):
         tl.store(pointer + o, x, mask=o < length, cache_modifier=".cs")
 
 
+# Stochastic rounding.
+
+
+@triton.jit
+def _draws(rounding, row, place):
+    # What a segment's random numbers in this step come from: the group's seed, the parameter's index, the step.
+    return tl.load(row + SEED).to(tl.int64), (place >> 32).to(tl.int32), tl.load(rounding).to(tl.int32)
+
+
+@triton.jit
+def _noise(draws, at, STREAM: tl.constexpr, TILE: tl.constexpr):
+    # [TILE] uint32 below 2^16, for the elements from `at` (a multiple of 8) on: eight numbers from each counter.
+    # Philox4x32-7 (Salmon et al., SC 2011). It is written once an element, but elements of the same eight have the same
+    # counter, and the compiler computes it once for all of these that a thread holds. That they are the same it sees
+    # only in an index that has no other use, hence a range of its own.
+    seed, index, step = draws
+    lane = tl.arange(0, TILE)
+    block = (at >> 3).to(tl.int32) - TILE // 8 + (tl.arange(TILE, 2 * TILE) >> 3)
+    a, b, c, d = tl.philox(seed, block, index, step, STREAM, PHILOX_ROUNDS)
+    word = tl.where(lane & 4 == 0, tl.where(lane & 2 == 0, a, b), tl.where(lane & 2 == 0, c, d))
+    return tl.where(lane & 1 == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def _round_stochastically(x, noise, STORAGE: tl.constexpr):
+    # A value that the type holds stays, and so do infinities and NaN.
+    bits = x.to(tl.uint32, bitcast=True)
+    if STORAGE == tl.uint16:  # what is cut off carries into what stays
+        return tl.where(x != x, 0x7FC0, (bits + noise) >> 16).to(tl.uint16)
+    else:
+        noise = noise >> 3  # float16 has 13 bits less than float32
+        magnitude = bits & 0x7FFFFFFF
+        clamped = tl.minimum(magnitude, 0x47800000)  # 2^16 and beyond are infinity
+        normal = ((clamped + noise) >> 13) - (112 << 10)
+        subnormal = tl.minimum(tl.abs(x) * 16777216.0 + noise.to(tl.float32) * 0.0001220703125, 2048.0).to(tl.uint32)
+        finite = tl.where(magnitude < 0x38800000, subnormal, normal)  # 2^-14, the smallest normal number
+        rounded = ((bits >> 16) & 0x8000) | tl.where(x != x, 0x7E00, finite)
+        return rounded.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _rounded(x, draws, at, STREAM: tl.constexpr, STORAGE: tl.constexpr, DRAWN: tl.constexpr):
+    # A tile's values as they are stored: to nearest, or stochastically.
+    if DRAWN and STORAGE.primitive_bitwidth == 16:
+        return _round_stochastically(x, _noise(draws, at, STREAM, x.shape[0]), STORAGE)
+    else:
+        return _narrow(x, STORAGE)
+
+
 # Tables.
 
 
@@ -139,6 +194,15 @@ def _store_once(pointer, o, x, length, ALIGN: tl.constexpr):
 def _row(rows, place):
     # That of the segment's group: the lower half of its place; the upper one is the parameter's index.
     return rows + ROW_COLUMNS * (place & 0xFFFFFFFF)
+
+
+@triton.jit
+def _kept(segment, STORAGE: tl.constexpr, SOURCE: tl.constexpr):
+    # Where the weights are while they are perturbed: the master, or else the backup.
+    if SOURCE != STORAGE:
+        return tl.load(segment + MASTER)
+    else:
+        return tl.load(segment + BACKUP)
 
 
 @triton.jit
@@ -220,11 +284,11 @@ def _raise(x, exponent):
 
 @triton.jit
 def _chunk_power_sum(
-    weight, grad, start, length, row, q,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
+    source, grad, start, length, row, q,
+    SOURCE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # The sum of |T g|^q, in no order that is promised.
-    w, g = _pointer(weight, start, STORAGE, 0), _pointer(grad, start, GRAD, 0)
+    w, g = _pointer(source, start, SOURCE, 0), _pointer(grad, start, GRAD, 0)
     metric = _metric(row, WIDE)
     total = tl.zeros([COUNTED], tl.float64)
     o = 0
@@ -239,11 +303,11 @@ def _chunk_power_sum(
 
 @triton.jit
 def _chunk_sum(
-    weight, grad, start, length, row, plain,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr, ALIGN: tl.constexpr,
+    source, grad, start, length, row, plain,
+    SOURCE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     # The canonical sum of squares of a chunk; `plain` not 0: of the gradients as they are.
-    w, g = _pointer(weight, start, STORAGE, ALIGN), _pointer(grad, start, GRAD, ALIGN)
+    w, g = _pointer(source, start, SOURCE, ALIGN), _pointer(grad, start, GRAD, ALIGN)
     lanes = tl.arange(0, LANES)
     acc = tl.zeros([LANES], WIDE)
     if (_flag(row, ADAPTIVE) | (IN_LOSS & _flag(row, DECAYS))) & (plain == 0):
@@ -282,7 +346,8 @@ def _ordered_sum(sums, n_sums):
 @triton.jit(do_not_specialize=list(range(14)))
 def _grad_norm_kernel(
     segments, chunks, grads, rows, partials, ticket, out, numbers, clip, grad_scale, slot, n_sums, clips, n_chunks,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr, POWER: tl.constexpr,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr,
+    POWER: tl.constexpr,
 ):  # fmt: skip
     """Write `sum(abs(T g)^q)` into `out[slot]`; T = 1 (SAM) or abs(w) + eta (ASAM), q = 2. One program a chunk.
 
@@ -294,14 +359,14 @@ def _grad_norm_kernel(
     grad = tl.load(grads + segment)
     total = tl.full([], 0.0, tl.float64)
     if (grad != 0) & (length > 0):
-        weight = tl.load(segments + SEGMENT_COLUMNS * segment + WEIGHT)
+        source = tl.load(segments + SEGMENT_COLUMNS * segment + (MASTER if SOURCE != STORAGE else WEIGHT))
         row = _row(rows, tl.load(segments + SEGMENT_COLUMNS * segment + PLACE))
         if POWER:
-            total = _chunk_power_sum(weight, grad, start, length, row, tl.load(numbers), STORAGE, GRAD, WIDE)
-        elif ((weight | grad) % 16 == 0) & (length == CHUNK):
-            total = _chunk_sum(weight, grad, start, length, row, clips, STORAGE, GRAD, WIDE, IN_LOSS, 16).to(tl.float64)
+            total = _chunk_power_sum(source, grad, start, length, row, tl.load(numbers), SOURCE, GRAD, WIDE)
+        elif ((source | grad) % 16 == 0) & (length == CHUNK):
+            total = _chunk_sum(source, grad, start, length, row, clips, SOURCE, GRAD, WIDE, IN_LOSS, 16).to(tl.float64)
         else:
-            total = _chunk_sum(weight, grad, start, length, row, clips, STORAGE, GRAD, WIDE, IN_LOSS, 0).to(tl.float64)
+            total = _chunk_sum(source, grad, start, length, row, clips, SOURCE, GRAD, WIDE, IN_LOSS, 0).to(tl.float64)
     tl.store(partials + chunk, total, mask=chunk < n_chunks)
     if _arrive(ticket):
         lanes = tl.arange(0, SLOTS)
@@ -317,25 +382,31 @@ def _grad_norm_kernel(
             tl.store(clip, _clip_factor(tl.load(numbers + 1), _ordered_sum(out, n_sums), scale))
 
 
-# Copies: the backup without a perturbation, the restore without an update. All bits stay.
+# Copies: the backup without a perturbation, the restore without an update. All bits stay, but for a master's.
 
 
 @triton.jit
-def _copy_tiles(to, source, start, tile, end, length, STORAGE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr):
-    to, source = _pointer(to, start, STORAGE, ALIGN), _pointer(source, start, STORAGE, ALIGN)
+def _copy_tiles(
+    to, source, start, tile, end, length,
+    STORAGE: tl.constexpr, SOURCE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    to, source = _operand(to, start, STORAGE, SOURCE, ALIGN), _pointer(source, start, SOURCE, ALIGN)
     while tile < end:
         o = tile * TILE + tl.arange(0, TILE)
-        _store(to, o, _load_once(source, o, length, ALIGN), length, ALIGN)
+        x = _load_once(source, o, length, ALIGN)
+        if SOURCE != STORAGE:
+            x = _narrow(x, STORAGE)
+        _store(to, o, x, length, ALIGN)
         tile += 1
 
 
 @triton.jit
-def _copy(to, source, span, STORAGE: tl.constexpr, TILE: tl.constexpr):
+def _copy(to, source, span, STORAGE: tl.constexpr, SOURCE: tl.constexpr, TILE: tl.constexpr):
     start, tile, full, end, length = span
-    if (to | source) % 16 == 0:
-        _copy_tiles(to, source, start, tile, full, length, STORAGE, TILE, 16)
+    if (_low_bits(to, STORAGE, SOURCE) | source) % 16 == 0:
+        _copy_tiles(to, source, start, tile, full, length, STORAGE, SOURCE, TILE, 16)
         tile = full
-    _copy_tiles(to, source, start, tile, end, length, STORAGE, TILE, 0)
+    _copy_tiles(to, source, start, tile, end, length, STORAGE, SOURCE, TILE, 0)
 
 
 # Perturbation.
@@ -372,18 +443,24 @@ def _power_climb(w, g, climb, metric, q):
 
 @triton.jit
 def _power_perturb(
-    weight, backup, grad, span, climb, row, q,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    weight, kept, grad, span, climb, row, draws, q,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, DRAWN: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     start, tile, full, end, length = span
     w, g = _pointer(weight, start, STORAGE, 0), _pointer(grad, start, GRAD, 0)
-    kept, metric = _pointer(backup, start, STORAGE, 0), _metric(row, WIDE)
+    kept, metric = _pointer(kept, start, SOURCE, 0), _metric(row, WIDE)
     while tile < end:
         o = tile * TILE + tl.arange(0, TILE)
-        old, direction = _load(w, o, length, 0), _widen(_load(g, o, length, 0)).to(WIDE)
-        _store(kept, o, old, length, 0)
+        direction = _widen(_load(g, o, length, 0)).to(WIDE)
+        if SOURCE != STORAGE:
+            old = _load(kept, o, length, 0)
+        else:
+            old = _load(w, o, length, 0)
+            _store(kept, o, old, length, 0)
         e = _power_climb(_widen(old), direction, climb, metric, q)
-        _store(w, o, _narrow(_widen(old) + e, STORAGE), length, 0)
+        x = _rounded(_widen(old) + e, draws, start + tile * TILE, CLIMB, STORAGE, DRAWN)
+        _store(w, o, x, length, 0)
         tile += 1
 
 
@@ -400,31 +477,36 @@ def _climb(w, g, climb, IN_LOSS: tl.constexpr):
 
 @triton.jit
 def _perturb_tiles(
-    weight, backup, grad, start, tile, end, length, climb,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr, IN_LOSS: tl.constexpr, ALIGN: tl.constexpr,
+    weight, kept, grad, start, tile, end, length, climb, draws,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, SOURCE: tl.constexpr, DRAWN: tl.constexpr, TILE: tl.constexpr,
+    IN_LOSS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    w, g = _pointer(weight, start, STORAGE, ALIGN), _direction(grad, start, STORAGE, GRAD, ALIGN)
-    kept = _pointer(backup, start, STORAGE, 16)
+    w, g = _operand(weight, start, STORAGE, SOURCE, ALIGN), _operand(grad, start, GRAD, SOURCE, ALIGN)
+    kept = _pointer(kept, start, SOURCE, 16)
     while tile < end:
         o = tile * TILE + tl.arange(0, TILE)
-        old, direction = _load_once(w, o, length, ALIGN), _load_once(g, o, length, ALIGN)
-        _store_once(kept, o, old, length, ALIGN)
+        if SOURCE != STORAGE:
+            old, direction = _load_once(kept, o, length, ALIGN), _load_once(g, o, length, ALIGN)
+        else:
+            old, direction = _load_once(w, o, length, ALIGN), _load_once(g, o, length, ALIGN)
+            _store_once(kept, o, old, length, ALIGN)
         e = _climb(_widen(old), _widen(direction), climb, IN_LOSS)
-        _store(w, o, _narrow(_widen(old) + e, STORAGE), length, ALIGN)
+        x = _rounded(_widen(old) + e, draws, start + tile * TILE, CLIMB, STORAGE, DRAWN)
+        _store(w, o, x, length, ALIGN)
         tile += 1
 
 
-@triton.jit(do_not_specialize=list(range(10)))
+@triton.jit(do_not_specialize=list(range(11)))
 def _perturb_kernel(
-    segments, chunks, grads, rows, sums, numbers, overflows, n_sums, n_chunks, split,
-    STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, IN_LOSS: tl.constexpr,
-    POWER: tl.constexpr,
+    segments, chunks, grads, rows, sums, numbers, overflows, rounding, n_sums, n_chunks, split,
+    STORAGE: tl.constexpr, GRAD: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, DRAWN: tl.constexpr,
+    TILE: tl.constexpr, IN_LOSS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Back the weights up and climb: w <- w + e(w), e = rho T^2 g / (norm + NORM_EPS). `split` programs a chunk.
 
     Foret et al., arXiv 2010.01412, eq. 2; with T = abs(w) + eta Kwon et al., arXiv 2102.11600.
 
-    Reads 2n elements, writes 2n elements.
+    Reads 2n elements, writes 2n elements, n where a master is the backup.
     """
     part = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the gradients read last are still in the cache
     index, span = _part(chunks, part, split, n_chunks, TILE)
@@ -434,34 +516,44 @@ def _perturb_kernel(
         total = _ordered_sum(sums, n_sums)
         tl.store(overflows, tl.load(overflows) + 1, mask=total - total != 0)
     if (grad != 0) & (tile < end):
-        weight = tl.load(segments + SEGMENT_COLUMNS * index + WEIGHT)
-        backup = tl.load(segments + SEGMENT_COLUMNS * index + BACKUP)
-        row = _row(rows, tl.load(segments + SEGMENT_COLUMNS * index + PLACE))
+        segment = segments + SEGMENT_COLUMNS * index
+        weight, kept, place = tl.load(segment + WEIGHT), _kept(segment, STORAGE, SOURCE), tl.load(segment + PLACE)
+        row = _row(rows, place)
+        draws = _draws(rounding, row, place)
         if POWER:
             q = tl.load(numbers)
             power_climb = _power_scale(row, sums, n_sums, q)
             if power_climb[0] == 0:
-                _copy(backup, weight, span, STORAGE, TILE)
+                if SOURCE == STORAGE:  # else the weight is its master, rounded, already
+                    _copy(kept, weight, span, STORAGE, STORAGE, TILE)
             else:
-                _power_perturb(weight, backup, grad, span, power_climb, row, q, STORAGE, GRAD, WIDE, TILE)
+                _power_perturb(
+                    weight, kept, grad, span, power_climb, row, draws, q, STORAGE, GRAD, SOURCE, WIDE, DRAWN, TILE
+                )
         else:
             scale = _perturbation_scale(row, sums, n_sums, WIDE)
             if scale == 0:  # a branch, never a product: 0 * inf is NaN
-                _copy(backup, weight, span, STORAGE, TILE)
+                if SOURCE == STORAGE:
+                    _copy(kept, weight, span, STORAGE, STORAGE, TILE)
             else:
                 climb = scale, _metric(row, WIDE)
-                bits = _low_bits(weight, grad, STORAGE, GRAD)
+                bits = _low_bits(weight, STORAGE, SOURCE) | _low_bits(grad, GRAD, SOURCE)
                 if bits % 16 == 0:
                     _perturb_tiles(
-                        weight, backup, grad, start, tile, full, length, climb, STORAGE, GRAD, TILE, IN_LOSS, 16
-                    )
+                        weight, kept, grad, start, tile, full, length, climb, draws,
+                        STORAGE, GRAD, SOURCE, DRAWN, TILE, IN_LOSS, 16,
+                    )  # fmt: skip
                     tile = full
                 elif bits % 8 == 0:
                     _perturb_tiles(
-                        weight, backup, grad, start, tile, full, length, climb, STORAGE, GRAD, TILE, IN_LOSS, 8
-                    )
+                        weight, kept, grad, start, tile, full, length, climb, draws,
+                        STORAGE, GRAD, SOURCE, DRAWN, TILE, IN_LOSS, 8,
+                    )  # fmt: skip
                     tile = full
-                _perturb_tiles(weight, backup, grad, start, tile, end, length, climb, STORAGE, GRAD, TILE, IN_LOSS, 0)
+                _perturb_tiles(
+                    weight, kept, grad, start, tile, end, length, climb, draws,
+                    STORAGE, GRAD, SOURCE, DRAWN, TILE, IN_LOSS, 0,
+                )  # fmt: skip
 
 
 # Update.
@@ -477,18 +569,18 @@ def _gradient(g, factors):
 
 @triton.jit
 def _update_tiles(
-    segment, source, grad, start, tile, end, length, factors, scalars,
-    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    segment, source, grad, start, tile, end, length, factors, scalars, draws,
+    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, SOURCE: tl.constexpr,
+    STATE: tl.constexpr, DRAWN: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    to, source = _pointer(tl.load(segment + WEIGHT), start, STORAGE, ALIGN), _pointer(source, start, STORAGE, ALIGN)
-    grad = _direction(grad, start, STORAGE, GRAD, ALIGN)
+    to = _operand(tl.load(segment + WEIGHT), start, STORAGE, SOURCE, ALIGN)
+    source, grad = _pointer(source, start, SOURCE, ALIGN), _operand(grad, start, GRAD, SOURCE, ALIGN)
     if STATES & 1:
-        state0 = _pointer(tl.load(segment + STATE0), start, STORAGE, 16)
+        state0 = _operand(tl.load(segment + STATE0), start, STATE, SOURCE, 16)
     if STATES & 2:
-        state1 = _pointer(tl.load(segment + STATE1), start, STORAGE, 16)
+        state1 = _operand(tl.load(segment + STATE1), start, STATE, SOURCE, 16)
     if STATES & 4:
-        state2 = _pointer(tl.load(segment + STATE2), start, STORAGE, 16)
+        state2 = _operand(tl.load(segment + STATE2), start, STATE, SOURCE, 16)
     while tile < end:
         o = tile * TILE + tl.arange(0, TILE)
         w = _widen(_load_once(source, o, length, ALIGN))
@@ -501,36 +593,45 @@ def _update_tiles(
         if STATES & 4:
             s2 = _widen(_load(state2, o, length, ALIGN))
         w, s0, s1, s2 = _apply(w, g, s0, s1, s2, scalars, RULE, STATES)
-        _store(to, o, _narrow(w, STORAGE), length, ALIGN)
+        at = start + tile * TILE
+        if SOURCE != STORAGE:
+            _store(source, o, w, length, ALIGN)
+            _store(to, o, _narrow(w, STORAGE), length, ALIGN)
+        else:
+            _store(to, o, _rounded(w, draws, at, STEP, STORAGE, DRAWN), length, ALIGN)
         if STATES & 1:
-            _store(state0, o, _narrow(s0, STORAGE), length, ALIGN)
+            _store(state0, o, _rounded(s0, draws, at, STATES0, STATE, DRAWN), length, ALIGN)
         if STATES & 2:
-            _store(state1, o, _narrow(s1, STORAGE), length, ALIGN)
+            _store(state1, o, _rounded(s1, draws, at, STATES0 + 1, STATE, DRAWN), length, ALIGN)
         if STATES & 4:
-            _store(state2, o, _narrow(s2, STORAGE), length, ALIGN)
+            _store(state2, o, _rounded(s2, draws, at, STATES0 + 2, STATE, DRAWN), length, ALIGN)
         tile += 1
 
 
 @triton.jit
 def _update_part(
-    segment, source, grad, span, factors, scalars,
-    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr,
+    segment, source, grad, span, factors, scalars, draws,
+    RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, SOURCE: tl.constexpr,
+    STATE: tl.constexpr, DRAWN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     start, tile, full, end, length = span
-    bits = _low_bits(tl.load(segment + WEIGHT) | source, grad, STORAGE, GRAD)
+    bits = source | _low_bits(tl.load(segment + WEIGHT), STORAGE, SOURCE) | _low_bits(grad, GRAD, SOURCE)
     if bits % 16 == 0:
         _update_tiles(
-            segment, source, grad, start, tile, full, length, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE, 16
-        )
+            segment, source, grad, start, tile, full, length, factors, scalars, draws,
+            RULE, STATES, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE, 16,
+        )  # fmt: skip
         tile = full
     elif bits % 8 == 0:
         _update_tiles(
-            segment, source, grad, start, tile, full, length, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE, 8
-        )
+            segment, source, grad, start, tile, full, length, factors, scalars, draws,
+            RULE, STATES, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE, 8,
+        )  # fmt: skip
         tile = full
     _update_tiles(
-        segment, source, grad, start, tile, end, length, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE, 0
-    )
+        segment, source, grad, start, tile, end, length, factors, scalars, draws,
+        RULE, STATES, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE, 0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -568,11 +669,11 @@ def _count(segments, grads, rows, n_segments, RULE: tl.constexpr):
         i += COUNTED
 
 
-@triton.jit(do_not_specialize=list(range(13)))
+@triton.jit(do_not_specialize=list(range(14)))
 def _update_kernel(
-    segments, chunks, grads, rows, perturbed, ticket, grad_scale, found_inf, clip, overflows, n_segments, n_chunks,
-    split, RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
-    TILE: tl.constexpr,
+    segments, chunks, grads, rows, perturbed, ticket, grad_scale, found_inf, clip, overflows, rounding, n_segments,
+    n_chunks, split, RULE: tl.constexpr, STATES: tl.constexpr, STORAGE: tl.constexpr, GRAD: tl.constexpr,
+    SOURCE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, DRAWN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Return to the old weights and take the base optimizer's step from there. `split` programs a chunk.
 
@@ -584,7 +685,8 @@ def _update_kernel(
     | no        | yes      | 0         | rule(w)                | updated, + 1      |
     | no        | yes      | 1         | untouched              | untouched         |
 
-    Reads 2n elements and the states, writes n elements and the states; STATES is the set that the groups here have.
+    Reads 2n elements and the states, writes n elements (masters, too) and the states; STATES is the set that the groups
+    here have. A master is the backup. The last program takes the random numbers one step further.
     """
     LEAST: tl.constexpr = 0 if RULE == SGD else 3 if RULE == ADAM else 1 if RULE == RMSPROP else STATES  # of any group
     SEVERAL: tl.constexpr = RULE == RMSPROP and STATES == 7  # sets between
@@ -593,38 +695,63 @@ def _update_kernel(
     segment = segments + SEGMENT_COLUMNS * index
     grad = tl.load(grads + index)
     restores = tl.load(perturbed + index) != 0
-    backup = tl.load(segment + BACKUP)
+    kept = _kept(segment, STORAGE, SOURCE)
     if RULE == NO_RULE:
         if restores:
-            _copy(tl.load(segment + WEIGHT), backup, span, STORAGE, TILE)
+            _copy(tl.load(segment + WEIGHT), kept, span, STORAGE, SOURCE, TILE)
     else:
-        # All programs read their segment's count before they arrive: the last one may advance the counts.
-        place = tl.load(segment + PROGRESS).to(tl.pointer_type(tl.float32))
-        progress = tl.load(place), tl.load(place + 1)
+        # All programs read their segment's count, and the step of the random numbers, before they arrive: the last one
+        # may advance both.
+        counts = tl.load(segment + PROGRESS).to(tl.pointer_type(tl.float32))
+        progress = tl.load(counts), tl.load(counts + 1)
+        place = tl.load(segment + PLACE)
+        row = _row(rows, place)
+        draws = _draws(rounding, row, place)
         overflow = tl.load(found_inf) != 0
         if _arrive(ticket):
             if overflow == 0:
                 _count(segments, grads, rows, n_segments, RULE)
             else:
                 tl.store(overflows + 1, tl.load(overflows + 1) + 1)
+            if DRAWN:
+                tl.store(rounding, tl.load(rounding) + 1)
         if (grad != 0) & (overflow == 0):
-            row = _row(rows, tl.load(segment + PLACE))
-            source = tl.where(restores, backup, tl.load(segment + WEIGHT))
+            source = kept
+            if SOURCE == STORAGE:
+                source = tl.where(restores, kept, tl.load(segment + WEIGHT))
             inverse = (1.0 / tl.load(grad_scale).to(tl.float64)).to(WIDE)
             factors = tl.where(_flag(row, MAXIMIZE), -inverse, inverse), tl.load(clip).to(WIDE)
             scalars, states = _scalars(row, progress, RULE, WIDE), _states(row, RULE)
             if STATES == LEAST:
-                _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, GRAD, TILE)
+                _update_part(
+                    segment, source, grad, span, factors, scalars, draws,
+                    RULE, LEAST, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE,
+                )  # fmt: skip
             elif states == LEAST:
-                _update_part(segment, source, grad, span, factors, scalars, RULE, LEAST, STORAGE, GRAD, TILE)
+                _update_part(
+                    segment, source, grad, span, factors, scalars, draws,
+                    RULE, LEAST, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE,
+                )  # fmt: skip
             elif SEVERAL:
                 if states == 3:
-                    _update_part(segment, source, grad, span, factors, scalars, RULE, 3, STORAGE, GRAD, TILE)
+                    _update_part(
+                        segment, source, grad, span, factors, scalars, draws,
+                        RULE, 3, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE,
+                    )  # fmt: skip
                 elif states == 5:
-                    _update_part(segment, source, grad, span, factors, scalars, RULE, 5, STORAGE, GRAD, TILE)
+                    _update_part(
+                        segment, source, grad, span, factors, scalars, draws,
+                        RULE, 5, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE,
+                    )  # fmt: skip
                 else:
-                    _update_part(segment, source, grad, span, factors, scalars, RULE, 7, STORAGE, GRAD, TILE)
+                    _update_part(
+                        segment, source, grad, span, factors, scalars, draws,
+                        RULE, 7, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE,
+                    )  # fmt: skip
             else:
-                _update_part(segment, source, grad, span, factors, scalars, RULE, STATES, STORAGE, GRAD, TILE)
+                _update_part(
+                    segment, source, grad, span, factors, scalars, draws,
+                    RULE, STATES, STORAGE, GRAD, SOURCE, STATE, DRAWN, TILE,
+                )  # fmt: skip
         elif restores:
-            _copy(tl.load(segment + WEIGHT), backup, span, STORAGE, TILE)
+            _copy(tl.load(segment + WEIGHT), kept, span, STORAGE, SOURCE, TILE)

@@ -14,7 +14,7 @@ from fastsam import rules
 
 # Columns of a group's row: `rules.Row` says what they hold.
 LR, WEIGHT_DECAY, BETA1, BETA2, EPS, RHO, ETA, FLAGS = (tl.constexpr(i) for i in range(8))
-EXTRA, LR_ADDRESS = (tl.constexpr(rules.Row._fields.index(name)) for name in ("extra", "lr_address"))
+EXTRA, LR_ADDRESS, SEED = (tl.constexpr(rules.Row._fields.index(name)) for name in ("extra", "lr_address", "seed"))
 ROW_COLUMNS = tl.constexpr(len(rules.Row._fields))
 
 ADAPTIVE = tl.constexpr(rules.ADAPTIVE)
