@@ -80,7 +80,7 @@ VARIANTS = {
 
 def constants_of(kernels, name, dtype, grad_dtype, kind):
     bucket = rounding.bucket_of([torch.zeros(1, dtype=dtype)], "sgd")
-    bucket.grad_dtype = grad_dtype
+    bucket.format = rounding.mixed(dtype, grad_dtype)
     kind = kind if name in ("grad_norm", "perturb_") else VARIANTS[name][1]
     return kernels._constants(bucket, getattr(kernels, VARIANTS[name][0]), kind)
 

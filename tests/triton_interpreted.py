@@ -6,9 +6,11 @@ ask of a table of addresses is asked of these kernels by the same functions, imp
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import cases
+import numpy as np
 import pytest
 import rounding
 import test_layouts
@@ -16,7 +18,7 @@ import test_native
 import torch
 from cases import ADAM_CONFIGS, CONFIGS, Config
 from oracle import assert_same, assert_same_state, bits
-from rounding import OPTIONS, SIZES, copied, fma, fresh_bucket, guarded, point, shifted
+from rounding import MASTERS, OPTIONS, PLAIN, SIZES, STOCHASTIC, copied, fma, fresh_bucket, guarded, point, shifted
 from test_clipping import (  # noqa: F401
     test_a_norm_that_is_not_finite_shows,
     test_clipping_may_be_switched_on_and_off,
@@ -38,15 +40,22 @@ from torch.nn import Parameter
 
 from fastsam import ops
 from fastsam.ops import reference
+from fastsam.ops.formats import Format
 from fastsam.rules import LR_FLOAT64, Row
 
 kernels = ops.operations("triton")
+triton_kernels = importlib.import_module("fastsam.ops.triton_kernels")
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = rounding.DTYPES
 pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
 
 
 def test_these_tests_interpret_the_kernels():
     assert cases.interpreted() and kernels.INTERPRETED and ops.backends()["triton"] is None
+
+
+def name_of(value):
+    """The name of a test's parameter."""
+    return rounding.label(value) if isinstance(value, Format) else str(value)
 
 
 def one_rounding() -> bool:
@@ -70,7 +79,7 @@ def two_roundings(a, b, c):
 @pytest.fixture
 def hints(monkeypatch):
     """The interpreter reads at any address; on a GPU an alignment that does not hold is an error."""
-    plain, given = kernels._pointer, set()
+    plain, given = triton_kernels._pointer, set()
 
     def pointer(address, start, STORAGE, ALIGN):
         align, at = int(getattr(ALIGN, "value", ALIGN)), address.handle.data.item()
@@ -78,7 +87,7 @@ def hints(monkeypatch):
         assert align == 0 or at % align == 0, f"{at:#x} is not a multiple of {align}"
         return plain(address, start, STORAGE, ALIGN)
 
-    monkeypatch.setattr(kernels, "_pointer", pointer)
+    monkeypatch.setattr(triton_kernels, "_pointer", pointer)
     return given
 
 
@@ -105,7 +114,7 @@ def isa(monkeypatch):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_three_sam_steps_follow_the_plan(option):
-    check_steps(fresh_bucket(option, FLOAT32), option, FLOAT32)
+    check_steps(fresh_bucket(option, FLOAT32), option)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +123,74 @@ def test_three_sam_steps_follow_the_plan(option):
     ids=str,
 )
 def test_three_sam_steps_in_other_precisions(dtype, option):
-    check_steps(fresh_bucket(option, dtype), option, dtype)
+    check_steps(fresh_bucket(option, dtype), option)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer elements: random numbers take the interpreter as long as all else. A gradient is missing in either pass."""
+    monkeypatch.setattr(rounding, "SIZES", [65, 63, 3, 8193, 2055, 1031, 0])
+    rounding.expected.cache_clear()
+    yield
+    rounding.expected.cache_clear()
+
+
+# Each format with another rule; of one the third state is drawn, too.
+IN_FORMATS = [
+    *zip(MASTERS, ("adamw-amsgrad-maximize", "sgd-nesterov-maximize", "rmsprop", "adagrad"), strict=True),
+    *zip(
+        STOCHASTIC,
+        ("adamw", "sgd-dampening", "rmsprop-centered-momentum-far-lerp", "nadam", "lion-decay-maximize-far-lerp"),
+        strict=True,
+    ),
+    (STOCHASTIC[1], "radam-rectified"),
+]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("format, option", IN_FORMATS, ids=name_of)
+def test_three_sam_steps_in_other_formats(format, option):
+    check_steps(fresh_bucket(option, format), option)
 
 
 @pytest.mark.usefixtures("hints")
 @pytest.mark.parametrize(
-    "dtype, at_p, at_g", [(FLOAT32, 16, 8), (FLOAT32, 12, 12), (BFLOAT16, 8, 24), (BFLOAT16, 2, 6)], ids=str
+    "format, at_p, at_g",
+    [
+        (PLAIN[0], 16, 8),
+        (PLAIN[0], 12, 12),
+        (PLAIN[2], 8, 24),
+        (PLAIN[2], 2, 6),
+    ],
+    ids=name_of,
 )
-def test_any_alignment(dtype, at_p, at_g):
-    bucket = fresh_bucket("sgd-dampening", dtype, lambda n, dtype: shifted(n, dtype, at_p))
-    check_steps(bucket, "sgd-dampening", dtype, lambda g: copied(shifted(len(g), dtype, at_g), g))
+def test_any_alignment(format, at_p, at_g):
+    check_alignment(format, at_p, at_g)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    "format, at_p, at_g, align",
+    [
+        (MASTERS[0], 8, 24, 16),
+        (MASTERS[0], 4, 8, 8),
+        (MASTERS[1], 8, 8, 8),
+        (MASTERS[3], 2, 4, 0),
+        (STOCHASTIC[0], 8, 16, 8),
+        (STOCHASTIC[2], 12, 12, 0),
+    ],
+    ids=name_of,
+)
+def test_any_alignment_in_other_formats(hints, format, at_p, at_g, align):
+    """`align` is what the full tiles' weights are said to be multiples of, were they as wide as their source."""
+    check_alignment(format, at_p, at_g)
+    said = align * format.weight.itemsize // format.source.itemsize
+    assert (str(kernels._STORAGE[format.weight]), said) in hints
+
+
+def check_alignment(format, at_p, at_g):
+    bucket = fresh_bucket("sgd-dampening", format, lambda n, dtype: shifted(n, dtype, at_p))
+    check_steps(bucket, "sgd-dampening", lambda g: copied(shifted(len(g), g.dtype, at_g), g))
 
 
 FEW = [0, 65, 8193]
@@ -150,7 +217,7 @@ MIXED = [
 def test_gradients_of_another_dtype_at_any_alignment(hints, dtype, grad_dtype, at_p, at_g, align):
     """The bits that gradients of the weights' dtype give, for values that both dtypes have."""
     mixed, plain = few_bucket("adamw", dtype, lambda n, dtype: shifted(n, dtype, at_p)), few_bucket("adamw", dtype)
-    mixed.grad_dtype = grad_dtype
+    mixed.format = rounding.mixed(dtype, grad_dtype)
     half = min(dtype, grad_dtype, key=lambda dtype: dtype.itemsize)
     exact = [[rounding.values(n, half, seed + n) for n in FEW] for seed in (1, 2)]
     given = [[copied(shifted(len(g), grad_dtype, at_g), g) for g in grads] for grads in exact]
@@ -164,7 +231,7 @@ def test_gradients_of_another_dtype_at_any_alignment(hints, dtype, grad_dtype, a
 @pytest.mark.parametrize("dtype, grad_dtype", [(FLOAT32, BFLOAT16), (FLOAT16, FLOAT32)], ids=str)
 def test_no_access_beyond_a_gradient_of_another_dtype(dtype, grad_dtype):
     bucket = few_bucket("sgd", dtype)
-    bucket.grad_dtype = grad_dtype
+    bucket.format = rounding.mixed(dtype, grad_dtype)
     for at_end in (True, False):
         grads = [
             copied(guarded(n, grad_dtype, at_end) if n else shifted(n, grad_dtype), rounding.values(n, FLOAT32, n))
@@ -206,7 +273,87 @@ def test_no_access_beyond_any_tensor(at_end):
     bucket.backups = [torch.full_like(make(len(p), FLOAT32), float("nan")) for p in bucket.params]
     bucket.states = [[copied(make(len(s), FLOAT32), s) for s in state] for state in bucket.states]
     point(bucket)
-    check_steps(bucket, option, FLOAT32, lambda g: copied(make(len(g), FLOAT32), g))
+    check_steps(bucket, option, lambda g: copied(make(len(g), FLOAT32), g))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("format", [MASTERS[2], STOCHASTIC[3]], ids=name_of)
+@pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
+def test_no_access_beyond_any_tensor_of_another_dtype(format, at_end):
+    def make(n, dtype):
+        return guarded(n, dtype, at_end) if n else shifted(n, dtype)
+
+    bucket = fresh_bucket("adamw", format, make)
+    bucket.masters = [copied(make(len(m), m.dtype), m) for m in bucket.masters]
+    bucket.states = [[copied(make(len(s), s.dtype), s) for s in state] for state in bucket.states]
+    point(bucket)
+    check_steps(bucket, "adamw", lambda g: copied(make(len(g), g.dtype), g))
+
+
+# The masters' kernels; the weights' numbers in both passes; the states' with masters.
+KEPT = pytest.mark.parametrize("format", [MASTERS[0], STOCHASTIC[1], STOCHASTIC[3]], ids=name_of)
+
+
+def kept_bucket(format):
+    """Weights that are their masters, rounded, and what `contents` are then."""
+    bucket = fresh_bucket("adamw", format)
+    for i, (w, master) in enumerate(zip(bucket.params, bucket.masters, strict=True)):
+        w.copy_(master.copy_(rounding.values(len(w), format.source, i)))
+    return bucket, contents(bucket)
+
+
+def contents(bucket):
+    states = [s for state in bucket.states for s in state]
+    return [bits(t) for t in [*bucket.params, *bucket.masters, *states, bucket.progress]]
+
+
+def filled(bucket, value):
+    return [torch.full_like(p, value, dtype=bucket.format.grad) for p in bucket.params]
+
+
+@KEPT
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("found_inf", [True, False], ids=["found_inf", "no gradients"])
+def test_a_skipped_update_only_restores_in_other_formats(format, found_inf):
+    bucket, before = kept_bucket(format)
+    second = filled(bucket, math.inf) if found_inf else [None] * len(bucket.params)
+    _, perturbed = rounding.run(
+        bucket, rounding.gradients(format.grad, 7, 1), second, found_inf=torch.ones(1) if found_inf else None
+    )
+    assert [bits(p) for p in perturbed] != before[: len(perturbed)] and contents(bucket) == before
+    assert not bucket.perturbed.any() and bucket.overflows.tolist() == [0, int(found_inf)]
+    if format.stochastic:
+        assert bucket.rounding.tolist() == [rounding.FIRST_DRAW + 1]
+
+
+@KEPT
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+@pytest.mark.parametrize("q", [2.0, 1.5])
+def test_no_perturbation_in_other_formats(format, rho, q):
+    """With rho 0, and with a norm that is not finite: 0 * inf would show."""
+    bucket, before = kept_bucket(format)
+    bucket.row_table[:, Row._fields.index("rho")], bucket.q = rho, q
+    kernels.perturb_(bucket, filled(bucket, math.inf), torch.full((1,), 1.0 if rho == 0 else math.inf).double())
+    assert contents(bucket) == before and bucket.perturbed.all() and bucket.overflows.tolist() == [int(rho != 0), 0]
+    for w, backup in zip(bucket.params, bucket.backups, strict=True):
+        assert backup.isnan().all() if format.masters else bits(backup) == bits(w)
+    if format.stochastic:
+        assert bucket.rounding.tolist() == [rounding.FIRST_DRAW]
+
+
+@pytest.mark.parametrize("format", STOCHASTIC[:2], ids=name_of)
+def test_low_precision_is_rounded_stochastically_at_every_magnitude(format):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(format.weight)
+    w, g = torch.cat([every, every]), torch.cat([every.flip(0), torch.full_like(every, 0.75)])
+    bucket = rounding.bucket_of([w.clone()], "sgd", format=format)
+    bucket.row_table[:, Row._fields.index("weight_decay")] = 0.0
+    rounding.run(bucket, [None], [g])
+    noise = rounding.draw(len(w), rounding.SEED, rounding.index_of(0), rounding.FIRST_DRAW, 1)
+    with np.errstate(all="ignore"):
+        sums = rounding.fma(np.float32(-0.07), rounding.widened(g), rounding.widened(w))
+    plan = rounding.drawn(sums, format.weight, noise)
+    torch.testing.assert_close(bucket.params[0], plan, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("split", [2, 4])
@@ -214,7 +361,7 @@ def test_any_number_of_programs_a_chunk(monkeypatch, split):
     bucket = fresh_bucket("adamw", FLOAT32)
     monkeypatch.setattr(kernels, "_PROGRAMS", split * len(bucket.chunk_table) - 1)
     assert kernels._split(bucket) == split
-    check_steps(bucket, "adamw", FLOAT32)
+    check_steps(bucket, "adamw")
     assert bucket.kept.tickets.tolist() == [0, 0]
 
 
@@ -368,6 +515,32 @@ def test_whole_steps_against_the_reference(config: Config, dtype):
     compare = assert_same if FUSES and dtype != FLOAT64 else torch.testing.assert_close
     for name, a, b in zip(NAMES, ours, others, strict=True):
         compare(a, b, **(dict(what=name) if compare is assert_same else {}))
+    assert_same_state(opt, other, lambda a, b, what: compare(a, b))
+
+
+@pytest.mark.usefixtures("hints")
+@pytest.mark.parametrize("name, dtype, options", [
+    ("groups", BFLOAT16, dict(master_weights=True)),
+    ("adamw_groups", BFLOAT16, dict(master_weights=True, state_dtype=BFLOAT16, rounding_seed=7)),
+    ("adamw_groups", FLOAT16, dict(stochastic_rounding=True, rounding_seed=2**40 + 7)),
+    ("rmsprop", FLOAT32, dict(state_dtype=BFLOAT16)),
+    ("plain", FLOAT16, dict(master_weights=True, p=math.inf)),
+    ("momentum", BFLOAT16, dict(stochastic_rounding=True, p=math.inf)),
+    ("momentum", BFLOAT16, dict(master_weights=True, p=3.0)),
+    ("plain", BFLOAT16, dict(stochastic_rounding=True, perturb_with_weight_decay=True, max_grad_norm=3.0)),
+], ids=str)  # fmt: skip
+def test_whole_steps_in_other_formats_against_the_reference(name, dtype, options):
+    names, config = ["matrix", "63", "1025", "transposed", "64"], next(c for c in CONFIGS if c.name == name)
+    ours, others = cases.make_params(dtype, names), cases.make_params(dtype, names)
+    opt, other = (cases.fused(p, config, b, **options) for p, b in ((ours, "triton"), (others, "reference")))
+    assert set(opt.backend.values()) == {"triton"}
+    for step in range(4):
+        opt.step(cases.closure_of(ours, step, names))
+        other.step(cases.closure_of(others, step, names))
+    exact = FUSES and options.get("p") != 3.0  # powers are not rounded alike
+    compare = assert_same if exact else torch.testing.assert_close
+    for a, b in zip(ours, others, strict=True):
+        compare(a, b)
     assert_same_state(opt, other, lambda a, b, what: compare(a, b))
 
 
