@@ -60,6 +60,20 @@ inline Format checked_format(const char* operation, int64_t format) {
   return result;
 }
 
+// What the formats that fastsam/ops/formats.py makes have in common: float64 stands alone, masters are float32, and
+// states are narrower than what they are computed from only if that is float32.
+inline void check_served(const char* operation, const Format& format) {
+  constexpr const char* kNames[kDtypes] = {"float32", "float64", "bfloat16", "float16"};
+  bool served = (format.source == format.weight || format.source == kFloat32) &&
+                (format.state == format.source || format.source == kFloat32);
+  for (const Dtype each : {format.grad, format.source, format.state}) {
+    served = served && (each == kFloat64) == (format.weight == kFloat64);
+  }
+  STD_TORCH_CHECK(served, operation, ": there is no kernel for weights of dtype ", kNames[format.weight],
+                  " computed in ", kNames[format.source], ", gradients of dtype ", kNames[format.grad],
+                  " and states of dtype ", kNames[format.state]);
+}
+
 inline Rule checked_rule(const char* operation, int64_t rule) {
   STD_TORCH_CHECK(kNoRule <= rule && rule < kRules, operation, ": rule must be a code in [-1, ",
                   static_cast<int>(kRules), "), got ", rule);

@@ -10,10 +10,11 @@ namespace fastsam {
 
 namespace {
 
-cpu::Launch tables(const char* operation, int64_t format, const Tensor& segments,
-                   const Tensor& chunks, const Tensor& grads, const Tensor& rows) {
+cpu::Launch tables(const char* operation, int64_t format, const Tensor& segments, const Tensor& chunks,
+                   const Tensor& grads, const Tensor& rows) {
   cpu::Launch launch{};
   launch.format = checked_format(operation, format);
+  check_served(operation, launch.format);
   launch.segments =
       static_cast<const Segment*>(checked(operation, "segments", segments, Place::kCpu, ScalarType::Long, -1, 8));
   launch.n_segments = segments.size(0);
@@ -26,9 +27,14 @@ cpu::Launch tables(const char* operation, int64_t format, const Tensor& segments
   return launch;
 }
 
-void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
-               Tensor partials, Tensor out, int64_t slot, double q, double max_norm, std::optional<Tensor> clip,
-               std::optional<Tensor> grad_scale) {
+// Of the random numbers; null without stochastic rounding.
+int64_t* step_of(const char* operation, const Format& format, const std::optional<Tensor>& rounding) {
+  STD_TORCH_CHECK(rounding || !format.stochastic, operation, ": stochastic rounding needs `rounding`, got None");
+  return scalar<int64_t>(operation, "rounding", rounding, Place::kCpu, ScalarType::Long);
+}
+
+void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
+               int64_t slot, double q, double max_norm, std::optional<Tensor> clip, std::optional<Tensor> grad_scale) {
   cpu::Launch launch = tables("grad_norm", format, segments, chunks, grads, rows);
   launch.partials = static_cast<double*>(
       checked("grad_norm", "partials", partials, Place::kCpu, ScalarType::Double, launch.n_chunks, 0));
@@ -45,9 +51,8 @@ void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Ten
   *factor = baseline::clip_factor(max_norm, sum, scale);
 }
 
-void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
-              Tensor perturbed, Tensor sums, double q, std::optional<Tensor> overflows,
-              std::optional<Tensor> rounding) {
+void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums,
+              double q, std::optional<Tensor> overflows, std::optional<Tensor> rounding) {
   cpu::Launch launch = tables("perturb_", format, segments, chunks, grads, rows);
   launch.perturbed = static_cast<bool*>(
       checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
@@ -55,14 +60,14 @@ void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tens
       static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
   for (int64_t i = 0; i < sums.size(0); i++) launch.sum += slots[i];
   launch.overflows = counters("perturb_", overflows, Place::kCpu);
-  launch.rounding = scalar<int64_t>("perturb_", "rounding", rounding, Place::kCpu, ScalarType::Long);
+  launch.rounding = step_of("perturb_", launch.format, rounding);
   launch.q = q;
   cpu::perturb(launch);
 }
 
-void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
-             Tensor perturbed, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-             std::optional<Tensor> clip, std::optional<Tensor> overflows, std::optional<Tensor> rounding) {
+void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip,
+             std::optional<Tensor> overflows, std::optional<Tensor> rounding) {
   cpu::Launch launch = tables("update_", format, segments, chunks, grads, rows);
   launch.rule = checked_rule("update_", rule);
   launch.perturbed = static_cast<bool*>(
@@ -71,7 +76,7 @@ void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tenso
   launch.found_inf = scalar<float>("update_", "found_inf", found_inf, Place::kCpu, ScalarType::Float);
   launch.clip = scalar<double>("update_", "clip", clip, Place::kCpu, ScalarType::Double);
   launch.overflows = counters("update_", overflows, Place::kCpu);
-  launch.rounding = scalar<int64_t>("update_", "rounding", rounding, Place::kCpu, ScalarType::Long);
+  launch.rounding = step_of("update_", launch.format, rounding);
   cpu::update(launch);
 }
 

@@ -16,6 +16,7 @@ constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divid
 constexpr double kClipEps = 1e-6;  // added to the norm that gradients are clipped by, as torch does
 
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
+constexpr int kSizes[kDtypes] = {4, 8, 2, 2};  // in bytes
 enum Rule { kNoRule = -1, kSgd, kAdam, kRmsprop, kAdagrad, kNadam, kRadam, kLion, kRules };
 enum Flag {
   kAdaptive = 1,

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "math.h"
 
@@ -136,20 +137,23 @@ FASTSAM_DEVICE W load_words(const void* from, int width = W::kWidth) {
   }
   return v;
 }
-template <Hint hint>
-FASTSAM_DEVICE void store_vector(void* to, const Vector& v, int width = kVector) {
+template <Hint hint, class W>
+FASTSAM_DEVICE void store_words(void* to, const W& v, int width = W::kWidth) {
   char* const bytes = static_cast<char*>(to);
   if (width == 16) {
-    store_word<Word16, hint>(to, Word16{v.words[0], v.words[1], v.words[2], v.words[3]});
+    FASTSAM_UNROLL
+    for (int i = 0; i + 4 <= W::kWords; i += 4) {
+      store_word<Word16, hint>(bytes + 4 * i, Word16{v.words[i], v.words[i + 1], v.words[i + 2], v.words[i + 3]});
+    }
   } else if (width == 8) {
     FASTSAM_UNROLL
-    for (int i = 0; i < 4; i += 2) store_word<Word8, hint>(bytes + 4 * i, Word8{v.words[i], v.words[i + 1]});
+    for (int i = 0; i < W::kWords; i += 2) store_word<Word8, hint>(bytes + 4 * i, Word8{v.words[i], v.words[i + 1]});
   } else if (width == 4) {
     FASTSAM_UNROLL
-    for (int i = 0; i < 4; i++) store_word<unsigned, hint>(bytes + 4 * i, v.words[i]);
+    for (int i = 0; i < W::kWords; i++) store_word<unsigned, hint>(bytes + 4 * i, v.words[i]);
   } else {
     FASTSAM_UNROLL
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < W::kWords; i++) {
       store_word<unsigned short, hint>(bytes + 4 * i, static_cast<unsigned short>(v.words[i]));
       store_word<unsigned short, hint>(bytes + 4 * i + 2, static_cast<unsigned short>(v.words[i] >> 16));
     }
@@ -171,7 +175,8 @@ FASTSAM_DEVICE void store_bits(S* to, uint64_t bits) {
 }
 
 // ---- Between storage and arithmetic. `Pack<S>`: a vector has kElements values, which are written kPiece at a time,
-// whole words. `Run<S, n>`: n values.
+// whole words. `Run<S, n>`: n values. What is narrower than the arithmetic may be rounded with random numbers, of 16
+// bits each, two in a word.
 
 template <class S>
 struct Pack;
@@ -183,7 +188,10 @@ struct Pack<float> {
   static FASTSAM_DEVICE float get(const W& v, int i) {
     return from_bits(v.words[i]);
   }
-  static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) { v.words[piece] = to_bits(*x); }
+  template <class W>
+  static FASTSAM_DEVICE void set(W& v, int piece, const float* x) {
+    v.words[piece] = to_bits(*x);
+  }
   static FASTSAM_DEVICE float widened(uint64_t bits) { return from_bits(static_cast<uint32_t>(bits)); }
   static FASTSAM_DEVICE uint64_t narrowed(float x) { return to_bits(x); }
 };
@@ -195,7 +203,8 @@ struct Pack<double> {
   static FASTSAM_DEVICE double get(const W& v, int i) {
     return from_bits(static_cast<uint64_t>(v.words[2 * i + 1]) << 32 | v.words[2 * i]);
   }
-  static FASTSAM_DEVICE void set(Vector& v, int piece, const double* x) {
+  template <class W>
+  static FASTSAM_DEVICE void set(W& v, int piece, const double* x) {
     v.words[2 * piece] = static_cast<uint32_t>(to_bits(*x));
     v.words[2 * piece + 1] = static_cast<uint32_t>(to_bits(*x) >> 32);
   }
@@ -246,11 +255,21 @@ struct PackOfHalves {
   static FASTSAM_DEVICE float get(const W& v, int i) {
     return widened_half(i % 2 ? v.words[i / 2] >> 16 : v.words[i / 2] & 0xffff, S());
   }
-  static FASTSAM_DEVICE void set(Vector& v, int piece, const float* x) {
+  template <class W>
+  static FASTSAM_DEVICE void set(W& v, int piece, const float* x) {
     v.words[piece] = rounded_pair(x[0], x[1], S());
+  }
+  template <class W>
+  static FASTSAM_DEVICE void set_drawn(W& v, int piece, const float* x, uint32_t noise) {
+    v.words[piece] = static_cast<uint32_t>(drawn(x[0], noise & 0xffff) | drawn(x[1], noise >> 16) << 16);
   }
   static FASTSAM_DEVICE float widened(uint64_t bits) { return widened_half(static_cast<uint32_t>(bits), S()); }
   static FASTSAM_DEVICE uint64_t narrowed(float x) { return rounded_pair(x, 0, S()) & 0xffff; }
+  static FASTSAM_DEVICE uint32_t drawn(float x, uint32_t noise) {
+    S result;
+    narrow(x, noise, result);
+    return static_cast<uint32_t>(result);
+  }
 };
 template <>
 struct Pack<bfloat16> : PackOfHalves<bfloat16> {};
@@ -259,6 +278,52 @@ struct Pack<float16> : PackOfHalves<float16> {};
 
 template <class S, int n>
 using Run = Words<n* static_cast<int>(sizeof(S)) / 4>;
+
+// Write the n values from element `at` of a run on.
+template <class S, bool kDrawn, int n, class W, class T>
+FASTSAM_DEVICE void put(W& run, int at, const T* x, const Random& random) {
+  constexpr int kPiece = Pack<S>::kPiece;
+  FASTSAM_UNROLL
+  for (int e = 0; e < n; e += kPiece) {
+    const int piece = (at + e) / kPiece;
+    if constexpr (kDrawn) {
+      Pack<S>::set_drawn(run, piece, x + e, random.words[piece]);
+    } else {
+      Pack<S>::set(run, piece, x + e);
+    }
+  }
+}
+
+// The number of one element, by an index that is not a constant: registers have no addresses.
+FASTSAM_DEVICE uint32_t number_of(const Random& random, int i) {
+  const uint32_t low = i & 2 ? random.words[1] : random.words[0], high = i & 2 ? random.words[3] : random.words[2];
+  return (i & 4 ? high : low) >> 16 * (i & 1) & 0xffff;
+}
+
+// A Format's types. S: what the formulas take the weights from; G: gradients; C: the model's weights, of another type
+// where S is that of their masters; Q: states. With kDraws what is narrower than the arithmetic is rounded
+// stochastically, but for weights with masters.
+template <class S, class G, class C = S, class Q = S, bool kDraws_ = false>
+struct Types {
+  using Source = S;
+  using Grad = G;
+  using Weight = C;
+  using State = Q;
+  using T = typename Compute<S>::type;
+  static constexpr bool kDraws = kDraws_;
+  static constexpr bool kMasters = !std::is_same<S, C>::value;
+  static constexpr bool kDrawsWeights = kDraws_ && !kMasters && sizeof(S) == 2;
+  static constexpr bool kUniform = !kMasters && !kDraws && std::is_same<S, Q>::value && sizeof(S) == sizeof(G);
+  // Of a vector: 16 bytes of the narrowest that the optimizer owns. Eight where numbers are drawn, as they come.
+  static constexpr int kElements = Pack<S>::kElements > Pack<Q>::kElements ? Pack<S>::kElements : Pack<Q>::kElements;
+  // Computed at once: a whole word of each that is written.
+  static constexpr int kPiece = sizeof(C) == 2 || sizeof(Q) == 2 ? 2 : 1;
+
+  // What matters to each operation, so that formats share its kernels.
+  using Norm = Types<S, G>;
+  using Climb = Types<S, G, C, S, kDrawsWeights>;
+  using Restore = Types<S, S, C>;
+};
 
 // ---- Values that one thread computes and all read. Functors have no default constructor, shared memory runs none.
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../csrc/cuda/power.h"
+#include "../csrc/cuda/update.h"
 
 #ifndef FASTSAM_TICKET_ORDER  // a weaker one is a race, for ThreadSanitizer to find
 #define FASTSAM_TICKET_ORDER __ATOMIC_ACQ_REL
@@ -75,6 +76,7 @@ struct Launch {  // what the test hands over; the same in test_cuda_core.py
   const float* found_inf;
   double* clip;
   int64_t* overflows;
+  int64_t* rounding;
   double q, max_norm;
   int64_t n_chunks, n_segments, n_groups, n_sums, slot;
   int64_t split_bits, by_value, seed, threads, rule;
@@ -99,7 +101,7 @@ void run_grid(int blocks, const Launch& launch, const Body& body) {
   for (std::thread& other : others) other.join();
 }
 
-template <class Body>
+template <class F, class Body>
 void run(const Launch& launch, const Body& body) {
   auto args = std::make_unique<Arguments<4096>>();
   static_cast<Header&>(*args) = Header{};
@@ -119,6 +121,7 @@ void run(const Launch& launch, const Body& body) {
   args->max_norm = launch.max_norm;
   args->adaptive = !(launch.max_norm > 0) && std::any_of(launch.rows, launch.rows + launch.n_groups,
                                                          [](const Row& row) { return needs_weight(row); });
+  args->masters = F::kMasters;
   args->n_sums = static_cast<int32_t>(launch.n_sums);
   args->partials = launch.partials;
   args->sums = launch.sums;
@@ -126,6 +129,7 @@ void run(const Launch& launch, const Body& body) {
   args->found_inf = launch.found_inf;
   args->clip = launch.clip;
   args->overflows = launch.overflows;
+  args->rounding = launch.rounding;
   int64_t* next = args->words;
   if (launch.by_value & 1) {
     std::memcpy(next, launch.rows, launch.n_groups * sizeof(Row));
@@ -142,61 +146,74 @@ void run(const Launch& launch, const Body& body) {
   run_grid(blocks, launch, [&](HostContext& ctx) { body(ctx, *args); });
 }
 
-template <class S, class G>
+template <class F>
 void grad_norm(const Launch& launch) {
-  run(launch, [](HostContext& ctx, const auto& args) {
-    NormShared<G> shared;
-    norm_block<S, G>(ctx, args, shared);
+  run<F>(launch, [](HostContext& ctx, const auto& args) {
+    NormShared<typename F::Grad> shared;
+    norm_block<typename F::Norm>(ctx, args, shared);
   });
 }
 
-template <class S, class G>
+template <class F>
 void power_norm(const Launch& launch) {
-  run(launch, [](HostContext& ctx, const auto& args) {
+  run<F>(launch, [](HostContext& ctx, const auto& args) {
     PowerNormShared shared;
-    power_norm_block<S, G>(ctx, args, shared);
+    power_norm_block<typename F::Norm>(ctx, args, shared);
   });
 }
 
-template <class S, class G>
+template <class F>
 void power_perturb(const Launch& launch) {
   if (launch.n_chunks == 0) return;
-  run(launch, [](HostContext& ctx, const auto& args) {
-    PowerPerturbShared<S> shared;
-    power_perturb_block<S, G>(ctx, args, shared);
+  run<F>(launch, [](HostContext& ctx, const auto& args) {
+    PowerPerturbShared<F> shared;
+    power_perturb_block<F>(ctx, args, shared);
   });
 }
 
-template <class S, class G>
+template <class F>
 void perturb(const Launch& launch) {
   if (launch.n_chunks == 0) return;
-  run(launch, [](HostContext& ctx, const auto& args) {
-    PerturbShared<S> shared;
-    perturb_block<S, G>(ctx, args, shared);
+  run<F>(launch, [](HostContext& ctx, const auto& args) {
+    PerturbShared<F> shared;
+    perturb_block<F>(ctx, args, shared);
   });
 }
 
-template <Kernel kKernel, class S, class G>
+template <Kernel kKernel, class F>
 void update(const Launch& launch) {
-  run(launch, [](HostContext& ctx, const auto& args) {
-    UpdateShared<kKernels[static_cast<int>(kKernel)].rule, S> shared;
-    update_block<kKernel, S, G>(ctx, args, shared);
+  run<F>(launch, [](HostContext& ctx, const auto& args) {
+    UpdateShared<kKernels[static_cast<int>(kKernel)].rule, F> shared;
+    update_block<kKernel, F>(ctx, args, shared);
   });
 }
 
-template <class S, class G>
+template <class F>
 void run_operation(int operation, const Launch& launch) {
+  using Climb = typename F::Climb;
   switch (operation) {
     case 0:
-      return launch.q == 2 ? grad_norm<S, G>(launch) : power_norm<S, G>(launch);
+      return launch.q == 2 ? grad_norm<F>(launch) : power_norm<F>(launch);
     case 1:
-      return launch.q == 2 ? perturb<S, G>(launch) : power_perturb<S, G>(launch);
+      return launch.q == 2 ? perturb<Climb>(launch) : power_perturb<Climb>(launch);
   }
+  if (launch.rule == kNoRule) return update<Kernel::restore, typename F::Restore>(launch);
   using Update = void (*)(const Launch&);
-#define FASTSAM_ROW(name, ...) update<Kernel::name, S, G>,
+#define FASTSAM_ROW(name, ...) update<Kernel::name, F>,
   static const Update kernels[] = {FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)};
 #undef FASTSAM_ROW
   kernels[kernel_for(static_cast<Rule>(launch.rule), launch.rows, launch.n_groups)](launch);
+}
+
+// The sanitizer's program needs few formats, and takes long to compile.
+template <class F>
+constexpr auto runner() -> void (*)(int, const Launch&) {
+#ifdef FASTSAM_MAIN
+  if constexpr (!std::is_same<typename F::Source, float>::value || !std::is_same<typename F::Grad, float>::value) {
+    return nullptr;
+  } else
+#endif
+    return run_operation<F>;
 }
 
 }  // namespace fastsam::FASTSAM_ISA
@@ -204,26 +221,16 @@ void run_operation(int operation, const Launch& launch) {
 using namespace fastsam;
 using namespace fastsam::FASTSAM_ISA;
 
-extern "C" void fastsam_run(int operation, int dtype, int grad_dtype, const FASTSAM_ISA::Launch* launch) {
-  constexpr auto pair = [](int weights, int grads) { return weights * kDtypes + grads; };
-  switch (pair(dtype, grad_dtype)) {
-    case pair(kFloat32, kFloat32):
-      return run_operation<float, float>(operation, *launch);
-    case pair(kFloat64, kFloat64):
-      return run_operation<double, double>(operation, *launch);
-    case pair(kBFloat16, kBFloat16):
-      return run_operation<bfloat16, bfloat16>(operation, *launch);
-    case pair(kFloat16, kFloat16):
-      return run_operation<float16, float16>(operation, *launch);
-    case pair(kFloat32, kBFloat16):
-      return run_operation<float, bfloat16>(operation, *launch);
-    case pair(kFloat32, kFloat16):
-      return run_operation<float, float16>(operation, *launch);
-    case pair(kBFloat16, kFloat32):
-      return run_operation<bfloat16, float>(operation, *launch);
-    case pair(kFloat16, kFloat32):
-      return run_operation<float16, float>(operation, *launch);
-  }
+// `format`: weight, grad, source, state, stochastic. Returns whether there are kernels for it.
+extern "C" bool fastsam_run(int operation, const int* format, const FASTSAM_ISA::Launch* launch) {
+  const auto dtype = [&](int i) { return static_cast<Dtype>(format[i]); };
+  const int place = place_of(Format{dtype(0), dtype(1), dtype(2), dtype(3), format[4] != 0});
+  if (place == kKnownFormats) return false;
+#define FASTSAM_ROW(_, ...) runner<Types<__VA_ARGS__>>()
+  static void (*const runs[])(int, const FASTSAM_ISA::Launch&) = {FASTSAM_FORMATS(FASTSAM_ROW, FASTSAM_ROW, )};
+#undef FASTSAM_ROW
+  runs[place](operation, *launch);
+  return true;
 }
 
 extern "C" int fastsam_part(int64_t block, int split_bits, int length, int* begin) {
@@ -251,11 +258,13 @@ struct Problem {
   std::vector<uint8_t> perturbed = std::vector<uint8_t>(kSegments, 1);
   std::vector<Progress> progress = std::vector<Progress>(kSegments, Progress{0, 1});
   std::vector<double> partials;
-  Row row{0.1, 0.01, 0.9, 0.99, 1e-8, 0.05, 0.0, 0.0, 0.0, 0.0};
+  Row row{0.1, 0.01, 0.9, 0.99, 1e-8, 0.05, 0.0, 0.0, 0.0, 0.0, 7.0};
   double sum = 0;
   uint32_t tickets[2] = {};
+  int64_t rounding = 0;
+  const int* const format;
 
-  Problem() {
+  explicit Problem(const int* format) : format(format) {
     const int sizes[] = {0, 1, 65, 2047, 8192, 300};
     for (int i = 0; i < kSegments; i++) {
       const int n = sizes[i % 6];
@@ -264,16 +273,26 @@ struct Problem {
         int64_t address = reinterpret_cast<int64_t>(memory.back().data());
         address += -address & 63;
         if (k == 0) segments[i].weight = address;
-        if (k == 1) segments[i].backup = address;
+        if (k == 1) segments[i].backup = segments[i].master = address;
         if (k == 2) segments[i].state[0] = address;
         if (k == 3) segments[i].state[1] = address;
         if (k == 4) grads[i] = i % 7 == 3 ? 0 : address;
       }
+      segments[i].index = i;
       segments[i].progress = reinterpret_cast<int64_t>(&progress[i]);
       for (int start = 0; start < n; start += kChunk)
         chunks.push_back({i, start / kUnit, std::min(n - start, kChunk), 0});
     }
     partials.resize(chunks.size());
+  }
+
+  // Two numbers of 16 bits may make a NaN, which equals nothing.
+  std::vector<uint32_t> bits() const {
+    std::vector<uint32_t> all;
+    for (const auto& floats : memory) {
+      for (const float x : floats) all.push_back(to_bits(x));
+    }
+    return all;
   }
 
   FASTSAM_ISA::Launch launch(unsigned seed, int threads, int split_bits) {
@@ -284,6 +303,7 @@ struct Problem {
     launch.grads = grads.data();
     launch.partials = partials.data();
     launch.sums = &sum;
+    launch.rounding = &rounding;
     launch.n_chunks = static_cast<int64_t>(chunks.size());
     launch.n_segments = kSegments;
     launch.n_groups = launch.n_sums = 1;
@@ -298,13 +318,13 @@ struct Problem {
   bool step(unsigned seed, int threads, int split_bits, int rule) {
     FASTSAM_ISA::Launch l = launch(seed, threads, 0);
     l.ticket = &tickets[0];
-    fastsam_run(0, kFloat32, kFloat32, &l);
+    fastsam_run(0, format, &l);
     l.split_bits = split_bits;
-    fastsam_run(1, kFloat32, kFloat32, &l);
+    fastsam_run(1, format, &l);
     l.ticket = &tickets[1];
     l.perturbed = perturbed.data();
     l.rule = rule;
-    fastsam_run(2, kFloat32, kFloat32, &l);
+    fastsam_run(2, format, &l);
     return tickets[0] == 0 && tickets[1] == 0;
   }
 };
@@ -312,13 +332,18 @@ struct Problem {
 }  // namespace
 
 int main() {
-  for (const int rule : {kSgd, kAdam}) {
-    Problem alone, together;
+  const int formats[][5] = {{kFloat32, kFloat32, kFloat32, kFloat32, 0},
+                            {kFloat32, kFloat32, kFloat32, kBFloat16, 1},
+                            {kBFloat16, kFloat32, kFloat32, kFloat32, 0}};
+  for (const int i : {0, 1, 2, 3, 4, 5}) {
+    const int rule = i % 2 ? kAdam : kSgd;
+    Problem alone(formats[i / 2]), together(formats[i / 2]);
     for (int round = 0; round < 6; round++) {
       alone.step(0, 1, 0, rule);
       if (!together.step(round + 1, 4, round % 3, rule)) return std::puts("a ticket is left"), 1;
       if (alone.sum != together.sum) return std::puts("sums differ"), 1;
-      if (alone.memory != together.memory) return std::puts("weights or states differ"), 1;
+      if (alone.bits() != together.bits()) return std::puts("weights or states differ"), 1;
+      if (together.rounding != (formats[i / 2][4] ? round + 1 : 0)) return std::puts("a draw is wrong"), 1;
       for (int i = 0; i < Problem::kSegments; i++) {
         if (together.progress[i].step != (together.grads[i] ? round + 1 : 0)) return std::puts("a count is wrong"), 1;
       }

@@ -10,6 +10,7 @@ from rounding import (
     OPTIONS,
     SIZES,
     STEPS,
+    STOCHASTIC,
     bucket_of,
     copied,
     expected,
@@ -17,6 +18,7 @@ from rounding import (
     fresh_bucket,
     gradients,
     guarded,
+    label,
     mixed,
     narrowed,
     point,
@@ -28,6 +30,7 @@ from rounding import (
 )
 
 from fastsam.ops import native
+from fastsam.ops.formats import Format
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=f"no native library: {native.reason()}")
 ISAS = native.reader.cpu_isas() if native.reader else []
@@ -120,12 +123,53 @@ def test_gradients_of_another_dtype(isa, dtype, grad_dtype, option):
     check_steps(bucket, option, lambda g: copied(guarded(len(g), g.dtype, True), g) if len(g) else g)
 
 
-def test_there_are_no_kernels_for_other_dtypes_of_gradients():
-    bucket = fresh_bucket("sgd", mixed(torch.float64, torch.float32))
-    with pytest.raises(
-        RuntimeError, match="grad_norm: there is no kernel for weights of dtype 1 and gradients of dtype 0"
-    ):
-        native.grad_norm(bucket, [None] * len(SIZES), torch.zeros(3, dtype=torch.float64))
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        Format(F64, F32, F64, F64),
+        Format(F32, F64, F32, F32),
+        Format(F64, F64, F32, F32),
+        Format(F32, F32, F64, F64),
+        Format(F64, F64, F64, F32),
+        Format(F32, F32, BF16, F32),
+        Format(BF16, BF16, torch.float16, BF16),
+        Format(BF16, BF16, BF16, F32),
+        Format(BF16, BF16, F32, F64),
+    ],
+    ids=label,
+)
+def test_there_are_no_kernels_for_other_formats(format):
+    bucket = fresh_bucket("sgd", format)
+    nothing, sums = [None] * len(SIZES), torch.zeros(3, dtype=torch.float64)
+    weight, grad, source, state = (str(dtype).removeprefix("torch.") for dtype in format[:4])
+    dtypes = f"{weight} computed in {source}, gradients of dtype {grad} and states of dtype {state}"
+    for name, call in [
+        ("grad_norm", lambda: native.grad_norm(bucket, nothing, sums)),
+        ("perturb_", lambda: native.perturb_(bucket, nothing, sums)),
+        ("update_", lambda: native.update_(bucket, nothing)),
+    ]:
+        with pytest.raises(RuntimeError, match=f"{name}: there is no kernel for weights of dtype {dtypes}"):
+            call()
+
+
+@pytest.mark.parametrize("code", [4, 4 << 4, 15 << 8, 7 << 12, 1 << 17, -1])
+def test_there_are_no_other_codes_of_formats(monkeypatch, code):
+    monkeypatch.setattr(native, "_code", lambda format: code)
+    with pytest.raises(RuntimeError, match=f"update_: there is no format {code}"):
+        native.update_(fresh_bucket("sgd", torch.float32), [None] * len(SIZES))
+
+
+def test_stochastic_rounding_needs_its_step():
+    bucket = fresh_bucket("sgd", STOCHASTIC[0])
+    bucket.rounding = None
+    nothing, sums = [None] * len(SIZES), torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="perturb_: stochastic rounding needs `rounding`, got None"):
+        native.perturb_(bucket, nothing, sums)
+    with pytest.raises(RuntimeError, match="update_: stochastic rounding needs `rounding`, got None"):
+        native.update_(bucket, nothing)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

@@ -9,10 +9,12 @@ namespace fastsam::FASTSAM_ISA {
 
 using cpu::Launch;
 
-template <class S>
-static S* at(int64_t address, const Chunk& chunk) {
-  return reinterpret_cast<S*>(address) + static_cast<int64_t>(chunk.start) * kUnit;
+static Elements at(int64_t address, Dtype dtype, const Chunk& chunk) {
+  return Elements{reinterpret_cast<char*>(address), dtype} + static_cast<int64_t>(chunk.start) * kUnit;
 }
+
+// How many of n elements the tile that starts there has.
+static int tile_size(int start, int n) { return n - start < kTile ? n - start : kTile; }
 
 // ---- grad_norm: reads n (adaptive: 2n) elements, writes one partial sum a chunk.
 
@@ -34,45 +36,47 @@ static T fold(T* lanes, T* pairs, int width) {
   return in[0];
 }
 
-template <class S, class G, bool kTimesWeight>
-static double chunk_sum(const S* w, const G* g, int n, const Row& row) {
-  using T = typename Compute<S>::type;
+template <class T>
+static double chunk_sum(Elements w, Elements g, int n, const Row& row, bool times_weight) {
   const Steepest<T> steepest(row);
-  alignas(64) T lanes[kLanes], pairs[kLanes / 2], w_tile[kTile], g_tile[kTile];
+  alignas(kLine) T lanes[kLanes], pairs[kLanes / 2], w_tile[kTile], g_tile[kTile];
   const int width = tree_width(n, kLanes);
   for (int i = 0; i < width; i++) lanes[i] = 0;
   for (int start = 0; start < n; start += kTile) {  // a tile lies within one row
-    const int m = n - start < kTile ? n - start : kTile;
+    const int m = tile_size(start, n);
     T* const acc = lanes + start % kLanes;
-    const auto* const gt = load(g + start, g_tile, m);
-    if (kTimesWeight) {
-      const auto* const wt = load(w + start, w_tile, m);
+    const T* const gt = load(g + start, g_tile, m);
+    if (times_weight) {
+      const T* const wt = load(w + start, w_tile, m);
       for (int i = 0; i < m; i++) {
-        const T x = steepest(widen(wt[i]), widen(gt[i]));
+        const T x = steepest(wt[i], gt[i]);
         acc[i] = fma(x, x, acc[i]);
       }
     } else {
-      for (int i = 0; i < m; i++) {
-        const T x = widen(gt[i]);
-        acc[i] = fma(x, x, acc[i]);
-      }
+      for (int i = 0; i < m; i++) acc[i] = fma(gt[i], gt[i], acc[i]);
     }
   }
   return fold(lanes, pairs, width);
 }
 
 // The sum of |T g|^q, in no order that is promised.
-template <class S, class G>
-static double chunk_power_sum(const S* w, const G* g, int n, const Row& row, double q) {
-  using T = typename Compute<S>::type;
+template <class T>
+static double chunk_power_sum(Elements w, Elements g, int n, const Row& row, double q) {
   const Steepest<T> steepest(row);
+  alignas(kLine) T w_tile[kTile], g_tile[kTile];
   double sum = 0;
-  for (int i = 0; i < n; i++) sum += power(abs(steepest(widen(w[i]), static_cast<T>(widen(g[i])))), q);
+  for (int start = 0; start < n; start += kTile) {
+    const int m = tile_size(start, n);
+    const T* const wt = load(w + start, w_tile, m);
+    const T* const gt = load(g + start, g_tile, m);
+    for (int i = 0; i < m; i++) sum += power(abs(steepest(wt[i], gt[i])), q);
+  }
   return sum;
 }
 
-template <class S, class G>
+template <class T>
 static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
+  const Format& format = launch.format;
   for (int64_t c = begin; c < end; c++) {
     const Chunk& chunk = launch.chunks[c];
     const Segment& segment = launch.segments[chunk.segment];
@@ -82,125 +86,166 @@ static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
       launch.partials[c] = 0;
       continue;
     }
-    const G* const g = at<const G>(address, chunk);
-    const S* const w = at<const S>(segment.weight, chunk);
-    launch.partials[c] = launch.q != 2                        ? chunk_power_sum(w, g, chunk.length, row, launch.q)
-                         : needs_weight(row) && !launch.plain ? chunk_sum<S, G, true>(w, g, chunk.length, row)
-                                                              : chunk_sum<S, G, false>(w, g, chunk.length, row);
+    const Elements w = at(format.masters() ? segment.master : segment.weight, format.source, chunk);
+    const Elements g = at(address, format.grad, chunk);
+    const bool times_weight = needs_weight(row) && !launch.plain;
+    launch.partials[c] = launch.q != 2 ? chunk_power_sum<T>(w, g, chunk.length, row, launch.q)
+                                       : chunk_sum<T>(w, g, chunk.length, row, times_weight);
   }
 }
 
-// ---- perturb_: reads 2n, writes 2n elements.
+// ---- perturb_: reads 2n, writes 2n elements; n where there are masters, which are the backup.
 
-template <class S, class G, class P>
-static void perturb_chunk(S* w, S* backup, const G* g, int n, const P& perturb, bool nothing, bool stream) {
-  using T = typename Compute<S>::type;
-  if (nothing) return store(backup, w, n, stream);
-  alignas(64) T w_tile[kTile], g_tile[kTile], new_w[kTile];
-  alignas(64) S rounded[kTile];
-  for (int start = 0; start < n; start += kTile) {
-    const int m = n - start < kTile ? n - start : kTile;
-    const auto* const wt = load(static_cast<const S*>(w + start), w_tile, m);
-    const auto* const gt = load(g + start, g_tile, m);
-    for (int i = 0; i < m; i++) new_w[i] = perturb(widen(wt[i]), widen(gt[i]));
-    store(backup + start, w + start, m, stream);
-    store(w + start, unload(new_w, rounded, m), m, stream);
+// What a chunk's results are rounded with: random numbers of the tile at `start`, or null for the nearest.
+class Rounding {
+ public:
+  Rounding(const Launch& launch, const Segment& segment, const Chunk& chunk)
+      : noise_(launch.rows[segment.group], segment.index, launch.rounding ? *launch.rounding : 0),
+        first_(static_cast<int64_t>(chunk.start) * kUnit),
+        weights_(launch.format.stochastic && !launch.format.masters() && is_low(launch.format.weight)),
+        states_(launch.format.stochastic && is_low(launch.format.state)) {}
+  const uint16_t* weights(int start, int stream, uint16_t* tile) const {
+    return weights_ ? draw(noise_, first_ + start, stream, tile) : nullptr;
+  }
+  const uint16_t* states(int start, int slot, uint16_t* tile) const {
+    return states_ ? draw(noise_, first_ + start, kStateStream + slot, tile) : nullptr;
+  }
+
+ private:
+  const Noise noise_;
+  const int64_t first_;
+  const bool weights_, states_;
+};
+
+template <class T, class P>
+static void perturb_chunk(const Launch& launch, const Segment& segment, const Chunk& chunk, const P& perturb,
+                          bool nothing) {
+  const Format& format = launch.format;
+  const bool masters = format.masters();
+  const Elements w = at(segment.weight, format.weight, chunk);
+  const Elements backup = at(segment.backup, format.weight, chunk);
+  const Elements source = masters ? at(segment.master, format.source, chunk) : w;
+  const Elements g = at(launch.grads[chunk.segment], format.grad, chunk);
+  if (nothing && masters) return;  // the weights are the masters, rounded
+  if (nothing) return store(backup, w.address, chunk.length, launch.stream);
+  const Rounding rounding(launch, segment, chunk);
+  alignas(kLine) T w_tile[kTile], g_tile[kTile], new_w[kTile];
+  alignas(kLine) uint16_t noise[kTile];
+  alignas(kLine) char rounded[2 * kTile];
+  for (int start = 0; start < chunk.length; start += kTile) {
+    const int m = tile_size(start, chunk.length);
+    const T* const wt = load(source + start, w_tile, m);
+    const T* const gt = load(g + start, g_tile, m);
+    for (int i = 0; i < m; i++) new_w[i] = perturb(wt[i], gt[i]);
+    if (!masters) store(backup + start, (w + start).address, m, launch.stream);
+    const uint16_t* const chances = rounding.weights(start, kClimbStream, noise);
+    store(w + start, unload(new_w, chances, {rounded, format.weight}, m), m, launch.stream);
   }
 }
 
-template <class S, class G>
+template <class T>
 static void perturb(const Launch& launch, int64_t begin, int64_t end) {
-  using T = typename Compute<S>::type;
   for (int64_t c = begin; c < end; c++) {
     const Chunk& chunk = launch.chunks[c];
     const Segment& segment = launch.segments[chunk.segment];
-    const int64_t address = launch.grads[chunk.segment];
-    if (!address) continue;
+    if (!launch.grads[chunk.segment]) continue;
     const Row& row = launch.rows[segment.group];
-    S* const w = at<S>(segment.weight, chunk);
-    S* const backup = at<S>(segment.backup, chunk);
-    const G* const g = at<const G>(address, chunk);
     if (launch.q == 2) {
       const Perturb<T> perturb(row, launch.sum);
-      perturb_chunk(w, backup, g, chunk.length, perturb, perturb.scale == 0, launch.stream);
+      perturb_chunk<T>(launch, segment, chunk, perturb, perturb.scale == 0);
     } else {
       const PowerPerturb<T> perturb(row, launch.sum, launch.q);
-      perturb_chunk(w, backup, g, chunk.length, perturb, perturb.rho == 0, launch.stream);
+      perturb_chunk<T>(launch, segment, chunk, perturb, perturb.rho == 0);
     }
   }
   store_fence(launch.stream);
 }
 
-// ---- update_: reads 2n and the states, writes n and the states.
+// ---- update_: reads 2n and the states, writes n (2n where there are masters) and the states.
 
 struct Update {  // what all rules are given of one chunk
   const Segment& segment;
   const Chunk& chunk;
   const Row& row;
-  int64_t source, grad;  // addresses
+  Elements source, g;
 };
 
-template <class T, int kStates, class A, class B, class R>
-static void update_tile(const A* w, const B* g, T* __restrict s0, T* __restrict s1, T* __restrict s2,
+template <class T, int kStates, class R>
+static void update_tile(const T* w, const T* g, T* __restrict s0, T* __restrict s1, T* __restrict s2,
                         T* __restrict new_w, int n, const R& rule) {
   for (int i = 0; i < n; i++) {
     T state[kMaxStates];
     if (kStates & 1) state[0] = s0[i];
     if (kStates & 2) state[1] = s1[i];
     if (kStates & 4) state[2] = s2[i];
-    new_w[i] = rule(widen(w[i]), widen(g[i]), state);
+    new_w[i] = rule(w[i], g[i], state);
     if (kStates & 1) s0[i] = state[0];
     if (kStates & 2) s1[i] = state[1];
     if (kStates & 4) s2[i] = state[2];
   }
 }
 
-template <Rule kRule, int kStates, class S, class G>
+template <Rule kRule, int kStates, class T>
 static void update_chunk(const Launch& launch, const Update& update) {
-  using T = typename Compute<S>::type;
+  const Format& format = launch.format;
   const Segment& segment = update.segment;
   const Chunk& chunk = update.chunk;
   const typename RuleOf<kRule>::template Functor<T, kStates> rule(update.row,
                                                                   *reinterpret_cast<const Progress*>(segment.progress));
   const Gradient<T> gradient(update.row, launch.grad_scale, launch.clip);
-  S* const w = at<S>(segment.weight, chunk);
-  const S* const source = at<const S>(update.source, chunk);
-  const G* const g = at<const G>(update.grad, chunk);
-  alignas(64) T w_tile[kTile], g_tile[kTile], state_tile[kMaxStates][kTile], new_w[kTile];
-  alignas(64) S rounded[kTile];
+  const Rounding rounding(launch, segment, chunk);
+  const Elements w = at(segment.weight, format.weight, chunk);
+  alignas(kLine) T w_tile[kTile], g_tile[kTile], state_tile[kMaxStates][kTile], new_w[kTile];
+  alignas(kLine) uint16_t noise[kTile];
+  alignas(kLine) char rounded[2 * kTile];
   for (int start = 0; start < chunk.length; start += kTile) {
-    const int m = chunk.length - start < kTile ? chunk.length - start : kTile;
-    const auto* const wt = load(source + start, w_tile, m);
-    const auto* const gt = load(g + start, g_tile, m);
-    S* memory[kMaxStates] = {};
+    const int m = tile_size(start, chunk.length);
+    const T* const wt = load(update.source + start, w_tile, m);
+    const T* gt = load(update.g + start, g_tile, m);
+    if (!gradient.identity()) {
+      for (int i = 0; i < m; i++) g_tile[i] = gradient(gt[i]);
+      gt = g_tile;
+    }
+    Elements memory[kMaxStates];
     T* state[kMaxStates] = {};
     for (int k = 0; k < kMaxStates; k++) {
       if (!(kStates >> k & 1)) continue;
-      memory[k] = at<S>(segment.state[k], chunk) + start;
+      memory[k] = at(segment.state[k], format.state, chunk) + start;
       state[k] = load(memory[k], state_tile[k], m);
     }
-    if (gradient.identity()) {
-      update_tile<T, kStates>(wt, gt, state[0], state[1], state[2], new_w, m, rule);
-    } else {
-      for (int i = 0; i < m; i++) g_tile[i] = gradient(widen(gt[i]));
-      update_tile<T, kStates>(wt, g_tile, state[0], state[1], state[2], new_w, m, rule);
-    }
+    update_tile<T, kStates>(wt, gt, state[0], state[1], state[2], new_w, m, rule);
     for (int k = 0; k < kMaxStates; k++) {
-      if (kStates >> k & 1) unload(state[k], memory[k], m);
+      if (kStates >> k & 1) unload(state[k], rounding.states(start, k, noise), memory[k], m);
     }
-    store(w + start, unload(new_w, rounded, m), m, launch.stream);
+    if (format.masters()) store(update.source + start, reinterpret_cast<const char*>(new_w), m, launch.stream);
+    const uint16_t* const chances = rounding.weights(start, kStepStream, noise);
+    store(w + start, unload(new_w, chances, {rounded, format.weight}, m), m, launch.stream);
   }
 }
 
-template <Rule kRule, class S, class G>
+template <Rule kRule, class T>
 static void apply_rule(const Launch& launch, const Update& update) {
   constexpr int kAll = (1 << kMaxStates) - 1;
   RuleOf<kRule>::template with_states<kAll>(
-      update.row, [&](auto set) { update_chunk<kRule, decltype(set)::value, S, G>(launch, update); });
+      update.row, [&](auto set) { update_chunk<kRule, decltype(set)::value, T>(launch, update); });
 }
 
-template <class S, class G>
+// Weights as they were before the perturbation: the backup's bits, or the masters, rounded.
+template <class T>
+static void restore_chunk(const Launch& launch, Elements w, Elements source, int n) {
+  if (!launch.format.masters()) return store(w, source.address, n, launch.stream);
+  alignas(kLine) T tile[kTile];
+  alignas(kLine) char rounded[2 * kTile];
+  for (int start = 0; start < n; start += kTile) {
+    const int m = tile_size(start, n);
+    const T* const wt = load(source + start, tile, m);
+    store(w + start, unload(wt, nullptr, {rounded, w.dtype}, m), m, launch.stream);
+  }
+}
+
+template <class T>
 static void update(const Launch& launch, int64_t begin, int64_t end) {
+  const Format& format = launch.format;
   const bool found_inf = launch.found_inf && *launch.found_inf != 0;
   for (int64_t c = begin; c < end; c++) {
     const Chunk& chunk = launch.chunks[c];
@@ -209,32 +254,31 @@ static void update(const Launch& launch, int64_t begin, int64_t end) {
     const bool has_grad = launch.rule != kNoRule && grad;
     const Decision decision = decide(launch.perturbed[chunk.segment], has_grad, found_inf);
     if (decision.source == Source::kNone) continue;
-    const int64_t source = decision.source == Source::kBackup ? segment.backup : segment.weight;
+    const int64_t address = format.masters()                     ? segment.master
+                            : decision.source == Source::kBackup ? segment.backup
+                                                                 : segment.weight;
+    const Elements source = at(address, format.source, chunk);
     if (decision.rule) {
-      const Update update{segment, chunk, launch.rows[segment.group], source, grad};
+      const Update update{segment, chunk, launch.rows[segment.group], source, at(grad, format.grad, chunk)};
 #define FASTSAM_ROW(code, ...) \
-  if (launch.rule == code) apply_rule<code, S, G>(launch, update);
+  if (launch.rule == code) apply_rule<code, T>(launch, update);
       FASTSAM_RULES(FASTSAM_ROW)
 #undef FASTSAM_ROW
     } else {
-      store(at<S>(segment.weight, chunk), at<const S>(source, chunk), chunk.length, launch.stream);
+      restore_chunk<T>(launch, at(segment.weight, format.weight, chunk), source, chunk.length);
     }
   }
   store_fence(launch.stream);
 }
 
-// By pair, as tables.h counts them.
-#define FASTSAM_PAIRS(loop)                                                                       \
-  {loop<float, float>,    loop<double, double>, loop<bfloat16, bfloat16>, loop<float16, float16>, \
-   loop<float, bfloat16>, loop<float, float16>, loop<bfloat16, float>,    loop<float16, float>}
 #define FASTSAM_NAME_(isa) #isa
 #define FASTSAM_NAME(isa) FASTSAM_NAME_(isa)
 
 extern const cpu::Kernels kernels = {
     FASTSAM_NAME(FASTSAM_ISA),
-    FASTSAM_PAIRS(grad_norm),
-    FASTSAM_PAIRS(perturb),
-    FASTSAM_PAIRS(update),
+    {grad_norm<float>, grad_norm<double>},
+    {perturb<float>, perturb<double>},
+    {update<float>, update<double>},
 };
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -20,7 +20,8 @@ int64_t units(const Launch& launch) {
 }
 
 // Each thread takes a contiguous range of chunks with about the same number of elements.
-void run(const Launch& launch, Loop loop) {
+void run(const Launch& launch, const Loop (&loops)[2]) {
+  const Loop loop = loops[launch.format.source == kFloat64];
   const auto first_at = [&](int64_t position) {
     const auto before = [](const Chunk& chunk, int64_t value) { return chunk.position < value; };
     return std::lower_bound(launch.chunks, launch.chunks + launch.n_chunks, position, before) - launch.chunks;
@@ -29,23 +30,30 @@ void run(const Launch& launch, Loop loop) {
                               [&](int64_t begin, int64_t end) { loop(launch, first_at(begin), first_at(end)); });
 }
 
-// What update_ reads and writes per element, in the first group: the others' states are of about the same number.
-int elements(const Launch& launch) {
-  if (launch.rule == kNoRule) return 2;
+// What perturb_ reads and writes of an element.
+int perturb_bytes(const Format& format) {
+  const int backup = format.masters() ? 0 : kSizes[format.weight];
+  return kSizes[format.source] + kSizes[format.grad] + backup + kSizes[format.weight];
+}
+
+// The same for update_, in the first group: the others' states are of about the same number.
+int update_bytes(const Launch& launch) {
+  const Format& format = launch.format;
+  const int weights = kSizes[format.source] + kSizes[format.weight];
+  if (launch.rule == kNoRule) return weights;
   const Row& row = launch.rows[launch.segments[launch.chunks[0].segment].group];
-  return 3 + 2 * baseline::count_states(baseline::states_of(launch.rule, row));
+  const int states = baseline::count_states(baseline::states_of(launch.rule, row));
+  const int masters = format.masters() ? kSizes[format.source] : 0;
+  return weights + masters + kSizes[format.grad] + 2 * states * kSizes[format.state];
 }
 
 // Streaming stores win a few percent beyond the last-level cache and cost a factor of 3 to 4 inside it.
-bool beyond_cache(const Launch& launch, int elements) {
-  constexpr int kSizes[kDtypes] = {4, 8, 2, 2};
-  return units(launch) * kUnit * elements * kSizes[launch.dtype] > cache_size();
-}
+bool beyond_cache(const Launch& launch, int bytes) { return units(launch) * kUnit * bytes > cache_size(); }
 
 }  // namespace
 
 double grad_norm(const Launch& launch) {
-  run(launch, kernels().grad_norm[launch.pair]);
+  run(launch, kernels().grad_norm);
   double lanes[kSlots];
   const int width = baseline::tree_width(launch.n_chunks, kSlots);
   std::fill(lanes, lanes + width, 0.0);
@@ -61,13 +69,13 @@ void perturb(Launch& launch) {
     if (launch.grads[i]) launch.perturbed[i] = true;
   }
   if (launch.overflows && !baseline::is_finite(launch.sum)) launch.overflows[0]++;
-  launch.stream = beyond_cache(launch, 4);
-  run(launch, kernels().perturb[launch.pair]);
+  launch.stream = beyond_cache(launch, perturb_bytes(launch.format));
+  run(launch, kernels().perturb);
 }
 
 void update(Launch& launch) {
-  launch.stream = launch.n_chunks > 0 && beyond_cache(launch, elements(launch));
-  run(launch, kernels().update[launch.pair]);
+  launch.stream = launch.n_chunks > 0 && beyond_cache(launch, update_bytes(launch));
+  run(launch, kernels().update);
   const bool found_inf = launch.found_inf && *launch.found_inf != 0;
   if (launch.overflows && found_inf) launch.overflows[1]++;
   // After all chunks, which read the counts; over segments, because an empty parameter has no chunk and counts too.
@@ -79,6 +87,7 @@ void update(Launch& launch) {
     }
     launch.perturbed[i] = false;
   }
+  if (launch.rounding && launch.rule != kNoRule) ++*launch.rounding;
 }
 
 }  // namespace fastsam::cpu

@@ -34,9 +34,9 @@ struct Launch {
 // Work on the chunks [begin, end).
 using Loop = void (*)(const Launch&, int64_t begin, int64_t end);
 
-struct Kernels {  // by pair of dtypes
+struct Kernels {  // in float32, in float64
   const char* isa;
-  Loop grad_norm[kPairs], perturb[kPairs], update[kPairs];
+  Loop grad_norm[2], perturb[2], update[2];
 };
 
 // The loops of the instruction set in use, at first the best this processor has, and the size of its last-level cache

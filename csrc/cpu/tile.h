@@ -1,5 +1,5 @@
 // How elements reach the arithmetic and how results reach memory: tiles on the stack, and the CPU kernels' only
-// intrinsics.
+// intrinsics. Here alone the loops know dtypes.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,21 @@ namespace fastsam::FASTSAM_ISA {
 constexpr int kTile = 512;
 constexpr int kLine = 64;  // bytes
 
-// ---- Load: n elements for a loop to widen(), where they are or in a tile.
+// Elements of some dtype in memory.
+struct Elements {
+  char* address;
+  Dtype dtype;
+  Elements operator+(int64_t n) const { return {address + n * kSizes[dtype], dtype}; }
+};
+inline bool is_low(Dtype dtype) { return kSizes[dtype] == 2; }
 
-inline const float* load(const float* from, float*, int) { return from; }
-inline const double* load(const double* from, double*, int) { return from; }
-inline const bfloat16* load(const bfloat16* from, float*, int) { return from; }
-inline const float* load(const float16* from, float* tile, int n) {
+// ---- Load: n elements in the arithmetic's precision, where they are or in a tile. What is not for it comes back as it
+// is: checks.h keeps float64 by itself.
+
+inline void widen_all(const bfloat16* from, float* tile, int n) {
+  for (int i = 0; i < n; i++) tile[i] = widen(from[i]);
+}
+inline void widen_all(const float16* from, float* tile, int n) {
   int i = 0;
 #if defined(__F16C__)  // widen() in a loop takes three times as long
   for (; i + 8 <= n; i += 8) {
@@ -31,29 +40,44 @@ inline const float* load(const float16* from, float* tile, int n) {
   }
 #endif
   for (; i < n; i++) tile[i] = widen(from[i]);
+}
+
+inline double* load(Elements from, double*, int) { return reinterpret_cast<double*>(from.address); }
+inline float* load(Elements from, float* tile, int n) {
+  if (!is_low(from.dtype)) return reinterpret_cast<float*>(from.address);
+  if (from.dtype == kBFloat16) {
+    widen_all(reinterpret_cast<const bfloat16*>(from.address), tile, n);
+  } else {
+    widen_all(reinterpret_cast<const float16*>(from.address), tile, n);
+  }
   return tile;
 }
 
-// The same for states, which the loop overwrites: in place, or in a tile that unload() brings back.
-inline float* load(float* from, float*, int) { return from; }
-inline double* load(double* from, double*, int) { return from; }
-inline float* load(bfloat16* from, float* tile, int n) {
-  for (int i = 0; i < n; i++) tile[i] = widen(from[i]);
-  return tile;
-}
-inline float* load(float16* from, float* tile, int n) {
-  load(static_cast<const float16*>(from), tile, n);
+// ---- Random numbers of 16 bits for the elements of a tile that starts at `first` in its segment, a multiple of 8.
+
+inline const uint16_t* draw(const Noise& noise, int64_t first, int stream, uint16_t* tile) {
+  alignas(kLine) uint32_t words[kTile / 2];
+  for (int i = 0; i < kTile / 8; i++) {
+    const Random random = noise(first / 8 + i, stream);
+    for (int k = 0; k < 4; k++) words[4 * i + k] = random.words[k];
+  }
+  for (int i = 0; i < kTile / 2; i++) {
+    tile[2 * i] = static_cast<uint16_t>(words[i]);
+    tile[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
+  }
   return tile;
 }
 
-// ---- Unload: a tile of results in storage precision, where it is or in `to`.
-inline const float* unload(const float* tile, float*, int) { return tile; }
-inline const double* unload(const double* tile, double*, int) { return tile; }
-inline const bfloat16* unload(const float* tile, bfloat16* to, int n) {
+// ---- Unload: a tile of results in storage precision, where it is or in `to`; rounded to nearest if `noise` is null.
+
+template <class S>
+inline void narrow_all(const float* tile, const uint16_t* noise, S* to, int n) {
+  for (int i = 0; i < n; i++) narrow(tile[i], static_cast<uint32_t>(noise[i]), to[i]);
+}
+inline void narrow_all(const float* tile, bfloat16* to, int n) {
   for (int i = 0; i < n; i++) narrow(tile[i], to[i]);
-  return to;
 }
-inline const float16* unload(const float* tile, float16* to, int n) {
+inline void narrow_all(const float* tile, float16* to, int n) {
   int i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= n; i += 8) {
@@ -62,7 +86,21 @@ inline const float16* unload(const float* tile, float16* to, int n) {
   }
 #endif
   for (; i < n; i++) narrow(tile[i], to[i]);
-  return to;
+}
+
+inline const char* unload(const double* tile, const uint16_t*, Elements, int) {
+  return reinterpret_cast<const char*>(tile);
+}
+inline const char* unload(const float* tile, const uint16_t* noise, Elements to, int n) {
+  if (!is_low(to.dtype)) return reinterpret_cast<const char*>(tile);
+  if (to.dtype == kBFloat16) {
+    bfloat16* const out = reinterpret_cast<bfloat16*>(to.address);
+    noise ? narrow_all(tile, noise, out, n) : narrow_all(tile, out, n);
+  } else {
+    float16* const out = reinterpret_cast<float16*>(to.address);
+    noise ? narrow_all(tile, noise, out, n) : narrow_all(tile, out, n);
+  }
+  return to.address;
 }
 
 // ---- Store.
@@ -86,22 +124,20 @@ inline void stream_line(char* to, const char* from) {
 #endif
 }
 
-// Copy n elements, with streaming stores from the first whole cache line on. They spare the read of lines that are only
-// written, but evict them: launch.cpp decides. In perturb_, which has read w, streaming it still gains 15 %.
-template <class S>
-inline void store(S* to, const S* from, int n, bool stream) {
-  char* const dst = reinterpret_cast<char*>(to);
-  const char* const src = reinterpret_cast<const char*>(from);
-  const int64_t bytes = n * static_cast<int64_t>(sizeof(S));
-  const int64_t head = -reinterpret_cast<int64_t>(to) & (kLine - 1);
+// Copy n elements of the same dtype, with streaming stores from the first whole cache line on. They spare the read of
+// lines that are only written, but evict them: launch.cpp decides. In perturb_, which has read w, streaming it still
+// gains 15 %.
+inline void store(Elements to, const char* from, int n, bool stream) {
+  const int64_t bytes = static_cast<int64_t>(n) * kSizes[to.dtype];
+  const int64_t head = -reinterpret_cast<int64_t>(to.address) & (kLine - 1);
   if (!stream || bytes < head + kLine) {
-    memcpy(dst, src, bytes);
+    memcpy(to.address, from, bytes);
     return;
   }
-  memcpy(dst, src, head);
+  memcpy(to.address, from, head);
   int64_t i = head;
-  for (; i + kLine <= bytes; i += kLine) stream_line(dst + i, src + i);
-  memcpy(dst + i, src + i, bytes - i);
+  for (; i + kLine <= bytes; i += kLine) stream_line(to.address + i, from + i);
+  memcpy(to.address + i, from + i, bytes - i);
 }
 
 // Streamed stores are weakly ordered: make them visible before another thread is told that they are done.

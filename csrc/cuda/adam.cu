@@ -1,8 +1,8 @@
-#include "update.h"
+#include "update_kernel.h"
 
 namespace fastsam::FASTSAM_ISA {
 
 #define FASTSAM_KERNEL(...) update<Kernel::adam, __VA_ARGS__>
-const Variants adam_kernels[] = FASTSAM_PAIRS(FASTSAM_KERNEL);
+const Variants adam_kernels[] = FASTSAM_MOST(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

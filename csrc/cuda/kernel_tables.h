@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device.h"
+#include "update.h"
 
 namespace fastsam::FASTSAM_ISA {
 
@@ -19,44 +20,43 @@ struct Variants {
   void (*large)(const Arguments<kLargeWords>);
 };
 
-// By pair of dtypes; restore_kernels read no gradients and are by dtype. Mixed ones have the large arguments only.
-extern const Variants norm_kernels[kPairs], perturb_kernels[kPairs], power_norm_kernels[kPairs],
-    power_perturb_kernels[kPairs];
+// By a format's place in kFormats; formats that an operation need not tell apart have the same kernels.
+extern const Variants norm_kernels[], perturb_kernels[], power_norm_kernels[], power_perturb_kernels[];
 #define FASTSAM_ROW(name, ...) extern const Variants name##_kernels[];
 FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)
 #undef FASTSAM_ROW
 
 // clang-format off
-#define FASTSAM_BOTH(kernel, S) {kernel(S, S, kSmallWords), kernel(S, S, kLargeWords)}
-#define FASTSAM_EQUAL(kernel)                                   \
-  FASTSAM_BOTH(kernel, float), FASTSAM_BOTH(kernel, double),    \
-  FASTSAM_BOTH(kernel, bfloat16), FASTSAM_BOTH(kernel, float16)
-#define FASTSAM_ONE(kernel, S, G) {nullptr, kernel(S, G, kLargeWords)}
-// `kernel(S, G, words)` for every pair, in the order of tables.h.
-#define FASTSAM_PAIRS(kernel)                                                              \
-  {FASTSAM_EQUAL(kernel),                                                                  \
-   FASTSAM_ONE(kernel, float, bfloat16), FASTSAM_ONE(kernel, float, float16),              \
-   FASTSAM_ONE(kernel, bfloat16, float), FASTSAM_ONE(kernel, float16, float)}
-// The same, with the large arguments only: for kernels that few use, as every variant lengthens the build.
-#define FASTSAM_LARGE(kernel)                                                                  \
-  {FASTSAM_ONE(kernel, float, float),       FASTSAM_ONE(kernel, double, double),               \
-   FASTSAM_ONE(kernel, bfloat16, bfloat16), FASTSAM_ONE(kernel, float16, float16),             \
-   FASTSAM_ONE(kernel, float, bfloat16),    FASTSAM_ONE(kernel, float, float16),               \
-   FASTSAM_ONE(kernel, bfloat16, float),    FASTSAM_ONE(kernel, float16, float)}
+#define FASTSAM_BOTH(kernel, ...) \
+  {kernel(kSmallWords, Types<__VA_ARGS__>), kernel(kLargeWords, Types<__VA_ARGS__>)}
+#define FASTSAM_ONE(kernel, ...) {nullptr, kernel(kLargeWords, Types<__VA_ARGS__>)}
+// `kernel(words, types)` for every format: that of most models with both sizes of arguments, or, where few will use the
+// kernel, none, as every variant lengthens the build.
+#define FASTSAM_MOST(kernel) {FASTSAM_FORMATS(FASTSAM_BOTH, FASTSAM_ONE, kernel)}
+#define FASTSAM_LARGE(kernel) {FASTSAM_FORMATS(FASTSAM_ONE, FASTSAM_ONE, kernel)}
 // clang-format on
 
 // Blocks that a processor holds at least: as many as registers allow without spilling. 16-byte loads under way follow:
 // benchmarks/ registers.md.
-template <class S, class G>
-constexpr int kNormBlocks = sizeof(S) == 8 ? 4 : sizeof(S) != sizeof(G) ? 5 : 6;
-template <class S, class G>
-constexpr int kPerturbBlocks = sizeof(S) == 8 || sizeof(S) < sizeof(G) ? 5 : 6;
-template <Kernel kKernel, class S, class G>
+template <class F>
+constexpr int kSourceSize = sizeof(typename F::Source);
+template <class F>
+constexpr int kGradSize = sizeof(typename F::Grad);
+template <class F>
+constexpr int kNormBlocks = kSourceSize<F> == 8              ? 4
+                            : kSourceSize<F> != kGradSize<F> ? 5
+                                                             : 6;
+template <class F>
+constexpr int kPerturbBlocks = kSourceSize<F> == 8             ? 4
+                               : kSourceSize<F> < kGradSize<F> ? 5
+                                                               : 6;
+template <Kernel kKernel, class F>
 FASTSAM_HD constexpr int update_blocks() {
   const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
-  if (sizeof(S) == 8) return states > 1 ? 2 : 3;
-  if (sizeof(S) < sizeof(G) || states == 3 || kKernel == Kernel::radam) return 3;
-  return kKernel == Kernel::adam && sizeof(G) == sizeof(S) ? 5 : 4;
+  if (kSourceSize<F> == 8) return states > 1 ? 2 : 3;
+  if (kSourceSize<F> < kGradSize<F> || states == 3 || kKernel == Kernel::radam) return 3;
+  if (kKernel != Kernel::adam || F::kDraws) return 4;
+  return F::kMasters ? 3 : F::kUniform ? 5 : 4;
 }
 // sm_75 has room for 4.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800

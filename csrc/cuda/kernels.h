@@ -1,6 +1,6 @@
-// The three kernels, one thread block at a time, in phases: `ctx.threads` runs a phase for each thread, `ctx.sync` lies
-// between two. The GPU runs them with DeviceContext, the tests on a CPU with a context of their own. All arithmetic is
-// math.h's.
+// grad_norm and perturb_, one thread block at a time, in phases: `ctx.threads` runs a phase for each thread, `ctx.sync`
+// lies between two. The GPU runs them with DeviceContext, the tests on a CPU with a context of their own. All
+// arithmetic is math.h's.
 //
 // A block issues its first loads before the barrier behind which the scalars are ready: about a hundred dependent
 // float64 operations of one thread, a microsecond or more.
@@ -9,6 +9,49 @@
 #include "../walk.h"
 
 namespace fastsam::FASTSAM_ISA {
+
+// All formats for which there are kernels: `one(kernel, types)`, or `both` where that is of weights and gradients
+// alone, of one type.
+// clang-format off
+#define FASTSAM_FORMATS(both, one, kernel)                                              \
+  both(kernel, float, float), both(kernel, double, double),                             \
+  both(kernel, bfloat16, bfloat16), both(kernel, float16, float16),                     \
+  one(kernel, float, bfloat16), one(kernel, float, float16),                            \
+  one(kernel, bfloat16, float), one(kernel, float16, float),                            \
+  one(kernel, float, bfloat16, bfloat16), one(kernel, float, float16, float16),         \
+  one(kernel, float, float, bfloat16), one(kernel, float, float, float16),              \
+  one(kernel, bfloat16, bfloat16, bfloat16, bfloat16, true),                            \
+  one(kernel, float16, float16, float16, float16, true),                                \
+  one(kernel, float, float, float, bfloat16, true),                                     \
+  one(kernel, float, bfloat16, bfloat16, bfloat16, true),                               \
+  one(kernel, float, float16, float16, bfloat16, true)
+// clang-format on
+
+template <class S>
+constexpr Dtype kDtypeOf = std::is_same<S, float>::value      ? kFloat32
+                           : std::is_same<S, double>::value   ? kFloat64
+                           : std::is_same<S, bfloat16>::value ? kBFloat16
+                                                              : kFloat16;
+template <class F>
+constexpr Format format_of() {
+  return {kDtypeOf<typename F::Weight>, kDtypeOf<typename F::Grad>, kDtypeOf<typename F::Source>,
+          kDtypeOf<typename F::State>, F::kDraws};
+}
+#define FASTSAM_ROW(_, ...) format_of<Types<__VA_ARGS__>>()
+constexpr Format kFormats[] = {FASTSAM_FORMATS(FASTSAM_ROW, FASTSAM_ROW, )};
+#undef FASTSAM_ROW
+constexpr int kKnownFormats = sizeof(kFormats) / sizeof(Format);
+
+// Its place among them, kKnownFormats if it has none.
+inline int place_of(const Format& format) {
+  const auto same = [&](const Format& other) {
+    return format.weight == other.weight && format.grad == other.grad && format.source == other.source &&
+           format.state == other.state && format.stochastic == other.stochastic;
+  };
+  int place = 0;
+  while (place < kKnownFormats && !same(kFormats[place])) place++;
+  return place;
+}
 
 // What a launch is told by value.
 struct Header {
@@ -20,6 +63,7 @@ struct Header {
   int32_t n_chunks, n_segments, n_groups;
   int32_t split_bits;  // a chunk has 2^split_bits blocks, one for the norm
   int32_t adaptive;    // grad_norm: whether any group may be
+  int32_t masters;     // grad_norm: whether the weights are those
   int32_t n_sums, slot;
   double* partials;  // grad_norm: [n_chunks]
   double* sums;      // [n_sums], the squared norm in parts; grad_norm writes that in `slot`
@@ -29,10 +73,11 @@ struct Header {
   const float* grad_scale;
   const float* found_inf;  // update_
   int64_t* overflows;      // [2] or null: steps without a perturbation, steps without an update
+  int64_t* rounding;       // [1] where rounding is stochastic: the step of the random numbers
 };
 
-// Rows of 10 words each, then one word a segment: the address of its gradient, 0 for none, plus 1 if the backup holds
-// the weights. Addresses of numbers are even.
+// Rows of kRowColumns words each, then one word a segment: the address of its gradient, 0 for none, plus 1 if the
+// backup holds the weights. Addresses of numbers are even.
 constexpr int64_t kPerturbed = 1;
 
 // A tensor lr is read where it is: whoever changes it need not tell a captured graph.
@@ -53,8 +98,8 @@ struct Arguments : Header {
     if (rows) return rows[group];
     const int64_t* const w = words + kRowColumns * group;
     const auto number = [&](int i) { return from_bits(static_cast<uint64_t>(w[i])); };
-    return {number(0), number(1), number(2), number(3), number(4),
-            number(5), number(6), number(7), number(8), number(9)};
+    return {number(0), number(1), number(2), number(3), number(4), number(5),
+            number(6), number(7), number(8), number(9), number(10)};
   }
   FASTSAM_DEVICE int64_t grad(int64_t segment) const {
     return grads ? grads[segment] : words[(rows ? 0 : kRowColumns * n_groups) + segment];
@@ -85,13 +130,28 @@ FASTSAM_DEVICE T pair_sum(const T* x) {
   }
 }
 
-// Copy n elements: thread t's share. Up to 4 loads are under way.
-template <class S>
-FASTSAM_DEVICE void copy_part(S* to, const S* from, int n, int t) {
+// Copy n elements, rounded to nearest where the type to write is narrower: thread t's share. Up to 4 loads are under
+// way.
+template <class C, class S>
+FASTSAM_DEVICE void copy_part(C* to, const S* from, int n, int t) {
   constexpr int kElements = Pack<S>::kElements, kStride = kThreads * kElements, kUnroll = 4;
-  const int full = n - n % kElements, to_width = width_at(to), from_width = width_at(from);
+  using Copy = Run<C, kElements>;
+  const auto copied = [](const Vector& v) {
+    if constexpr (std::is_same<C, S>::value) {
+      return v;
+    } else {
+      Copy copy;
+      FASTSAM_UNROLL
+      for (int at = 0; at < kElements; at += 2) {
+        const float x[2] = {Pack<S>::get(v, at), Pack<S>::get(v, at + 1)};
+        put<C, false, 2>(copy, at, x, {});
+      }
+      return copy;
+    }
+  };
+  const int full = n - n % kElements, to_width = width_at(to, Copy::kWidth), from_width = width_at(from);
   int i = t * kElements;
-  if (to_width == kVector && from_width == kVector) {
+  if (to_width == Copy::kWidth && from_width == kVector) {
     FASTSAM_ROLLED
     for (; i < full; i += kUnroll * kStride) {
       Vector tile[kUnroll];
@@ -101,16 +161,47 @@ FASTSAM_DEVICE void copy_part(S* to, const S* from, int n, int t) {
       }
       FASTSAM_UNROLL
       for (int u = 0; u < kUnroll; u++) {
-        if (i + u * kStride < full) store_vector<Hint::kKeep>(to + i + u * kStride, tile[u]);
+        if (i + u * kStride < full) store_words<Hint::kKeep>(to + i + u * kStride, copied(tile[u]));
       }
     }
   } else {
     FASTSAM_ROLLED
     for (; i < full; i += kStride) {
-      store_vector<Hint::kKeep>(to + i, load_words<Vector, Hint::kOnce>(from + i, from_width), to_width);
+      store_words<Hint::kKeep>(to + i, copied(load_words<Vector, Hint::kOnce>(from + i, from_width)), to_width);
     }
   }
-  if (full + t < n) store_bits<S, Hint::kKeep>(to + full + t, load_bits<S, Hint::kOnce>(from + full + t));
+  if (full + t >= n) return;
+  const uint64_t bits = load_bits<S, Hint::kOnce>(from + full + t);
+  if constexpr (std::is_same<C, S>::value) {
+    store_bits<C, Hint::kKeep>(to + full + t, bits);
+  } else {
+    store_bits<C, Hint::kKeep>(to + full + t, Pack<C>::narrowed(Pack<S>::widened(bits)));
+  }
+}
+
+// Where a part lies in its segment's random numbers, of which there are eight in a block.
+FASTSAM_DEVICE uint32_t first_block(const Chunk& chunk, int begin) {
+  return static_cast<uint32_t>(chunk.start) * (kUnit / 8) + begin / 8;
+}
+
+// The random numbers of the eight elements from i on, a multiple of 8; none if nothing is drawn.
+template <bool kDrawn>
+FASTSAM_DEVICE Random random_at(const Slot<Noise>& noise, uint32_t first, int i, int stream) {
+  if constexpr (kDrawn) {
+    return noise.get()(first + i / 8, stream);
+  } else {
+    return {};
+  }
+}
+
+// The bits of element i.
+template <class S, bool kDrawn, class T>
+FASTSAM_DEVICE uint64_t rounded(T x, const Slot<Noise>& noise, uint32_t first, int i, int stream) {
+  if constexpr (kDrawn) {
+    return Pack<S>::drawn(x, number_of(noise.get()(first + i / 8, stream), i % 8));
+  } else {
+    return Pack<S>::narrowed(x);
+  }
 }
 
 // ---- grad_norm: reads n (2n adaptive) elements; ascending, as backward wrote the first layers' gradients last.
@@ -248,9 +339,11 @@ FASTSAM_DEVICE void sum_partials(Ctx& ctx, const A& args, Shared& shared, const 
   });
 }
 
-template <class S, class G, class Ctx, class A>
-FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
-  using T = typename Compute<S>::type;
+template <class F, class Ctx, class A>
+FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<typename F::Grad>& shared) {
+  using S = typename F::Source;
+  using G = typename F::Grad;
+  using T = typename F::T;
   using Shared = NormShared<G>;
   int64_t address = 0;
   if (ctx.block() < args.n_chunks) {
@@ -264,7 +357,7 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
       if (args.adaptive) row = args.row(segment->group);  // spares the others the wait for two dependent reads
       const Steepest<T> steepest(row);
       if (needs_weight(row)) {
-        const S* const w = element_of<const S>(segment->weight, chunk, 0);
+        const S* const w = element_of<const S>(args.masters ? segment->master : segment->weight, chunk, 0);
         ctx.threads([&](int t) { sums[t] = lane_sums<S, G, true>(w, g, chunk.length, steepest, t); });
       } else {
         ctx.threads([&](int t) { sums[t] = lane_sums<S, G, false>(nullptr, g, chunk.length, steepest, t); });
@@ -280,18 +373,21 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<G>& shared) {
   });
 }
 
-// ---- perturb_: reads 2n, writes 2n elements; descending: starts on what grad_norm read last and ends on what the next
-// forward reads first.
+// ---- perturb_: reads 2n, writes 2n elements, n where a master is the backup; descending: starts on what grad_norm
+// read last and ends on what the next forward reads first.
 
-template <class S>
-using PerturbShared = Slot<Perturb<typename Compute<S>::type>>;
+template <class F>
+struct PerturbShared {
+  Slot<Perturb<typename F::T>> perturb;
+  Slot<Noise> noise;  // where weights are drawn
+};
 
 constexpr int kPerturbUnroll = 2;
 
-template <class S, class G, int n>
+template <class F>
 struct PerturbTile {
-  Vector w[n];
-  Run<G, Pack<S>::kElements> g[n];
+  Run<typename F::Source, F::kElements> w;
+  Run<typename F::Grad, F::kElements> g;
 };
 
 // One block of the grid tells whether the norm was finite.
@@ -303,13 +399,17 @@ FASTSAM_DEVICE void count_overflow(Ctx& ctx, const A& args) {
   });
 }
 
-template <class S, class G, class Ctx, class A>
-FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& shared) {
-  using P = Pack<S>;
-  using T = typename Compute<S>::type;
-  constexpr int kElements = P::kElements, kStride = kThreads * kElements, kUnroll = kPerturbUnroll;
-  using Tile = PerturbTile<S, G, kUnroll>;
+template <class F, class Ctx, class A>
+FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& shared) {
+  using S = typename F::Source;
+  using G = typename F::Grad;
+  using C = typename F::Weight;
+  using T = typename F::T;
+  constexpr int kElements = F::kElements, kStride = kThreads * kElements, kUnroll = kPerturbUnroll;
+  using Tile = PerturbTile<F>;
+  using Sources = Run<S, kElements>;
   using Direction = Run<G, kElements>;
+  using Weights = Run<C, kElements>;
   const Part part = part_of(ctx.blocks() - 1 - ctx.block(), args.split_bits);
   const Chunk chunk = args.chunks[part.chunk];
   const int64_t address = args.grad(chunk.segment);
@@ -317,330 +417,90 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<S>& sha
   count_overflow(ctx, args);
   if (!address || n == 0) return;
   const Segment* const segment = args.segments + chunk.segment;
-  S* const w = element_of<S>(segment->weight, chunk, part.begin);
-  S* const backup = element_of<S>(segment->backup, chunk, part.begin);
+  C* const w = element_of<C>(segment->weight, chunk, part.begin);
+  S* const kept = element_of<S>(F::kMasters ? segment->master : segment->backup, chunk, part.begin);
+  const S* source = kept;
+  if constexpr (!F::kMasters) source = w;
   const G* const g = element_of<const G>(address, chunk, part.begin);
-  const int w_width = width_at(w), g_width = width_at(g, Direction::kWidth);
-  const bool aligned = w_width == kVector && g_width == Direction::kWidth;
+  const uint32_t first = first_block(chunk, part.begin);
+  const int w_width = width_at(w, Weights::kWidth), g_width = width_at(g, Direction::kWidth);
+  const int source_width = F::kMasters ? Sources::kWidth : w_width;
+  const bool aligned = w_width == Weights::kWidth && g_width == Direction::kWidth;
 
-  typename Ctx::template PerThread<Tile> tiles;
-  const auto load_tile = [&](Tile& tile, int i) {
-    FASTSAM_UNROLL
-    for (int u = 0; u < kUnroll; u++) {
-      if (i + u * kStride < full) {
-        tile.w[u] = load_words<Vector, Hint::kOnce>(w + i + u * kStride);
-        tile.g[u] = load_words<Direction, Hint::kOnce>(g + i + u * kStride);
-      }
-    }
+  typename Ctx::template PerThread<Several<Tile, kUnroll>> tiles;
+  const auto load_tile = [&](Tile& tile, int i, int source_bytes, int g_bytes) {
+    if (i >= full) return;
+    tile.w = load_words<Sources, Hint::kOnce>(source + i, source_bytes);
+    tile.g = load_words<Direction, Hint::kOnce>(g + i, g_bytes);
   };
   ctx.threads([&](int t) {
     if (t == 0) {
-      shared.put(Perturb<T>(args.row(segment->group), ordered_sum(args)));
+      const Row row = args.row(segment->group);
+      shared.perturb.put(Perturb<T>(row, ordered_sum(args)));
+      if constexpr (F::kDrawsWeights) shared.noise.put(Noise(row, segment->index, *args.rounding));
     }
-    if (aligned) load_tile(tiles[t], t * kElements);
+    FASTSAM_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, Sources::kWidth, Direction::kWidth);
+    }
   });
   ctx.sync();
   ctx.threads([&](int t) {
-    const Perturb<T> perturb = shared.get();
-    if (perturb.scale == 0) {  // the weights stay; the backup is written whatever the norm is
-      copy_part(backup, w, n, t);
+    const Perturb<T> perturb = shared.perturb.get();
+    if (perturb.scale == 0) {  // the weights stay, those with masters are these, rounded; the backup is written
+      if constexpr (!F::kMasters) copy_part(kept, w, n, t);
       return;
     }
-    const auto climb = [&](Vector& wv, const Direction& gv) {  // in place, which spares registers
+    const auto climb_and_store = [&](Tile& tile, int i, int width) {
+      if (i >= full) return;
+      if constexpr (!F::kMasters) store_words<Hint::kOnce>(kept + i, tile.w);
+      const Random random = random_at<F::kDrawsWeights>(shared.noise, first, i, kClimbStream);
+      Weights copy;  // of the climbed masters
       FASTSAM_UNROLL
-      for (int piece = 0; piece < kElements / P::kPiece; piece++) {
-        T x[P::kPiece];
+      for (int at = 0; at < kElements; at += F::kPiece) {  // in place, which spares registers
+        T x[F::kPiece];
         FASTSAM_UNROLL
-        for (int e = 0; e < P::kPiece; e++) {
-          x[e] = perturb(P::get(wv, piece * P::kPiece + e), Pack<G>::get(gv, piece * P::kPiece + e));
+        for (int e = 0; e < F::kPiece; e++) {
+          x[e] = perturb(Pack<S>::get(tile.w, at + e), Pack<G>::get(tile.g, at + e));
         }
-        P::set(wv, piece, x);
+        if constexpr (F::kMasters) {
+          put<C, false, F::kPiece>(copy, at, x, random);
+        } else {
+          put<C, F::kDrawsWeights, F::kPiece>(tile.w, at, x, random);
+        }
+      }
+      if constexpr (F::kMasters) {
+        store_words<Hint::kKeep>(w + i, copy, width);
+      } else {
+        store_words<Hint::kKeep>(w + i, tile.w, width);
       }
     };
     int i = t * kElements;
     if (aligned) {
-      Tile& tile = tiles[t];
       FASTSAM_ROLLED
       while (i < full) {
+        FASTSAM_UNROLL
+        for (int u = 0; u < kUnroll; u++) climb_and_store(tiles[t].each[u], i + u * kStride, Weights::kWidth);
+        i += kUnroll * kStride;
         FASTSAM_UNROLL
         for (int u = 0; u < kUnroll; u++) {
-          if (i + u * kStride < full) {
-            store_vector<Hint::kOnce>(backup + i + u * kStride, tile.w[u]);
-            climb(tile.w[u], tile.g[u]);
-            store_vector<Hint::kKeep>(w + i + u * kStride, tile.w[u]);
-          }
+          load_tile(tiles[t].each[u], i + u * kStride, Sources::kWidth, Direction::kWidth);
         }
-        i += kUnroll * kStride;
-        load_tile(tile, i);
       }
     } else {
-      FASTSAM_ROLLED
-      for (; i < full; i += kStride) {
-        Vector wv = load_words<Vector, Hint::kOnce>(w + i, w_width);
-        const Direction gv = load_words<Direction, Hint::kOnce>(g + i, g_width);
-        store_vector<Hint::kOnce>(backup + i, wv);
-        climb(wv, gv);
-        store_vector<Hint::kKeep>(w + i, wv, w_width);
-      }
-    }
-    if (full + t < n) {
-      const uint64_t old = load_bits<S, Hint::kOnce>(w + full + t);
-      const T x = perturb(P::widened(old), Pack<G>::widened(load_bits<G, Hint::kOnce>(g + full + t)));
-      store_bits<S, Hint::kOnce>(backup + full + t, old);
-      store_bits<S, Hint::kKeep>(w + full + t, P::narrowed(x));
-    }
-  });
-}
-
-// ---- update_: reads 2n and the states, writes n and the states; ascending, as grad_norm.
-
-// The kernels: name, rule, and the states that a group may have in it. A launch takes the first one of its rule that
-// has the states of all its groups; each has registers for what it may need.
-// clang-format off
-#define FASTSAM_UPDATE_KERNELS(row) \
-  row(restore, kNoRule, 0)          \
-  row(plain, kSgd, 0)               \
-  row(sgd, kSgd, 1)                 \
-  row(adam, kAdam, 3)               \
-  row(amsgrad, kAdam, 7)            \
-  row(rmsprop, kRmsprop, 3)         \
-  row(centered, kRmsprop, 7)        \
-  row(adagrad, kAdagrad, 1)         \
-  row(nadam, kNadam, 3)             \
-  row(radam, kRadam, 3)             \
-  row(lion, kLion, 1)
-// clang-format on
-
-#define FASTSAM_ROW(name, ...) name,
-enum class Kernel { FASTSAM_UPDATE_KERNELS(FASTSAM_ROW) };
-#undef FASTSAM_ROW
-
-struct KernelRow {
-  Rule rule;
-  int states;
-};
-#define FASTSAM_ROW(name, rule, states) {rule, states},
-constexpr KernelRow kKernels[] = {FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)};
-#undef FASTSAM_ROW
-constexpr int kUpdateKernels = sizeof(kKernels) / sizeof(KernelRow);
-
-inline int kernel_for(Rule rule, const Row* rows, int64_t n_groups) {
-  int states = 0;
-  for (int64_t i = 0; i < n_groups; i++) states |= states_of(rule, rows[i]);
-  int kernel = 0;
-  while (kKernels[kernel].rule != rule || (states & ~kKernels[kernel].states)) kernel++;
-  return kernel;
-}
-
-template <Rule kRule, class S>
-struct UpdateShared {
-  using T = typename Compute<S>::type;
-  Slot<Gradient<T>> gradient;
-  Slot<typename RuleOf<kRule>::template Functor<T, 0>> rule;  // of the same members for all sets of states
-  bool last;
-
-  template <class R>
-  FASTSAM_DEVICE Slot<R>& rule_as() {
-    static_assert(sizeof(Slot<R>) == sizeof(rule), "the functor fits");
-    return reinterpret_cast<Slot<R>&>(rule);
-  }
-};
-template <class S>
-struct UpdateShared<kNoRule, S> {
-  bool last;
-};
-
-struct UpdatePart {  // of one chunk
-  const Segment* segment;
-  Chunk chunk;
-  int begin, n;
-  int64_t source, grad;  // addresses
-  Progress progress;
-};
-
-template <class S, class G>
-struct UpdateTile {
-  Vector w;
-  Run<G, Pack<S>::kElements> g;
-  Vector state[kMaxStates];  // those not used take no registers
-};
-template <int kStates>
-constexpr int kUpdateUnroll = kStates > 1 ? 1 : 2;  // of one state at most
-
-// kVectors: in 16 bytes at a time where the addresses allow it, kAnywhere: elsewhere as wide as they allow. Otherwise one
-// element at a time, which is much less code to compile.
-template <Rule kRule, int kStates, bool kVectors, bool kAnywhere, class G, class S, class Ctx, class A>
-FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row,
-                                UpdateShared<kRule, S>& shared) {
-  using P = Pack<S>;
-  using T = typename Compute<S>::type;
-  using R = typename RuleOf<kRule>::template Functor<T, kStates>;
-  using Tile = UpdateTile<S, G>;
-  constexpr int kElements = P::kElements, kStride = kThreads * kElements, kUnroll = kUpdateUnroll<kStates>;
-  using Direction = Run<G, kElements>;
-  const int n = part.n, full = n - n % kElements;
-  S* const w = element_of<S>(part.segment->weight, part.chunk, part.begin);
-  const S* const source = element_of<const S>(part.source, part.chunk, part.begin);
-  const G* const g = element_of<const G>(part.grad, part.chunk, part.begin);
-  S* state[kMaxStates];
-  FASTSAM_UNROLL
-  for (int k = 0; k < kMaxStates; k++) {
-    if (kStates >> k & 1) state[k] = element_of<S>(part.segment->state[k], part.chunk, part.begin);
-  }
-  const int w_width = width_at(w), source_width = width_at(source), g_width = width_at(g, Direction::kWidth);
-  const bool aligned = kVectors && w_width == kVector && source_width == kVector && g_width == Direction::kWidth;
-
-  typename Ctx::template PerThread<Several<Tile, kUnroll>> tiles;
-  const auto load_tile = [&](Tile& tile, int i, int w_bytes, int g_bytes) {
-    if (i >= full) return;
-    tile.w = load_words<Vector, Hint::kOnce>(source + i, w_bytes);
-    tile.g = load_words<Direction, Hint::kOnce>(g + i, g_bytes);
-    FASTSAM_UNROLL
-    for (int k = 0; k < kMaxStates; k++) {
-      if (kStates >> k & 1) tile.state[k] = load_words<Vector, Hint::kKeep>(state[k] + i);
-    }
-  };
-  ctx.threads([&](int t) {
-    if (t == 0) {
-      shared.gradient.put(Gradient<T>(row, args.grad_scale, args.clip));
-      shared.template rule_as<R>().put(R(with_lr(row), part.progress));
-    }
-    FASTSAM_UNROLL
-    for (int u = 0; u < kUnroll; u++) {
-      if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, kVector, Direction::kWidth);
-    }
-  });
-  ctx.sync();
-  ctx.threads([&](int t) {
-    const Gradient<T> gradient = shared.gradient.get();
-    const R rule = shared.template rule_as<R>().get();
-    const auto step_and_store = [&](Tile& tile, int i, int width) {
-      if (i >= full) return;
-      FASTSAM_UNROLL
-      for (int piece = 0; piece < kElements / P::kPiece; piece++) {  // in place, which spares registers
-        T x[P::kPiece], states[kMaxStates][P::kPiece];
-        FASTSAM_UNROLL
-        for (int e = 0; e < P::kPiece; e++) {
-          const int at = piece * P::kPiece + e;
-          T each[kMaxStates];
-          FASTSAM_UNROLL
-          for (int k = 0; k < kMaxStates; k++) {
-            if (kStates >> k & 1) each[k] = P::get(tile.state[k], at);
-          }
-          x[e] = rule(P::get(tile.w, at), gradient(Pack<G>::get(tile.g, at)), each);
-          FASTSAM_UNROLL
-          for (int k = 0; k < kMaxStates; k++) {
-            if (kStates >> k & 1) states[k][e] = each[k];
-          }
-        }
-        P::set(tile.w, piece, x);
-        FASTSAM_UNROLL
-        for (int k = 0; k < kMaxStates; k++) {
-          if (kStates >> k & 1) P::set(tile.state[k], piece, states[k]);
-        }
-      }
-      store_vector<Hint::kKeep>(w + i, tile.w, width);
-      FASTSAM_UNROLL
-      for (int k = 0; k < kMaxStates; k++) {
-        if (kStates >> k & 1) store_vector<Hint::kKeep>(state[k] + i, tile.state[k]);
-      }
-    };
-    int i = t * kElements, single = full + t;
-    if (aligned) {
-      FASTSAM_ROLLED
-      while (i < full) {
-        FASTSAM_UNROLL
-        for (int u = 0; u < kUnroll; u++) step_and_store(tiles[t].each[u], i + u * kStride, kVector);
-        i += kUnroll * kStride;
-        FASTSAM_UNROLL
-        for (int u = 0; u < kUnroll; u++) load_tile(tiles[t].each[u], i + u * kStride, kVector, Direction::kWidth);
-      }
-    } else if (kVectors && kAnywhere) {
       FASTSAM_ROLLED
       for (; i < full; i += kStride) {
         Tile tile;
         load_tile(tile, i, source_width, g_width);
-        step_and_store(tile, i, w_width);
-      }
-    } else {
-      single = t;
-    }
-    FASTSAM_ROLLED
-    for (int at = single; at < n; at += kThreads) {
-      T each[kMaxStates];
-      FASTSAM_UNROLL
-      for (int k = 0; k < kMaxStates; k++) {
-        if (kStates >> k & 1) each[k] = P::widened(load_bits<S, Hint::kKeep>(state[k] + at));
-      }
-      const T x = rule(P::widened(load_bits<S, Hint::kOnce>(source + at)),
-                       gradient(Pack<G>::widened(load_bits<G, Hint::kOnce>(g + at))), each);
-      store_bits<S, Hint::kKeep>(w + at, P::narrowed(x));
-      FASTSAM_UNROLL
-      for (int k = 0; k < kMaxStates; k++) {
-        if (kStates >> k & 1) store_bits<S, Hint::kKeep>(state[k] + at, P::narrowed(each[k]));
+        climb_and_store(tile, i, w_width);
       }
     }
-  });
-}
-
-template <Kernel kKernel, class S, class G, class Ctx, class A>
-FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args,
-                                 UpdateShared<kKernels[static_cast<int>(kKernel)].rule, S>& shared) {
-  constexpr Rule kRule = kKernels[static_cast<int>(kKernel)].rule;
-  constexpr int kMost = kKernels[static_cast<int>(kKernel)].states;
-  const Part share = part_of(ctx.block(), args.split_bits);
-  const bool found_inf = args.found_inf && *args.found_inf != 0;
-  UpdatePart part{};
-  Decision decision{};
-  if (share.chunk < args.n_chunks) {
-    part.chunk = args.chunks[share.chunk];
-    part.segment = args.segments + part.chunk.segment;
-    part.begin = share.begin;
-    part.n = part_length(share, part.chunk);
-    const int64_t word = args.grad(part.chunk.segment);
-    part.grad = word & ~kPerturbed;
-    decision = decide(word & kPerturbed, part.grad != 0, found_inf);
-    part.source = decision.source == Source::kBackup ? part.segment->backup : part.segment->weight;
-  }
-  if (kRule != kNoRule) {
-    // Whoever arrives last knows that all have read their segment's step count, and may change the counts.
-    ctx.threads([&](int t) {
-      if (t != 0) return;
-      if (part.n > 0) part.progress = *reinterpret_cast<const Progress*>(part.segment->progress);
-      shared.last = ctx.arrive(args.ticket);
-    });
-  }
-  bool updated = false;
-  if constexpr (kRule != kNoRule) {
-    if (decision.rule && part.n > 0) {
-      const Row row = args.row(part.segment->group);
-      RuleOf<kRule>::template with_states<kMost>(
-          row, [&](auto set) {
-            constexpr int kStates = decltype(set)::value;
-            constexpr bool kUsual = kRule == kSgd || kRule == kAdam, kSame = sizeof(S) == sizeof(G);
-            constexpr bool kVectors = kStates == kMost && (kUsual || kSame), kAnywhere = kUsual && kMost != 7;
-            update_part<kRule, kStates, kVectors, kAnywhere, G>(ctx, args, part, row, shared);
-          });
-      updated = true;
-    }
-  }
-  if (!updated) {
-    ctx.sync();
-    if (decision.source == Source::kBackup && part.n > 0) {
-      S* const w = element_of<S>(part.segment->weight, part.chunk, part.begin);
-      const S* const backup = element_of<const S>(part.source, part.chunk, part.begin);
-      ctx.threads([&](int t) { copy_part(w, backup, part.n, t); });
-    }
-  }
-  if (kRule == kNoRule || !shared.last) return;
-  ctx.threads([&](int t) {  // over segments, because an empty parameter has no chunk and counts too
-    if (t == 0 && found_inf && args.overflows) args.overflows[1]++;
-    FASTSAM_ROLLED
-    for (int i = t; i < args.n_segments; i += kThreads) {
-      const int64_t word = args.grad(i);
-      const Segment* const segment = args.segments + i;
-      const bool count = decide(word & kPerturbed, (word & ~kPerturbed) != 0, found_inf).count;
-      if (count) advance(kRule, args.row(segment->group), *reinterpret_cast<Progress*>(segment->progress));
+    if (full + t < n) {
+      const int at = full + t;
+      const uint64_t old = load_bits<S, Hint::kOnce>(source + at);
+      const T x = perturb(Pack<S>::widened(old), Pack<G>::widened(load_bits<G, Hint::kOnce>(g + at)));
+      if constexpr (!F::kMasters) store_bits<S, Hint::kOnce>(kept + at, old);
+      store_bits<C, Hint::kKeep>(w + at, rounded<C, F::kDrawsWeights>(x, shared.noise, first, at, kClimbStream));
     }
   });
 }

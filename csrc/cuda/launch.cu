@@ -86,7 +86,7 @@ cudaError_t launch_with(void (*kernel)(const Arguments<kWords>), const Header& h
 }
 
 const Variants& variants_of(const Variants* kernels, const gpu::Launch& launch) {
-  return kernels[kernels == restore_kernels ? launch.dtype : launch.pair];
+  return kernels[place_of(launch.format)];
 }
 
 // Run a kernel with what it is told by value, or, where that is too much, from the device's tables.
@@ -146,6 +146,7 @@ cudaError_t grad_norm(const gpu::Launch& launch) {
   header.grad_scale = launch.grad_scale;
   header.adaptive = !launch.clip && std::any_of(launch.rows, launch.rows + launch.n_groups,
                                                 [](const Row& row) { return needs_weight(row); });
+  header.masters = launch.format.masters();
   header.q = launch.q;
   return run(launch.q == 2 ? norm_kernels : power_norm_kernels, launch, header, &control_of(launch)->norm_ticket, true);
 }
@@ -156,6 +157,7 @@ cudaError_t perturb(const gpu::Launch& launch) {
   header.sums = launch.sums;
   header.n_sums = static_cast<int32_t>(launch.n_sums);
   header.overflows = launch.overflows;
+  header.rounding = launch.rounding;
   header.q = launch.q;
   return run(launch.q == 2 ? perturb_kernels : power_perturb_kernels, launch, header, nullptr, false);
 }
@@ -173,13 +175,15 @@ cudaError_t update(const gpu::Launch& launch) {
   header.found_inf = launch.found_inf;
   header.clip = launch.clip;
   header.overflows = launch.overflows;
+  header.rounding = launch.rounding;
   return run(update_kernels(launch), launch, header, &control_of(launch)->update_ticket, false);
 }
 
 // Loads what a step will launch, too: CUDA loads a kernel when it is first asked for, which may not be while capturing.
 cudaError_t upload_rows(const gpu::Launch& launch) {
   if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
-  for (const Variants* kernels : {norm_kernels, perturb_kernels, update_kernels(launch)}) {
+  for (const Variants* kernels :
+       {norm_kernels, perturb_kernels, power_norm_kernels, power_perturb_kernels, update_kernels(launch)}) {
     const Variants& variants = variants_of(kernels, launch);
     cudaFuncAttributes unused;
     if (variants.small) {
@@ -198,6 +202,7 @@ namespace fastsam::gpu {
 
 using namespace fastsam::FASTSAM_ISA;
 
+bool has_kernels(const Format& format) { return place_of(format) < kKnownFormats; }
 const char* grad_norm(const Launch& launch) { return message(FASTSAM_ISA::grad_norm(launch)); }
 const char* perturb(const Launch& launch) { return message(FASTSAM_ISA::perturb(launch)); }
 const char* update(const Launch& launch) { return message(FASTSAM_ISA::update(launch)); }

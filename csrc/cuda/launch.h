@@ -41,6 +41,7 @@ struct Launch {
   double* clip = nullptr;  // grad_norm writes it, update_ reads it
 };
 
+bool has_kernels(const Format&);
 // Each returns null, or what went wrong.
 const char* grad_norm(const Launch&);
 const char* perturb(const Launch&);

@@ -1,4 +1,4 @@
-#include "update.h"
+#include "update_kernel.h"
 
 namespace fastsam::FASTSAM_ISA {
 

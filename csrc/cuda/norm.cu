@@ -2,14 +2,14 @@
 
 namespace fastsam::FASTSAM_ISA {
 
-template <class S, class G, int kWords>
-__global__ void FASTSAM_BOUNDS((kNormBlocks<S, G>)) grad_norm(const __grid_constant__ Arguments<kWords> args) {
-  __shared__ NormShared<G> shared;
+template <int kWords, class F>
+__global__ void FASTSAM_BOUNDS(kNormBlocks<F>) grad_norm(const __grid_constant__ Arguments<kWords> args) {
+  __shared__ NormShared<typename F::Grad> shared;
   DeviceContext ctx;
-  norm_block<S, G>(ctx, args, shared);
+  norm_block<F>(ctx, args, shared);
 }
 
-#define FASTSAM_KERNEL(...) grad_norm<__VA_ARGS__>
-const Variants norm_kernels[kPairs] = FASTSAM_PAIRS(FASTSAM_KERNEL);
+#define FASTSAM_KERNEL(words, ...) grad_norm<words, __VA_ARGS__::Norm>
+const Variants norm_kernels[] = FASTSAM_MOST(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -14,10 +14,18 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-gpu::Launch tables(const char* operation, int64_t format, const Tensor& segments,
-                   const Tensor& chunks, const Tensor& grads, const Tensor& rows) {
+Format served_format(const char* operation, int64_t code) {
+  const Format format = checked_format(operation, code);
+  STD_TORCH_CHECK(gpu::has_kernels(format), operation, ": there is no kernel for weights of dtype ",
+                  static_cast<int>(format.weight), " and gradients of dtype ", static_cast<int>(format.grad),
+                  " in format ", code);
+  return format;
+}
+
+gpu::Launch tables(const char* operation, int64_t format, const Tensor& segments, const Tensor& chunks,
+                   const Tensor& grads, const Tensor& rows) {
   gpu::Launch launch{};
-  launch.format = checked_format(operation, format);
+  launch.format = served_format(operation, format);
   launch.grads = static_cast<const int64_t*>(checked(operation, "grads", grads, Place::kCpu, ScalarType::Long, -1, 0));
   launch.n_segments = grads.size(0);
   launch.rows =
@@ -40,15 +48,21 @@ void expect_device(const char* operation, const char* name, const Tensor& tensor
                   ", got cuda:", tensor.get_device_index());
 }
 
+// The step of the random numbers, or null where no format needs one.
+int64_t* random_step(const char* operation, const gpu::Launch& launch, const std::optional<Tensor>& rounding) {
+  STD_TORCH_CHECK(rounding || !launch.format.stochastic, operation, ": stochastic rounding needs `rounding`");
+  if (rounding) expect_device(operation, "rounding", *rounding, launch.device);
+  return scalar<int64_t>(operation, "rounding", rounding, Place::kCuda, ScalarType::Long);
+}
+
 void expect_success(const char* operation, const char* error, int device) {
   STD_TORCH_CHECK(!error, operation, " on cuda:", device, ": ", error,
                   " (this library's kernels are for compute capability 7.5 ",
                   "and later; errors of earlier work may show here)");
 }
 
-void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
-               Tensor partials, Tensor out, int64_t slot, double q, double max_norm, std::optional<Tensor> clip,
-               std::optional<Tensor> grad_scale) {
+void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
+               int64_t slot, double q, double max_norm, std::optional<Tensor> clip, std::optional<Tensor> grad_scale) {
   gpu::Launch launch = tables("grad_norm", format, segments, chunks, grads, rows);
   launch.partials = static_cast<double*>(
       checked("grad_norm", "partials", partials, Place::kCuda, ScalarType::Double, launch.n_chunks, 0));
@@ -68,17 +82,15 @@ void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Ten
   expect_success("grad_norm", gpu::grad_norm(launch), launch.device);
 }
 
-void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
-              Tensor perturbed, Tensor sums, double q, std::optional<Tensor> overflows,
-              std::optional<Tensor> rounding) {
+void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed, Tensor sums,
+              double q, std::optional<Tensor> overflows, std::optional<Tensor> rounding) {
   gpu::Launch launch = tables("perturb_", format, segments, chunks, grads, rows);
   bool* const marks = static_cast<bool*>(
       checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   launch.sums = static_cast<double*>(checked("perturb_", "sums", sums, Place::kCuda, ScalarType::Double, -1, 0));
   launch.n_sums = sums.size(0);
   launch.overflows = counters("perturb_", overflows, Place::kCuda);
-  launch.rounding = scalar<int64_t>("perturb_", "rounding", rounding, Place::kCuda, ScalarType::Long);
-  if (rounding) expect_device("perturb_", "rounding", *rounding, launch.device);
+  launch.rounding = random_step("perturb_", launch, rounding);
   launch.q = q;
   if (overflows) expect_device("perturb_", "overflows", *overflows, launch.device);
   expect_device("perturb_", "sums", sums, launch.device);
@@ -89,9 +101,9 @@ void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tens
   expect_success("perturb_", gpu::perturb(launch), launch.device);
 }
 
-void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows,
-             Tensor perturbed, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-             std::optional<Tensor> clip, std::optional<Tensor> overflows, std::optional<Tensor> rounding) {
+void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip,
+             std::optional<Tensor> overflows, std::optional<Tensor> rounding) {
   gpu::Launch launch = tables("update_", format, segments, chunks, grads, rows);
   launch.rule = checked_rule("update_", rule);
   bool* const marks = static_cast<bool*>(
@@ -102,8 +114,7 @@ void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tenso
   launch.clip = scalar<double>("update_", "clip", clip, Place::kCuda, ScalarType::Double);
   if (grad_scale) expect_device("update_", "grad_scale", *grad_scale, launch.device);
   launch.overflows = counters("update_", overflows, Place::kCuda);
-  launch.rounding = scalar<int64_t>("update_", "rounding", rounding, Place::kCuda, ScalarType::Long);
-  if (rounding) expect_device("update_", "rounding", *rounding, launch.device);
+  launch.rounding = random_step("update_", launch, rounding);
   if (overflows) expect_device("update_", "overflows", *overflows, launch.device);
   if (found_inf) expect_device("update_", "found_inf", *found_inf, launch.device);
   if (clip) expect_device("update_", "clip", *clip, launch.device);
@@ -120,7 +131,7 @@ void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tenso
 // kernels.
 void upload_rows(int64_t format, int64_t rule, Tensor segments, Tensor rows, int64_t n_segments) {
   gpu::Launch launch{};
-  launch.format = checked_format("upload_rows", format);
+  launch.format = served_format("upload_rows", format);
   launch.rule = checked_rule("upload_rows", rule);
   launch.rows =
       static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));

@@ -2,14 +2,14 @@
 
 namespace fastsam::FASTSAM_ISA {
 
-template <class S, class G, int kWords>
-__global__ void FASTSAM_BOUNDS((kPerturbBlocks<S, G>)) perturb(const __grid_constant__ Arguments<kWords> args) {
-  __shared__ PerturbShared<S> shared;
+template <int kWords, class F>
+__global__ void FASTSAM_BOUNDS(kPerturbBlocks<F>) perturb(const __grid_constant__ Arguments<kWords> args) {
+  __shared__ PerturbShared<F> shared;
   DeviceContext ctx;
-  perturb_block<S, G>(ctx, args, shared);
+  perturb_block<F>(ctx, args, shared);
 }
 
-#define FASTSAM_KERNEL(...) perturb<__VA_ARGS__>
-const Variants perturb_kernels[kPairs] = FASTSAM_PAIRS(FASTSAM_KERNEL);
+#define FASTSAM_KERNEL(words, ...) perturb<words, __VA_ARGS__::Climb>
+const Variants perturb_kernels[] = FASTSAM_MOST(FASTSAM_KERNEL);
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -15,9 +15,11 @@ FASTSAM_DEVICE auto load_widened(const S* from) {
   return Pack<S>::widened(load_bits<S, Hint::kKeep>(from));
 }
 
-template <class S, class G, class Ctx, class A>
+template <class F, class Ctx, class A>
 FASTSAM_DEVICE void power_norm_block(Ctx& ctx, const A& args, PowerNormShared& shared) {
-  using T = typename Compute<S>::type;
+  using S = typename F::Source;
+  using G = typename F::Grad;
+  using T = typename F::T;
   int64_t address = 0;
   if (ctx.block() < args.n_chunks) {
     const Chunk chunk = args.chunks[ctx.block()];
@@ -25,7 +27,7 @@ FASTSAM_DEVICE void power_norm_block(Ctx& ctx, const A& args, PowerNormShared& s
     if (address) {
       const Segment* const segment = args.segments + chunk.segment;
       const Steepest<T> steepest(args.row(segment->group));
-      const S* const w = element_of<const S>(segment->weight, chunk, 0);
+      const S* const w = element_of<const S>(args.masters ? segment->master : segment->weight, chunk, 0);
       const G* const g = element_of<const G>(address, chunk, 0);
       typename Ctx::template PerThread<Several<double, 1>> sums;
       ctx.threads([&](int t) {
@@ -42,13 +44,18 @@ FASTSAM_DEVICE void power_norm_block(Ctx& ctx, const A& args, PowerNormShared& s
   sum_partials(ctx, args, shared, [&] { return address ? pair_sum<kWarps>(shared.warps[0]) : 0.0; });
 }
 
-template <class S>
-using PowerPerturbShared = Slot<PowerPerturb<typename Compute<S>::type>>;
+template <class F>
+struct PowerPerturbShared {
+  Slot<PowerPerturb<typename F::T>> perturb;
+  Slot<Noise> noise;  // where weights are drawn
+};
 
-template <class S, class G, class Ctx, class A>
-FASTSAM_DEVICE void power_perturb_block(Ctx& ctx, const A& args, PowerPerturbShared<S>& shared) {
-  using P = Pack<S>;
-  using T = typename Compute<S>::type;
+template <class F, class Ctx, class A>
+FASTSAM_DEVICE void power_perturb_block(Ctx& ctx, const A& args, PowerPerturbShared<F>& shared) {
+  using S = typename F::Source;
+  using G = typename F::Grad;
+  using C = typename F::Weight;
+  using T = typename F::T;
   const Part part = part_of(ctx.blocks() - 1 - ctx.block(), args.split_bits);
   const Chunk chunk = args.chunks[part.chunk];
   const int64_t address = args.grad(chunk.segment);
@@ -56,24 +63,31 @@ FASTSAM_DEVICE void power_perturb_block(Ctx& ctx, const A& args, PowerPerturbSha
   count_overflow(ctx, args);
   if (!address || n == 0) return;
   const Segment* const segment = args.segments + chunk.segment;
-  S* const w = element_of<S>(segment->weight, chunk, part.begin);
-  S* const backup = element_of<S>(segment->backup, chunk, part.begin);
+  C* const w = element_of<C>(segment->weight, chunk, part.begin);
+  S* const kept = element_of<S>(F::kMasters ? segment->master : segment->backup, chunk, part.begin);
+  const S* source = kept;
+  if constexpr (!F::kMasters) source = w;
   const G* const g = element_of<const G>(address, chunk, part.begin);
+  const uint32_t first = first_block(chunk, part.begin);
   ctx.threads([&](int t) {
-    if (t == 0) shared.put(PowerPerturb<T>(args.row(segment->group), ordered_sum(args), args.q));
+    if (t != 0) return;
+    const Row row = args.row(segment->group);
+    shared.perturb.put(PowerPerturb<T>(row, ordered_sum(args), args.q));
+    if constexpr (F::kDrawsWeights) shared.noise.put(Noise(row, segment->index, *args.rounding));
   });
   ctx.sync();
   ctx.threads([&](int t) {
-    const PowerPerturb<T> perturb = shared.get();
+    const PowerPerturb<T> perturb = shared.perturb.get();
     if (perturb.rho == 0) {
-      copy_part(backup, w, n, t);
+      if constexpr (!F::kMasters) copy_part(kept, w, n, t);
       return;
     }
     FASTSAM_ROLLED
     for (int i = t; i < n; i += kThreads) {
-      const uint64_t old = load_bits<S, Hint::kOnce>(w + i);
-      store_bits<S, Hint::kOnce>(backup + i, old);
-      store_bits<S, Hint::kKeep>(w + i, P::narrowed(perturb(P::widened(old), static_cast<T>(load_widened(g + i)))));
+      const uint64_t old = load_bits<S, Hint::kOnce>(source + i);
+      if constexpr (!F::kMasters) store_bits<S, Hint::kOnce>(kept + i, old);
+      const T x = perturb(Pack<S>::widened(old), static_cast<T>(load_widened(g + i)));
+      store_bits<C, Hint::kKeep>(w + i, rounded<C, F::kDrawsWeights>(x, shared.noise, first, i, kClimbStream));
     }
   });
 }
