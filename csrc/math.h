@@ -134,21 +134,24 @@ FASTSAM_HD void narrow(float x, float16& out) {
 
 // Philox4x32-7 (Salmon et al., SC 2011): four words of random bits for each counter of four words; 7 rounds are the
 // fewest that pass the tests of its authors.
+constexpr int kPhiloxRounds = 7;
+constexpr uint32_t kPhilox0 = 0xD2511F53u, kPhilox1 = 0xCD9E8D57u;  // factors
+constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;      // what a key grows by
+
 struct Random {  // eight numbers of 16 bits
   uint32_t words[4];
   FASTSAM_HD uint32_t operator[](int i) const { return words[i / 2] >> 16 * (i % 2) & 0xffff; }
 };
 FASTSAM_HD Random philox(Random counter, uint32_t key0, uint32_t key1) {
-  constexpr int kRounds = 7;
   uint32_t a = counter.words[0], b = counter.words[1], c = counter.words[2], d = counter.words[3];
-  for (int i = 0; i < kRounds; i++) {
-    const uint64_t first = static_cast<uint64_t>(a) * 0xD2511F53u, second = static_cast<uint64_t>(c) * 0xCD9E8D57u;
+  for (int i = 0; i < kPhiloxRounds; i++) {
+    const uint64_t first = static_cast<uint64_t>(a) * kPhilox0, second = static_cast<uint64_t>(c) * kPhilox1;
     a = static_cast<uint32_t>(second >> 32) ^ b ^ key0;
     b = static_cast<uint32_t>(second);
     c = static_cast<uint32_t>(first >> 32) ^ d ^ key1;
     d = static_cast<uint32_t>(first);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += kWeyl0;
+    key1 += kWeyl1;
   }
   return {{a, b, c, d}};
 }
@@ -173,14 +176,15 @@ FASTSAM_HD void narrow(float x, uint32_t noise, bfloat16& out) {
 }
 FASTSAM_HD void narrow(float x, uint32_t noise, float16& out) {
   const uint32_t bits = to_bits(x), magnitude = bits & 0x7fffffff;
-  const uint32_t own = noise >> 3;  // float16 has 13 bits less than float32
-  const uint32_t clamped = magnitude < 0x47800000 ? magnitude : 0x47800000;  // 2^16 and beyond are infinity
-  const uint32_t normal = ((clamped + own) >> 13) - (112 << 10);
+  // Signed, which loops are vectorised with. Float16 has 13 bits less than float32; 2^16 and beyond are infinity.
+  const int32_t own = static_cast<int32_t>(noise >> 3);
+  const int32_t clamped = static_cast<int32_t>(magnitude < 0x47800000 ? magnitude : 0x47800000);
+  const int32_t normal = ((clamped + own) >> 13) - (112 << 10);
   // In units of float16's smallest step; not used, and kept in range, where the number is normal.
   const float steps = from_bits(magnitude < 0x38800000 ? magnitude : 0) * 0x1p24f + static_cast<float>(own) * 0x1p-13f;
-  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(steps));
-  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-  out = static_cast<float16>((bits >> 16 & 0x8000) | (magnitude > 0x7f800000 ? 0x7e00 : finite));
+  const int32_t subnormal = static_cast<int32_t>(steps);
+  const int32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+  out = static_cast<float16>((bits >> 16 & 0x8000) | static_cast<uint32_t>(magnitude > 0x7f800000 ? 0x7e00 : finite));
 }
 // What is as wide as the arithmetic stays as it is.
 FASTSAM_HD void narrow(float x, uint32_t, float& out) { out = x; }

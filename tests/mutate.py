@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [  # quick ones first
+    "test_precision.py",
     "test_lost_nothing.py",
     "test_gradscaler.py",
     "test_parity.py",
@@ -42,13 +43,14 @@ class Mutant(NamedTuple):
 
 
 REFERENCE, MATH = "fastsam/ops/reference.py", "csrc/math.h"
+TILE, KERNELS, LAUNCH = "csrc/cpu/tile.h", "csrc/cpu/kernels.cpp", "csrc/cpu/launch.cpp"
 MUTANTS = [
     Mutant(REFERENCE, "NORM_EPS = 1e-12", "NORM_EPS = 1e-10"),
     Mutant(REFERENCE, "1 / bucket.q)) + NORM_EPS", "1 / bucket.q)) - NORM_EPS"),
     Mutant(
         REFERENCE,
-        "        segment.backup.copy_(old)\n",
-        "        segment.backup.copy_(torch.where(norm.isfinite(), old, segment.backup))\n",
+        "segment.backup.copy_(source)",
+        "segment.backup.copy_(torch.where(norm.isfinite(), source, segment.backup))",
     ),
     Mutant(
         REFERENCE,
@@ -57,19 +59,13 @@ MUTANTS = [
     ),
     Mutant(REFERENCE, "torch.where(scale != 0, w + e, w)", "w + e"),
     Mutant(REFERENCE, "scale = -scale", "scale = scale"),
-    Mutant(
-        REFERENCE, "source = segment.backup if perturbed else segment.flat(segment.param)", "source = segment.backup"
-    ),
-    Mutant(
-        REFERENCE, "source = segment.backup if perturbed else", "source = segment.flat(segment.param) if perturbed else"
-    ),
+    Mutant(REFERENCE, "source = segment.source(perturbed)", "source = segment.source(True)"),
+    Mutant(REFERENCE, "source = segment.source(perturbed)", "source = segment.source(False)"),
     Mutant(REFERENCE, "            if perturbed:\n", "            if not perturbed:\n"),
     Mutant(REFERENCE, "found_inf.reshape(()) != 0", "found_inf.reshape(()) == 0"),
-    Mutant(REFERENCE, "state.copy_(after if skip is None else torch.where(skip, before, after))", "state.copy_(after)"),
+    Mutant(REFERENCE, "after if skip is None else torch.where(skip, before, after)", "after"),
     Mutant(REFERENCE, "torch.where(skip, 0.0, 1.0)", "1.0"),
-    Mutant(
-        REFERENCE, "segment.store(w if skip is None else torch.where(skip, source.to(w.dtype), w))", "segment.store(w)"
-    ),
+    Mutant(REFERENCE, "w if skip is None else torch.where(skip, source.to(w.dtype), w)", "w"),
     Mutant(REFERENCE, "(1.0 / grad_scale", "(2.0 / grad_scale"),
     Mutant(REFERENCE, "(w.abs() + row.eta) * g", "(w + row.eta) * g"),
     Mutant(REFERENCE, "((w * w) * g) * scale", "(w.abs() * g) * scale"),
@@ -220,6 +216,61 @@ MUTANTS = [
     Mutant(MATH, "exponent(q - 1)", "exponent(q)"),
     Mutant(MATH, "if (!is_finite(norm)) rho = 0;", ""),
     Mutant(MATH, "kMaximize) ? -row.weight_decay", "kMaximize) ? row.weight_decay"),
+    # Masters and stochastic rounding.
+    Mutant(REFERENCE, "PHILOX_ROUNDS = 7", "PHILOX_ROUNDS = 6"),
+    Mutant(REFERENCE, "a * 0xD2511F53, c * 0xCD9E8D57", "a * 0xCD9E8D57, c * 0xD2511F53"),
+    Mutant(REFERENCE, "i * 0x9E3779B9", "i * 0x9E3779B1"),
+    Mutant(REFERENCE, "& 0xFFFFFFFF) ^ b ^ k0", "& 0xFFFFFFFF) ^ d ^ k0"),
+    Mutant(REFERENCE, "(words & 0xFFFF, words >> 16)", "(words >> 16, words & 0xFFFF)"),
+    Mutant(REFERENCE, "(segment.index, 0, stream)", "(segment.group, 0, stream)"),
+    Mutant(REFERENCE, "(seed & 0xFFFFFFFF, seed >> 32)", "(seed & 0xFFFFFFFF, 0)"),
+    Mutant(REFERENCE, "bucket.rounding & 0xFFFFFFFF", "bucket.rounding"),
+    Mutant(REFERENCE, "(bits + noise) >> 16", "(bits + 0x8000) >> 16"),
+    Mutant(REFERENCE, "x.isnan(), 0x7FC0,", "x.isinf(), bits >> 16,"),
+    Mutant(REFERENCE, "noise = noise >> 3", "noise = noise & 0x1FFF"),
+    Mutant(REFERENCE, "magnitude.clamp(max=0x47800000)", "magnitude.clamp(max=0x477FFFFF)"),
+    Mutant(REFERENCE, "noise.float() * 2.0**-13", "noise.float() * 2.0**-14"),
+    Mutant(REFERENCE, "magnitude < 0x38800000, subnormal", "magnitude < 0x38000000, subnormal"),
+    Mutant(REFERENCE, "CLIMB, STEP, STATES = 0, 1, 2", "CLIMB, STEP, STATES = 0, 0, 1"),
+    Mutant(REFERENCE, "state.dtype, STATES + k", "state.dtype, STATES"),
+    Mutant(REFERENCE, "bucket.rounding += 1", "bucket.rounding += 2"),
+    Mutant(REFERENCE, "segment.master.copy_(w)", "segment.master.copy_(w.to(bucket.dtype))"),
+    Mutant(REFERENCE, "w if segment.master is not None else _rounded", "_rounded"),
+    Mutant(REFERENCE, "w, g = _widen(segment.source(False))", "w, g = _widen(segment.flat(segment.param))"),
+    Mutant(REFERENCE, "        source = segment.source(False)\n", "        source = segment.flat(segment.param)\n"),
+    Mutant(MATH, "kPhiloxRounds = 7", "kPhiloxRounds = 6"),
+    Mutant(MATH, "kPhilox0 = 0xD2511F53u", "kPhilox0 = 0xD2511F51u"),
+    Mutant(MATH, "kWeyl1 = 0xBB67AE85u", "kWeyl1 = 0xBB67AE87u"),
+    Mutant(MATH, "(second >> 32) ^ b ^ key0", "(second >> 32) ^ d ^ key0"),
+    Mutant(MATH, ">> 16 * (i % 2)", ">> 16 * (1 - i % 2)"),
+    Mutant(MATH, "static_cast<uint64_t>(row.seed) >> 32", "static_cast<uint64_t>(row.seed) >> 31"),
+    Mutant(MATH, "index, step, static_cast<uint32_t>(stream)", "step, index, static_cast<uint32_t>(stream)"),
+    Mutant(MATH, "(bits + noise) >> 16", "(bits + 0x7fff) >> 16"),
+    Mutant(MATH, "> 0x7f800000 ? 0x7fc0 : (bits", "> 0x7fffffff ? 0x7fc0 : (bits"),
+    Mutant(MATH, "static_cast<int32_t>(noise >> 3)", "static_cast<int32_t>(noise & 0x1fff)"),
+    Mutant(
+        MATH,
+        "static_cast<int32_t>(magnitude < 0x47800000 ? magnitude : 0x47800000)",
+        "static_cast<int32_t>(magnitude < 0x47800000 ? magnitude : 0x477fffff)",
+    ),
+    Mutant(MATH, "static_cast<float>(own) * 0x1p-13f", "static_cast<float>(own) * 0x1p-14f"),
+    Mutant(MATH, "const int32_t finite = magnitude < 0x38800000", "const int32_t finite = magnitude < 0x38000000"),
+    Mutant(
+        TILE, "_mm512_xor_si512(_mm512_srli_epi64(second, 32), b)", "_mm512_xor_si512(_mm512_srli_epi64(second, 32), d)"
+    ),
+    Mutant(TILE, "lanes(first / 8 + i), ascending", "lanes(first / 8), ascending"),
+    Mutant(TILE, "_mm256_permute2x128_si256(even, odd, 0x31)", "_mm256_permute2x128_si256(even, odd, 0x20)"),
+    Mutant(
+        KERNELS, "format.masters() ? segment.master : segment.weight, format.source", "segment.weight, format.weight"
+    ),
+    Mutant(KERNELS, "  if (nothing && masters) return;  // the weights are the masters, rounded\n", ""),
+    Mutant(KERNELS, "first_ + start, kStateStream + slot", "first_ + start, kStateStream"),
+    Mutant(KERNELS, "first_ + start, stream", "start, stream"),
+    Mutant(KERNELS, "stochastic && !launch.format.masters() &&", "stochastic &&"),
+    Mutant(KERNELS, "start, kClimbStream", "start, kStepStream"),
+    Mutant(KERNELS, "if (format.masters()) write(new_w", "if (false) write(new_w"),
+    Mutant(LAUNCH, "++*launch.rounding", "*launch.rounding += 2"),
+    Mutant(LAUNCH, "launch.rounding && launch.rule != kNoRule", "launch.rounding"),
 ]
 
 
@@ -286,7 +337,7 @@ def main(arguments: list[str]) -> int:
             original = path.read_text()
             path.write_text(original.replace(mutant.old, mutant.new))
             try:
-                if mutant.file == MATH:
+                if mutant.file.startswith("csrc/"):
                     build(where)
                 test = killer(mutant, where)
             finally:

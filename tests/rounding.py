@@ -306,8 +306,23 @@ def drawn(x, dtype, noise):
     at, r = size / step, noise >> (16 - bits)
     sums = at + r / 2**bits  # exact, but for what float16 cannot hold at all: there in float32
     sums = np.where((dtype == FLOAT16) & (size < 2.0**-14), sums.astype(np.float32), sums)
-    result = np.where(finite, np.copysign(np.floor(sums) * step, x), x)
+    with np.errstate(invalid="ignore"):  # of NaN that are to be quieted
+        result = np.where(finite, np.copysign(np.floor(sums) * step, x), x)
     return torch.from_numpy(result).to(dtype)
+
+
+def at_every_magnitude(dtype):
+    """float32 values between all neighbours of `dtype` and some beyond; the lower and upper neighbours of the first."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    low = every[every.isfinite()]
+    up = torch.nextafter(low, torch.tensor(float("inf"), dtype=dtype))
+    top = 2.0**128 if dtype == BFLOAT16 else 2.0**16  # where infinity stands for a number
+    ends = [torch.where(t.isinf(), top, t.double()) for t in (low, up)]
+    part = torch.rand(len(low), generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 0.999
+    between = (ends[0] + part * (ends[1] - ends[0])).float()
+    beyond = torch.tensor([65519.9, 65520.0, 65535.9, 65536.0, 1e5, 3.4e38, 1e-45, 2.0**-25, 2.0**-24.5, 1e-40])
+    odd = torch.tensor([0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    return torch.cat([between, beyond, -beyond, odd, -odd]), low, up
 
 
 # ---- Buckets by hand.

@@ -6,21 +6,29 @@ import torch
 from rounding import (
     DTYPES,
     FIRST_DRAW,
+    MASTERS,
     MIXED,
     OPTIONS,
+    PLAIN,
+    SEED,
     SIZES,
     STEPS,
     STOCHASTIC,
+    at_every_magnitude,
     bucket_of,
     copied,
+    draw,
+    drawn,
     expected,
     fma,
     fresh_bucket,
     gradients,
     guarded,
+    index_of,
     label,
     mixed,
     narrowed,
+    philox,
     point,
     run,
     shifted,
@@ -33,6 +41,7 @@ from fastsam.ops import native
 from fastsam.ops.formats import Format
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=f"no native library: {native.reason()}")
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 ISAS = native.reader.cpu_isas() if native.reader else []
 
 
@@ -102,18 +111,59 @@ def test_any_alignment_and_kind_of_store(isa, dtype, offsets, spread):
     check_steps(bucket, "sgd-dampening", lambda g: copied(shifted(len(g), dtype, at_g), g))
 
 
+def everything_made(option, format, make, spread):
+    """A fresh bucket whose tensors all come from `make`, and what does the same for gradients."""
+
+    def like(t):
+        return copied(make(len(t), t.dtype), t)
+
+    bucket = fresh_bucket(option, format, make, spread)
+    bucket.backups, bucket.masters = ([like(t) for t in tensors] for tensors in (bucket.backups, bucket.masters))
+    bucket.states = [[like(s) for s in state] for state in bucket.states]
+    point(bucket)
+    return bucket, like
+
+
 @pytest.mark.parametrize("spread", [1, 2000], ids=["cached", "streamed"])
 @pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_access_beyond_weights_and_gradients(isa, dtype, at_end, spread):
+@pytest.mark.parametrize("format", [*PLAIN, MASTERS[0], MASTERS[3], STOCHASTIC[0], *STOCHASTIC[2:4]], ids=label)
+def test_no_access_beyond_any_tensor(isa, format, at_end, spread):
     def make(n, dtype):
         return guarded(n, dtype, at_end) if n else shifted(n, dtype)
 
-    bucket = fresh_bucket("adamw-amsgrad-maximize", dtype, make, spread)
-    bucket.backups = [torch.full_like(make(len(p), dtype), float("nan")) for p in bucket.params]
-    bucket.states = [[copied(make(len(s), dtype), s) for s in state] for state in bucket.states]
-    point(bucket)
-    check_steps(bucket, "adamw-amsgrad-maximize", lambda g: copied(make(len(g), dtype), g))
+    option = "adamw-amsgrad-maximize"
+    bucket, like = everything_made(option, format, make, spread)
+    check_steps(bucket, option, like)
+
+
+@pytest.mark.parametrize("spread", [1, 2000], ids=["cached", "streamed"])
+@pytest.mark.parametrize("offset", [4, 60])
+@pytest.mark.parametrize("format", [MASTERS[1], MASTERS[2], STOCHASTIC[1], STOCHASTIC[3]], ids=label)
+def test_any_alignment_of_masters_and_states(isa, format, offset, spread):
+    option = "rmsprop-centered-momentum-far-lerp"
+    bucket, like = everything_made(option, format, lambda n, dtype: shifted(n, dtype, offset), spread)
+    check_steps(bucket, option, like)
+
+
+ALSO_BY_OTHERS = ["sgd-nesterov-maximize", "adamw-amsgrad-maximize", "lion"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("format", MASTERS[::2] + STOCHASTIC, ids=label)
+def test_masters_and_stochastic_rounding_follow_the_plan(format, option):
+    check_steps(fresh_bucket(option, format), option)  # by the best instruction set
+
+
+@pytest.mark.parametrize("option", ALSO_BY_OTHERS)
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+def test_they_do_by_every_instruction_set(isa, format, option):
+    check_steps(fresh_bucket(option, format), option)
+
+
+@pytest.mark.parametrize("option", ALSO_BY_OTHERS)
+@pytest.mark.parametrize("format", MASTERS[:1] + STOCHASTIC[:1] + STOCHASTIC[3:4], ids=label)
+def test_they_do_by_any_number_of_threads(threads, format, option):
+    check_steps(fresh_bucket(option, format), option)
 
 
 @pytest.mark.parametrize("option", ["sgd", "adamw-amsgrad-maximize"])
@@ -121,9 +171,6 @@ def test_no_access_beyond_weights_and_gradients(isa, dtype, at_end, spread):
 def test_gradients_of_another_dtype(isa, dtype, grad_dtype, option):
     bucket = fresh_bucket(option, mixed(dtype, grad_dtype))
     check_steps(bucket, option, lambda g: copied(guarded(len(g), g.dtype, True), g) if len(g) else g)
-
-
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -185,15 +232,134 @@ def test_a_norm_that_is_not_finite_perturbs_nothing(isa, dtype, bad):
         assert torch.equal(p, old) and torch.equal(b, old) and torch.equal(q, old)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rho_0_writes_the_backup_and_keeps_the_weights(isa, dtype):
-    bucket = fresh_bucket("adamw", dtype)
+@pytest.mark.parametrize("format", PLAIN + MASTERS[:2] + STOCHASTIC[:4], ids=label)
+def test_rho_0_writes_the_backup_and_keeps_the_weights(isa, format):
+    bucket = fresh_bucket("adamw", format)
     bucket.row_table[:, 5] = 0.0
-    grads = [torch.full((n,), float("inf"), dtype=dtype) for n in SIZES]  # 0 * inf would show
+    grads = [torch.full((n,), float("inf"), dtype=format.grad) for n in SIZES]  # 0 * inf would show
     native.perturb_(bucket, grads, torch.ones(1, dtype=torch.float64))
     for p, b, n, i in zip(bucket.params, bucket.backups, SIZES, range(len(SIZES)), strict=True):
-        assert torch.equal(p, values(n, dtype, i)) and torch.equal(b, p)
+        assert torch.equal(p, values(n, format.weight, i))
+        assert b.isnan().all() if format.masters else torch.equal(b, p)
     assert bucket.perturbed.all()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("format", [MASTERS[0], MASTERS[2], *STOCHASTIC], ids=label)
+def test_overflows_keep_masters_and_what_was_drawn(isa, format, bad):
+    """Of the first pass: no perturbation; of the second: weights, masters and states keep their bits."""
+    option = "adamw-amsgrad-maximize"
+    bucket = fresh_bucket(option, format)
+    check_steps(bucket, option)
+    grads = [values(n, format.grad, i) for i, n in enumerate(SIZES)]
+    grads[-1][-1] = bad
+    kept = [*bucket.params, *bucket.masters, *(s for state in bucket.states for s in state), bucket.progress]
+    before = [t.clone() for t in kept]
+    total, perturbed = run(bucket, grads, grads, found_inf=torch.ones(1))
+    assert not total.isfinite() and bucket.overflows.tolist() == [1, 1]
+    for old, seen in zip(before, perturbed, strict=False):
+        assert torch.equal(seen, old)
+    for old, new in zip(before, kept, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+    run(bucket, gradients(format.grad, 7, 1), grads, found_inf=torch.ones(1))
+    assert bucket.overflows.tolist() == [1, 2]
+    for old, new in zip(before, kept, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("spread", [1, 2000], ids=["cached", "streamed"])
+@pytest.mark.parametrize("format", MASTERS, ids=label)
+def test_a_restore_rounds_the_masters(isa, format, spread):
+    bucket = fresh_bucket("sgd", format, spread=spread)
+    for master, n in zip(bucket.masters, SIZES, strict=True):
+        master.add_(values(n, torch.float32, 99) * 0.01)
+    masters = [master.clone() for master in bucket.masters]
+    run(bucket, gradients(format.grad, 0, 1), [None] * len(SIZES))
+    for i, (p, master, old) in enumerate(zip(bucket.params, bucket.masters, masters, strict=True)):
+        touched = gradients(format.grad, 0, 1)[i] is not None
+        assert torch.equal(p, master.to(p.dtype) if touched else values(len(p), p.dtype, i))
+        assert torch.equal(master, old)
+
+
+# ---- Stochastic rounding.
+
+
+def test_known_answers_of_philox():
+    """Of Random123's kat_vectors."""
+    answers = {7: "5f6fb709 0d893f64 4f121f81 4f730a48", 10: "6627e8d5 e169c58d bc57ac4c 9b00dbd8"}
+    for rounds, answer in answers.items():
+        assert " ".join(f"{int(word):08x}" for word in philox((0, 0, 0, 0), (0, 0), rounds)) == answer
+    ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for counter, key, answer in [
+        ((ones,) * 4, (ones,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (pi, (0xA4093822, 0x299F31D0), "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ]:
+        assert " ".join(f"{int(word):08x}" for word in philox(counter, key, 10)) == answer
+
+
+def drawn_states(x, dtype, draws=1):
+    """float32 values as states of SGD with momentum, whose first step keeps the gradient: rounded `draws` times."""
+    bucket = bucket_of([torch.zeros_like(x)], "sgd-dampening", format=Format(F32, F32, F32, dtype, True))
+    for i in range(draws):
+        bucket.progress.copy_(torch.tensor([[0.0, 1.0]]))
+        native.update_(bucket, [x])
+        assert bucket.rounding.tolist() == [FIRST_DRAW + i + 1]
+        yield bucket.states[0][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_at_every_magnitude(isa, dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for state in drawn_states(every.float(), dtype, 6):
+        torch.testing.assert_close(state, every, rtol=0, atol=0, equal_nan=True)
+    x, low, up = at_every_magnitude(dtype)
+    (state,) = drawn_states(x, dtype)
+    plan = drawn(widened(x), dtype, draw(len(x), SEED, index_of(0), FIRST_DRAW, 2))
+    torch.testing.assert_close(state, plan, rtol=0, atol=0, equal_nan=True)
+    inside = state[: len(low)]
+    assert ((inside == low) | (inside == up)).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x", "step"),
+    [
+        (torch.bfloat16, 1 + 0.3 * 2.0**-7, 2.0**-7),
+        (torch.bfloat16, -(3 + 0.9 * 2.0**-6), 2.0**-6),
+        (torch.float16, 1 + 0.3 * 2.0**-10, 2.0**-10),
+        (torch.float16, -5.7 * 2.0**-24, 2.0**-24),
+        (torch.float16, 0.2 * 2.0**-24, 2.0**-24),
+    ],
+)
+def test_stochastic_rounding_is_right_on_average(isa, dtype, x, step):
+    n, draws = 2 * 8192 + 5, 40
+    total = sum(state.double().mean() for state in drawn_states(torch.full((n,), x), dtype, draws))
+    assert abs(total / draws - x) < 5 * 0.5 * step / (n * draws) ** 0.5  # five standard deviations, or more
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_steps_add_up_where_the_nearest_would_lose_them(isa, dtype):
+    """200 steps of a twentieth of a weight's last place."""
+    format = Format(dtype, dtype, dtype, dtype, True)
+    n, place, steps = 8192, 2.0 * torch.finfo(dtype).eps / 2, 200
+    bucket = bucket_of([torch.full((n,), 1.5, dtype=dtype)], "sgd", format=format)
+    bucket.row_table[:, 1] = 0.0
+    grad = torch.full((n,), place / 20 / 0.07, dtype=dtype)
+    for _ in range(steps):
+        run(bucket, [None], [grad])
+    moved = (1.5 - bucket.params[0].double().mean()) / (0.07 * grad[0].double())
+    assert abs(moved / steps - 1) < 5 * (20 / steps / n) ** 0.5
+
+
+def test_only_updates_with_a_rule_take_random_numbers():
+    bucket = fresh_bucket("sgd", STOCHASTIC[0])
+    grads = gradients(torch.bfloat16, 0, 1)
+    native.perturb_(bucket, grads, torch.ones(1, dtype=torch.float64))
+    assert bucket.rounding.tolist() == [FIRST_DRAW]
+    native.update_(bucket, [None] * len(SIZES))
+    assert bucket.rounding.tolist() == [FIRST_DRAW + 1]
+    bucket.rule = None
+    native.update_(bucket, grads)
+    assert bucket.rounding.tolist() == [FIRST_DRAW + 1]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,18 @@ import test_parity
 import torch
 from cases import CONFIGS, NAMES, STEPS
 from oracle import assert_same, assert_within_ulp, bits, saved_state
-from rounding import BFLOAT16, FLOAT16, MASTERS, OPTIONS, STOCHASTIC, fresh_bucket, label
+from rounding import (
+    FIRST_DRAW,
+    MASTERS,
+    OPTIONS,
+    SEED,
+    STOCHASTIC,
+    at_every_magnitude,
+    draw,
+    drawn,
+    fresh_bucket,
+    label,
+)
 from torch.nn import Parameter
 
 from fastsam import FusedSAM
@@ -50,6 +61,15 @@ def test_the_reference_follows_the_plan(plain_torch, format, option):
     bucket = fresh_bucket(option, format)
     bucket.option = option
     test_native.check_steps(bucket, option)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_reference_rounds_stochastically_at_every_magnitude(dtype):
+    x, low, up = at_every_magnitude(dtype)
+    noise = draw(len(x), SEED, 1, FIRST_DRAW, 2)
+    rounded = reference.round_stochastically(x, torch.from_numpy(noise.astype("int64")), dtype)
+    torch.testing.assert_close(rounded, drawn(x.numpy(), dtype, noise), rtol=0, atol=0, equal_nan=True)
+    assert ((rounded[: len(low)] == low) | (rounded[: len(low)] == up)).all()
 
 
 # ---- Masters: SAM by hand on float32 weights, of which the model sees the rounded ones.

@@ -131,7 +131,6 @@ static void perturb_chunk(const Launch& launch, const Segment& segment, const Ch
   const Rounding rounding(launch, segment, chunk);
   alignas(kLine) T w_tile[kTile], g_tile[kTile], new_w[kTile];
   alignas(kLine) uint16_t noise[kTile];
-  alignas(kLine) char rounded[2 * kTile];
   for (int start = 0; start < chunk.length; start += kTile) {
     const int m = tile_size(start, chunk.length);
     const T* const wt = load(source + start, w_tile, m);
@@ -139,7 +138,7 @@ static void perturb_chunk(const Launch& launch, const Segment& segment, const Ch
     for (int i = 0; i < m; i++) new_w[i] = perturb(wt[i], gt[i]);
     if (!masters) store(backup + start, (w + start).address, m, launch.stream);
     const uint16_t* const chances = rounding.weights(start, kClimbStream, noise);
-    store(w + start, unload(new_w, chances, {rounded, format.weight}, m), m, launch.stream);
+    write(new_w, chances, w + start, m, launch.stream);
   }
 }
 
@@ -197,7 +196,6 @@ static void update_chunk(const Launch& launch, const Update& update) {
   const Elements w = at(segment.weight, format.weight, chunk);
   alignas(kLine) T w_tile[kTile], g_tile[kTile], state_tile[kMaxStates][kTile], new_w[kTile];
   alignas(kLine) uint16_t noise[kTile];
-  alignas(kLine) char rounded[2 * kTile];
   for (int start = 0; start < chunk.length; start += kTile) {
     const int m = tile_size(start, chunk.length);
     const T* const wt = load(update.source + start, w_tile, m);
@@ -217,9 +215,9 @@ static void update_chunk(const Launch& launch, const Update& update) {
     for (int k = 0; k < kMaxStates; k++) {
       if (kStates >> k & 1) unload(state[k], rounding.states(start, k, noise), memory[k], m);
     }
-    if (format.masters()) store(update.source + start, reinterpret_cast<const char*>(new_w), m, launch.stream);
+    if (format.masters()) write(new_w, nullptr, update.source + start, m, launch.stream);
     const uint16_t* const chances = rounding.weights(start, kStepStream, noise);
-    store(w + start, unload(new_w, chances, {rounded, format.weight}, m), m, launch.stream);
+    write(new_w, chances, w + start, m, launch.stream);
   }
 }
 
@@ -235,11 +233,10 @@ template <class T>
 static void restore_chunk(const Launch& launch, Elements w, Elements source, int n) {
   if (!launch.format.masters()) return store(w, source.address, n, launch.stream);
   alignas(kLine) T tile[kTile];
-  alignas(kLine) char rounded[2 * kTile];
   for (int start = 0; start < n; start += kTile) {
     const int m = tile_size(start, n);
     const T* const wt = load(source + start, tile, m);
-    store(w + start, unload(wt, nullptr, {rounded, w.dtype}, m), m, launch.stream);
+    write(wt, nullptr, w + start, m, launch.stream);
   }
 }
 
