@@ -494,6 +494,21 @@ def test_clipping_has_the_references_bits(library, monkeypatch, config):
     check_whole_steps(library, monkeypatch, config, torch.float32, max_grad_norm=3.0)
 
 
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, dict(master_weights=True)),
+        (torch.float16, dict(stochastic_rounding=True, rounding_seed=2**40 + 7)),
+        (torch.bfloat16, dict(master_weights=True, state_dtype=torch.bfloat16)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", **cases.ids([cases.SGD_CONFIGS[-1], cases.ADAM_CONFIGS[-1]]))
+def test_masters_and_random_numbers_have_the_references_bits(library, monkeypatch, config, dtype, options):
+    check_whole_steps(library, monkeypatch, config, dtype, **options)
+
+
 def check_whole_steps(library, monkeypatch, config, dtype, **options):
     if ops.backends()["cpu"] is not None:
         pytest.skip(f"no native library, whose tables this needs: {ops.backends()['cpu']}")
