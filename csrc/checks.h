@@ -38,18 +38,6 @@ inline void* checked(const char* operation, const char* name, const Tensor& tens
   return tensor.data_ptr();
 }
 
-// Which loops or kernels serve weights of one dtype with gradients of another: a number below kPairs.
-inline int pair_of(const char* operation, int64_t dtype, int64_t grad_dtype) {
-  STD_TORCH_CHECK(0 <= dtype && dtype < kDtypes, operation, ": dtype must be a code in [0, ", static_cast<int>(kDtypes),
-                  "), got ", dtype);
-  if (dtype == grad_dtype) return static_cast<int>(dtype);
-  for (int i = 0; i < kMixed; i++) {
-    if (kMixedDtypes[i][0] == dtype && kMixedDtypes[i][1] == grad_dtype) return kDtypes + i;
-  }
-  STD_TORCH_CHECK(false, operation, ": there is no kernel for weights of dtype ", dtype, " and gradients of dtype ",
-                  grad_dtype);
-}
-
 // From fastsam/ops/native.py: four dtypes of four bits each, and whether rounding is stochastic.
 inline Format checked_format(const char* operation, int64_t format) {
   const auto dtype = [&](int place) { return static_cast<Dtype>(format >> 4 * place & 15); };

@@ -29,12 +29,6 @@ enum Flag {
   kDecays = 128
 };
 
-// The dtypes of weights and gradients for which there are loops and kernels: equal ones first, in the order of Dtype.
-constexpr int kMixed = 4;
-constexpr int kPairs = kDtypes + kMixed;
-constexpr Dtype kMixedDtypes[kMixed][2] = {
-    {kFloat32, kBFloat16}, {kFloat32, kFloat16}, {kBFloat16, kFloat32}, {kFloat16, kFloat32}};
-
 // What a bucket's tensors are stored as; fastsam/ops/formats.py. Python hands it over as one number.
 struct Format {
   Dtype weight, grad;

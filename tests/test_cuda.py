@@ -11,6 +11,17 @@ from fastsam.ops.formats import MIXED_DTYPES
 WHY = ops.backends()["cuda"]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(WHY is not None, reason=f"no CUDA kernels: {WHY}")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+PRECISIONS = [
+    (torch.bfloat16, dict(master_weights=True)),
+    (torch.float16, dict(master_weights=True)),
+    (torch.bfloat16, dict(stochastic_rounding=True, rounding_seed=7)),
+    (torch.float16, dict(stochastic_rounding=True, rounding_seed=2**40 + 7)),
+    (torch.float32, dict(state_dtype=torch.bfloat16)),
+    (torch.bfloat16, dict(state_dtype=torch.bfloat16, master_weights=True)),
+    (torch.float16, dict(state_dtype=torch.bfloat16, master_weights=True)),
+]
+FAMILIES = [cases.SGD_CONFIGS, cases.ADAM_CONFIGS, cases.RMSPROP_CONFIGS, cases.ADAGRAD_CONFIGS]
+FAMILIES += [cases.NADAM_CONFIGS, cases.RADAM_CONFIGS, cases.LION_CONFIGS]
 
 
 def assert_same(ours, theirs, what):
@@ -31,9 +42,9 @@ def hand_over(ours, theirs, step, pass_, offset=0):
             p.grad = memory.as_strided(q.size(), q.stride(), offset).copy_(q.grad)
 
 
-def check_steps(config, dtype, offset=0, **values):
+def check_steps(config, dtype, offset=0, **options):
     ours, theirs = cases.make_params(dtype, device="cuda"), cases.make_params(dtype)
-    opt, reference = cases.fused(ours, config, "cuda"), cases.fused(theirs, config)
+    opt, reference = cases.fused(ours, config, "cuda", **options), cases.fused(theirs, config, **options)
     assert set(opt.backend.values()) == {"cuda"}
     for step in range(cases.STEPS):
         hand_over(ours, theirs, step, 1, offset)
@@ -59,6 +70,36 @@ def test_whole_steps_have_the_references_bits(config, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_gradients(dtype, offset):
     check_steps(cases.SGD_CONFIGS[2], dtype, offset)
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize(("dtype", "options"), PRECISIONS, ids=str)
+@pytest.mark.parametrize("config", **cases.ids([family[-1] for family in FAMILIES]))
+def test_masters_and_random_numbers_have_the_references_bits(config, dtype, options):
+    check_steps(config, dtype, **options)
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize("offset", [1, 4])
+@pytest.mark.parametrize(("dtype", "options"), PRECISIONS, ids=str)
+def test_misaligned_gradients_with_masters_and_random_numbers(dtype, options, offset):
+    for config in (cases.SGD_CONFIGS[2], cases.ADAM_CONFIGS[3]):
+        check_steps(config, dtype, offset, **options)
+
+
+@pytest.mark.parametrize("p", [1.5, float("inf")])
+@pytest.mark.parametrize(("dtype", "options"), PRECISIONS, ids=str)
+def test_another_norm_with_masters_and_random_numbers(dtype, options, p):
+    """But for the few that the last bits of exp2 and log2 take across a boundary."""
+    both = []
+    for device, backend in (("cuda", "cuda"), ("cpu", "reference")):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 20000).to(device, dtype))
+        opt = fastsam.FusedSAM([param], torch.optim.SGD, rho=30.0, p=p, lr=0.1, backend=backend, **options)
+        param.grad = torch.linspace(1, -2, 20000).to(device, dtype)
+        opt.first_step()
+        both.append((param.detach().cpu().clone(), opt))
+        opt.step()
+    assert (both[0][0] != both[1][0]).sum() <= 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -135,6 +176,30 @@ def test_overflow_under_a_grad_scaler():
         same = all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert same == (factor != 1.0)
     assert scaler.get_scale() == 2.0**3
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize(("dtype", "options"), PRECISIONS[1:3], ids=str)
+def test_masters_and_random_numbers_under_a_grad_scaler_with_clipping(dtype, options):
+    ours, theirs = cases.make_params(dtype, device="cuda"), cases.make_params(dtype)
+    opt = cases.fused(ours, cases.ADAM_CONFIGS[-1], "cuda", max_grad_norm=0.5, **options)
+    reference = cases.fused(theirs, cases.ADAM_CONFIGS[-1], max_grad_norm=0.5, **options)
+    scalers = [torch.amp.GradScaler(device, init_scale=2.0**4) for device in ("cuda", "cpu")]
+    for step in range(4):
+        hand_over(ours, theirs, step, 1)
+        opt.first_step(), reference.first_step()
+        hand_over(ours, theirs, step, 2)
+        for params, o, scaler in ((ours, opt, scalers[0]), (theirs, reference, scalers[1])):
+            scaler.scale(torch.zeros((), device=params[0].device))  # makes the scaler's tensors
+            if step == 2:
+                next(p.grad for p in params if p.grad is not None and p.numel() > 0).fill_(float("inf"))
+            scaler.step(o)
+            scaler.update()
+        assert_same(ours, theirs, f"weights after step {step}")
+    assert scalers[0].get_scale() == scalers[1].get_scale() == 2.0**3
+    for p, q in zip(ours, theirs, strict=True):
+        for name, value in reference.state.get(q, {}).items():
+            assert_same([opt.state[p][name]], [value], name)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -248,6 +313,30 @@ def test_a_capture_after_prepare_reads_a_tensor_lr(lr_dtype):
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="has its gradient elsewhere"):
         opt.check_capture()
+
+
+@pytest.mark.parametrize(("dtype", "options"), PRECISIONS, ids=str)
+def test_replays_draw_new_numbers_and_keep_masters(dtype, options):
+    torch.use_deterministic_algorithms(False)
+    params = [torch.nn.Parameter(torch.ones(20000, dtype=dtype, device=device)) for device in ("cuda", "cpu")]
+    opts = [
+        fastsam.FusedSAM([p], torch.optim.SGD, rho=0.3, lr=1e-4, momentum=0.9, backend=backend, **options)
+        for p, backend in zip(params, ("cuda", "reference"), strict=True)
+    ]
+    for p in params:
+        p.grad = torch.linspace(-1, 2, 20000).to(p)
+    opts[0].prepare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opts[0].first_step()
+        opts[0].step()
+    for step in range(4):  # the weights of bfloat16 move by a small part of their last place
+        graph.replay()
+        opts[1].first_step()
+        opts[1].step()
+        assert_same(params[:1], params[1:], f"weights after replay {step}")
+    for name, value in opts[1].state[params[1]].items():
+        assert_same([opts[0].state[params[0]][name]], [value], name)
 
 
 def test_a_graph_outlives_the_tables_that_it_reads():

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import itertools
 import math
 import shutil
 import subprocess
@@ -12,16 +13,23 @@ import pytest
 import torch
 from rounding import (
     DTYPES,
+    FIRST_DRAW,
+    MASTERS,
     MIXED,
     OPTIONS,
+    PLAIN,
     SIZES,
     STEPS,
+    STOCHASTIC,
     bucket_of,
     copied,
     expected,
     fresh_bucket,
     gradients,
     guarded,
+    index_of,
+    label,
+    mixed,
     point,
     shifted,
     slots_of,
@@ -29,7 +37,10 @@ from rounding import (
 )
 
 from fastsam import ops
+from fastsam.ops import reference
+from fastsam.ops.formats import Format, Precision
 from fastsam.rules import LR_FLOAT64, SGD
+from fastsam.segments import Segment, layout
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests" / "cuda_core.cpp"
@@ -37,6 +48,7 @@ FLAGS = ["-std=c++17", "-march=native", "-ffp-contract=off", "-fno-math-errno", 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GRAD_NORM, PERTURB, UPDATE = range(3)
 POINTERS = "chunks segments rows grads perturbed ticket partials sums grad_scale found_inf clip overflows".split()
+POINTERS += ["rounding"]
 NUMBERS = "n_chunks n_segments n_groups n_sums slot split_bits by_value seed threads rule".split()
 OFFSETS = [(0, 0), (8, 0), (0, 8), (4, 12), (12, 8), (8, 8), (2, 6), (14, 10)]  # of weights and gradients, in bytes
 
@@ -75,7 +87,9 @@ def objects(request):
 
 @pytest.fixture(scope="session")
 def library(objects):
-    return ctypes.CDLL(str(compiled(objects, "core", "-O2", "-shared", "-fPIC")))
+    library = ctypes.CDLL(str(compiled(objects, "core", "-O2", "-shared", "-fPIC")))
+    library.fastsam_run.restype = ctypes.c_bool
+    return library
 
 
 class Emulated:
@@ -106,7 +120,9 @@ class Emulated:
             rule=-1 if bucket.rule is None else bucket.rule.code,
             **{name: t.data_ptr() for name, t in held.items()},
         )
-        self.library.fastsam_run(operation, CODES[bucket.dtype], CODES[bucket.grad_dtype], ctypes.byref(launch))
+        *dtypes, stochastic = bucket.format
+        format = (ctypes.c_int * 5)(*(CODES[dtype] for dtype in dtypes), stochastic)
+        assert self.library.fastsam_run(operation, format, ctypes.byref(launch)), bucket.format
         assert self.tickets.tolist() == [0, 0]
 
     def grad_norm(self, bucket, grads, out, *, clip=None):
@@ -115,11 +131,12 @@ class Emulated:
 
     def perturb_(self, bucket, grads, sums):
         bucket.perturbed |= torch.tensor([g is not None for g in grads], dtype=torch.bool)
-        self.run(PERTURB, bucket, grads, 0, sums=sums, overflows=bucket.overflows)
+        self.run(PERTURB, bucket, grads, 0, sums=sums, overflows=bucket.overflows, rounding=bucket.rounding)
 
     def update_(self, bucket, grads, *, grad_scale=None, found_inf=None, clip=None):
-        factors = dict(grad_scale=grad_scale, found_inf=found_inf, clip=clip, overflows=bucket.overflows)
-        self.run(UPDATE, bucket, grads, 1, perturbed=bucket.perturbed, **factors)
+        factors = dict(grad_scale=grad_scale, found_inf=found_inf, clip=clip)
+        counters = dict(overflows=bucket.overflows, rounding=bucket.rounding)
+        self.run(UPDATE, bucket, grads, 1, perturbed=bucket.perturbed, **factors, **counters)
         bucket.perturbed.zero_()
 
 
@@ -141,30 +158,36 @@ def assert_same(actual, plan, what):
         assert torch.equal(actual, plan), f"{what}: {(actual != plan).sum()} of {plan.numel()} differ"
 
 
-def check_steps(backend, bucket, option, dtype, place=lambda grad: grad):
-    sums, climbs, weights, states, counts, products = expected(option, dtype, bucket.grad_dtype)
+def check_steps(backend, bucket, option, place=lambda grad: grad):
+    format, plan = bucket.format, expected(option, bucket.format)
     for step in range(STEPS):
-        grads = [[g if g is None else place(g) for g in gradients(bucket.grad_dtype, step, which)] for which in (1, 2)]
+        grads = [[g if g is None else place(g) for g in gradients(format.grad, step, which)] for which in (1, 2)]
         total, perturbed = run(backend, bucket, *grads)
-        assert total == (pytest.approx(sums[step], rel=1e-14) if dtype == torch.float64 else sums[step])
-        for i, (p, plan) in enumerate(zip(perturbed, climbs[step], strict=True)):
-            assert_same(p, plan, f"perturbed weights of segment {i} in step {step}")
+        exact = format.source != torch.float64
+        assert total == (plan.sums[step] if exact else pytest.approx(plan.sums[step], rel=1e-14))
+        for i, (p, planned) in enumerate(zip(perturbed, plan.climbs[step], strict=True)):
+            assert_same(p, planned, f"perturbed weights of segment {i} in step {step}")
+        if format.stochastic:
+            assert bucket.rounding.tolist() == [FIRST_DRAW + step + 1]
     used = slots_of(option)
-    for i, plan in enumerate(weights):
-        assert_same(bucket.params[i], plan, f"weights of segment {i}")
+    for i, planned in enumerate(plan.weights):
+        assert_same(bucket.params[i], planned, f"weights of segment {i}")
+        if format.masters:
+            assert_same(bucket.masters[i], plan.masters[i], f"master of segment {i}")
+            assert bucket.backups[i].isnan().all(), f"backup of segment {i} was written"
         for k in range(3):
             if k not in used:
                 assert bucket.states[k][i].isnan().all(), f"unused state {k} of segment {i} was written"
-            elif counts[i]:
-                assert_same(bucket.states[k][i], states[k][i], f"state {k} of segment {i}")
-    assert bucket.steps.tolist() == counts.tolist() and bucket.products.tolist() == products
+            elif plan.counts[i]:
+                assert_same(bucket.states[k][i], plan.states[k][i], f"state {k} of segment {i}")
+    assert bucket.steps.tolist() == plan.counts.tolist() and bucket.products.tolist() == plan.products
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_three_sam_steps_follow_the_plan_in_any_order_of_blocks(library, dtype, option):
     for split_bits, seed in ((0, 0), (1, 11), (2, 12)):
-        check_steps(Emulated(library, split_bits, seed), fresh_bucket(option, dtype), option, dtype)
+        check_steps(Emulated(library, split_bits, seed), fresh_bucket(option, dtype), option)
 
 
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
@@ -173,7 +196,7 @@ def test_any_alignment(library, dtype, offsets):
     at_p, at_g = (offset // dtype.itemsize * dtype.itemsize for offset in offsets)
     for option in ("sgd-dampening", "adam", "rmsprop-centered"):
         bucket = fresh_bucket(option, dtype, lambda n, dtype: shifted(n, dtype, at_p))
-        check_steps(Emulated(library, 1), bucket, option, dtype, lambda g: copied(shifted(len(g), dtype, at_g), g))
+        check_steps(Emulated(library, 1), bucket, option, lambda g: copied(shifted(len(g), dtype, at_g), g))
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
@@ -188,7 +211,7 @@ def test_no_access_beyond_weights_gradients_and_states(library, dtype, at_end):
         bucket.backups = [torch.full_like(make(len(p), dtype), float("nan")) for p in bucket.params]
         bucket.states = [[copied(make(len(s), dtype), s) for s in state] for state in bucket.states]
         point(bucket)
-    check_steps(Emulated(library), bucket, option, dtype, lambda g: copied(make(len(g), dtype), g))
+    check_steps(Emulated(library), bucket, option, lambda g: copied(make(len(g), dtype), g))
 
 
 @pytest.mark.parametrize("offsets", [(0, 0), (8, 8), (12, 4), (6, 2)], ids=str)
@@ -196,18 +219,61 @@ def test_no_access_beyond_weights_gradients_and_states(library, dtype, at_end):
 def test_gradients_of_another_dtype(library, dtype, grad_dtype, offsets):
     at_p, at_g = (at // kind.itemsize * kind.itemsize for at, kind in zip(offsets, (dtype, grad_dtype), strict=True))
     for option in ("sgd-dampening", "adamw-amsgrad-maximize"):
-        bucket = fresh_bucket(option, dtype, lambda n, dtype: shifted(n, dtype, at_p))
-        bucket.grad_dtype = grad_dtype
-        check_steps(Emulated(library, 1), bucket, option, dtype, lambda g: copied(shifted(len(g), g.dtype, at_g), g))
+        bucket = fresh_bucket(option, mixed(dtype, grad_dtype), lambda n, dtype: shifted(n, dtype, at_p))
+        check_steps(Emulated(library, 1), bucket, option, lambda g: copied(shifted(len(g), g.dtype, at_g), g))
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED, ids=str)
 def test_no_access_beyond_gradients_of_another_dtype(library, dtype, grad_dtype):
     for at_end in (True, False):
-        bucket = fresh_bucket("sgd-dampening", dtype)
-        bucket.grad_dtype = grad_dtype
+        bucket = fresh_bucket("sgd-dampening", mixed(dtype, grad_dtype))
         place = lambda g, at_end=at_end: copied(guarded(len(g), g.dtype, at_end), g) if len(g) else g  # noqa: E731
-        check_steps(Emulated(library), bucket, "sgd-dampening", dtype, place)
+        check_steps(Emulated(library), bucket, "sgd-dampening", place)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+def test_masters_and_random_numbers_follow_the_plan_in_any_order_of_blocks(library, format, option):
+    check_steps(Emulated(library, 1, 13), fresh_bucket(option, format), option)
+
+
+@pytest.mark.parametrize("offsets", [(8, 8), (12, 4), (6, 2), (0, 8), (8, 0)], ids=str)
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+def test_any_alignment_with_masters_and_random_numbers(library, format, offsets):
+    at_p, at_g = (at // kind.itemsize * kind.itemsize for at, kind in zip(offsets, format[:2], strict=True))
+    for split_bits, option in enumerate(("sgd-dampening", "adam", "lion")):
+        bucket = fresh_bucket(option, format, lambda n, dtype: shifted(n, dtype, at_p))
+        place = lambda g: copied(shifted(len(g), g.dtype, at_g), g)  # noqa: E731
+        check_steps(Emulated(library, split_bits, 17), bucket, option, place)
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+def test_no_access_beyond_masters_and_states_of_another_dtype(library, format, at_end):
+    def make(n, dtype):
+        return guarded(n, dtype, at_end) if n else shifted(n, dtype)
+
+    option = "adamw"
+    bucket = fresh_bucket(option, format, make)
+    if not at_end:  # what the optimizer owns starts at 16 bytes, as a page does
+        bucket.masters = [copied(make(len(m), m.dtype), m) for m in bucket.masters]
+        bucket.backups = [torch.full_like(make(len(b), b.dtype), float("nan")) for b in bucket.backups]
+        bucket.states = [[copied(make(len(s), s.dtype), s) for s in state] for state in bucket.states]
+        point(bucket)
+    check_steps(Emulated(library), bucket, option, lambda g: copied(make(len(g), g.dtype), g))
+
+
+def test_there_are_kernels_for_every_format_and_no_other(library):
+    options = [(), (True,), (False, True), (False, False, torch.bfloat16), (True, False, torch.bfloat16)]
+    made = {Precision(*each).format_of(dtype) for each in options for dtype in DTYPES}
+    known = {format._replace(grad=dtype) for format in made for dtype in DTYPES if format.takes(dtype)}
+    assert known >= {*PLAIN, *MASTERS, *STOCHASTIC}
+    for dtypes in itertools.product(DTYPES, repeat=4):
+        for stochastic in (False, True):
+            format = Format(*dtypes, stochastic)
+            codes = (ctypes.c_int * 5)(*(CODES[dtype] for dtype in dtypes), stochastic)
+            launch = Launch(q=2.0, threads=1, rule=-1)  # no parameters, so that perturb_ does nothing
+            assert library.fastsam_run(PERTURB, codes, ctypes.byref(launch)) == (format in known), format
 
 
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64], ids=str)
@@ -230,7 +296,7 @@ def test_a_learning_rate_on_the_device(library, option, lr_dtype):
 def test_rows_and_gradients_by_value_or_in_tables(library, by_value):
     for option in ("sgd-nesterov-maximize", "adamw-amsgrad-maximize"):
         backend = Emulated(library, by_value=by_value)
-        check_steps(backend, fresh_bucket(option, torch.float32), option, torch.float32)
+        check_steps(backend, fresh_bucket(option, torch.float32), option)
 
 
 @pytest.mark.parametrize("split_bits", [0, 1, 2])
@@ -261,6 +327,26 @@ def test_every_element_is_visited_exactly_once(library, dtype, split_bits):
         assert all((s == 1).all() for s in bucket.states[0])
 
 
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+@pytest.mark.parametrize("split_bits", [0, 1, 2])
+def test_every_element_is_visited_exactly_once_whatever_the_format(library, format, split_bits):
+    for at_g in (0, 8):
+        bucket = bucket_of([torch.zeros(n, dtype=format.weight) for n in SIZES], "sgd-dampening", format=format)
+        bucket.rows = [bucket.rows[0]._replace(beta1=1.0, beta2=0.0, rho=1 + 1e-12, lr=-1.0, weight_decay=0.0)] * 3
+        bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
+        bucket.steps.fill_(1.0)  # not the first step: each visit adds to the buffer, and that to the weight
+        ones = [copied(shifted(n, format.grad, at_g), torch.ones(n)) for n in SIZES]
+        backend = Emulated(library, split_bits, 5)
+        backend.perturb_(bucket, ones, torch.ones(1, dtype=torch.float64))
+        for i, p in enumerate(bucket.params):
+            assert (p == 1).all()  # all numbers here are exact, whatever the random ones
+            assert (bucket.masters[i] == 0).all() and (format.masters or (bucket.backups[i] == 0).all())
+        backend.update_(bucket, ones)
+        for i, p in enumerate(bucket.params):
+            assert (p == 1).all() and (bucket.states[0][i] == 1).all()
+            assert not format.masters or (bucket.masters[i] == 1).all()
+
+
 @pytest.mark.parametrize("address", range(0, 64, 2))
 def test_the_widest_access_an_address_allows(library, address):
     width = library.fastsam_width(ctypes.c_int64(4096 + address), 2)
@@ -283,7 +369,7 @@ def test_a_norm_that_is_not_finite_perturbs_nothing(library, dtype, bad):
 @pytest.mark.parametrize("option", ["sgd", "sgd-dampening", "adamw-amsgrad-maximize", "nadam"])
 def test_found_inf_restores_and_updates_nothing(library, option):
     bucket, dtype, backend = fresh_bucket(option, torch.float32), torch.float32, Emulated(library, 1, 3)
-    check_steps(backend, bucket, option, dtype)
+    check_steps(backend, bucket, option)
     before = [t.clone() for t in [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]]
     infinite = [torch.full((n,), float("inf")) for n in SIZES]
     options = dict(found_inf=torch.ones(1), grad_scale=torch.tensor([8.0]))
@@ -291,6 +377,89 @@ def test_found_inf_restores_and_updates_nothing(library, option):
     after = [*bucket.params, *(s for state in bucket.states for s in state), bucket.progress]
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+def test_overflows_leave_masters_and_weights_as_they_were(library, format, bad):
+    option = "adamw-amsgrad-maximize"
+    bucket, backend = fresh_bucket(option, format), Emulated(library, 1, 3)
+    for m in bucket.masters if format.masters else []:
+        m.mul_(1 + 2**-20)  # not what the weights say, but rounded to them
+    check = [*bucket.params, *bucket.masters, *itertools.chain(*bucket.states), bucket.progress]
+    before = [t.clone() for t in check]
+    grads = [values(n, format.grad, i) for i, n in enumerate(SIZES)]
+    infinite = [torch.full((n,), bad, dtype=format.grad) for n in SIZES]
+    # The norm is not finite; then the second gradient is not, with and without a perturbation before it.
+    for first, second in ((infinite, grads), (grads, infinite), (None, infinite)):
+        if first is not None:
+            sums = torch.zeros(3, dtype=torch.float64)
+            backend.grad_norm(bucket, first, sums)
+            backend.perturb_(bucket, first, sums)
+            same = [torch.equal(p, old) for p, old in zip(bucket.params, before, strict=False)]
+            assert all(same) if first is infinite else not same[-1]  # few elements may all round to what they were
+        backend.update_(bucket, second, found_inf=torch.ones(1), grad_scale=torch.tensor([8.0]))
+        for old, new in zip(before, check, strict=True):
+            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+    assert not format.stochastic or bucket.rounding.tolist() == [FIRST_DRAW + 3]
+
+
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+def test_without_a_rule_weights_are_restored_and_nothing_is_drawn(library, format):
+    for q in (2.0, 1.5):
+        bucket, backend = fresh_bucket("sgd", format, lambda n, dtype: shifted(n, dtype, 6)), Emulated(library, 2, 9)
+        bucket.rule, bucket.q = None, q
+        before = [p.clone() for p in bucket.params]
+        grads = [values(n, format.grad, i) for i, n in enumerate(SIZES)]
+        _, perturbed = run(backend, bucket, grads, [None] * len(SIZES))
+        assert not torch.equal(perturbed[-1], before[-1])
+        for p, old in zip(bucket.params, before, strict=True):
+            assert torch.equal(p, old)
+        assert not format.stochastic or bucket.rounding.tolist() == [FIRST_DRAW]
+
+
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+def test_a_radius_of_0_writes_no_weights(library, format):
+    for q in (2.0, 1.5):
+        bucket, backend = fresh_bucket("sgd", format), Emulated(library)
+        bucket.q, bucket.rows = q, [row._replace(rho=0.0) for row in bucket.rows]
+        bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
+        before = [p.clone() for p in bucket.params]
+        run(backend, bucket, [values(n, format.grad, i) for i, n in enumerate(SIZES)], [None] * len(SIZES))
+        for p, b, old in zip(bucket.params, bucket.backups, before, strict=True):
+            assert torch.equal(p, old) and (format.masters or torch.equal(b, old))
+
+
+@pytest.mark.parametrize("format", MASTERS + STOCHASTIC, ids=label)
+def test_another_norm_has_the_same_climb_as_the_reference(library, format):
+    """But for the few that the last bits of exp2 and log2 take across a boundary."""
+    ours, plan = fresh_bucket("sgd", format), fresh_bucket("sgd", format)
+    grads = [values(n, format.grad, i) for i, n in enumerate(SIZES)]
+    for bucket in (ours, plan):
+        bucket.q, bucket.slot = 1.5, 0
+    before, backend, totals = ours.params[-1].clone(), Emulated(library, 1, 3), torch.zeros(2, 1, dtype=torch.float64)
+    backend.grad_norm(ours, grads, totals[0])
+    backend.perturb_(ours, grads, totals[0])
+    plan.device, plan.segments, chunk = torch.device("cpu"), [], 0
+    for i, param in enumerate(plan.params):
+        kept = (None, plan.masters[i]) if format.masters else (plan.backups[i], None)
+        chunks = slice(chunk, chunk := chunk - (-len(param) // 8192))
+        plan.segments.append(
+            Segment(param, layout(param), i % 3, len(param), True, index_of(i), chunks, *kept, plan.progress[i])
+        )
+    reference.grad_norm(plan, grads, totals[1])
+    reference.perturb_(plan, grads, totals[1])
+    torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=0)
+    for p, q in zip(ours.params, plan.params, strict=True):
+        assert (p != q).sum() <= 1e-3 * len(p)
+    assert not torch.equal(ours.params[-1], before)
+
+
+@pytest.mark.parametrize("format", STOCHASTIC, ids=label)
+def test_without_chunks_the_random_numbers_go_on(library, format):
+    bucket = bucket_of([torch.zeros(0, dtype=format.weight)] * 3, "adam", format=format)
+    Emulated(library).update_(bucket, [None] * 3)
+    assert bucket.rounding.tolist() == [FIRST_DRAW + 1]
 
 
 def test_overflows_are_counted_once_a_launch(library):
@@ -323,6 +492,21 @@ def test_whole_optimizer_has_the_references_bits(library, monkeypatch, config, d
 @pytest.mark.parametrize("config", **cases.ids([cases.SGD_CONFIGS[-1], cases.ADAM_CONFIGS[-1]]))
 def test_clipping_has_the_references_bits(library, monkeypatch, config):
     check_whole_steps(library, monkeypatch, config, torch.float32, max_grad_norm=3.0)
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, dict(master_weights=True)),
+        (torch.float16, dict(stochastic_rounding=True, rounding_seed=2**40 + 7)),
+        (torch.bfloat16, dict(master_weights=True, state_dtype=torch.bfloat16)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", **cases.ids([cases.SGD_CONFIGS[-1], cases.ADAM_CONFIGS[-1]]))
+def test_masters_and_random_numbers_have_the_references_bits(library, monkeypatch, config, dtype, options):
+    check_whole_steps(library, monkeypatch, config, dtype, **options)
 
 
 def check_whole_steps(library, monkeypatch, config, dtype, **options):

@@ -30,14 +30,19 @@ FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)
 #define FASTSAM_BOTH(kernel, ...) \
   {kernel(kSmallWords, Types<__VA_ARGS__>), kernel(kLargeWords, Types<__VA_ARGS__>)}
 #define FASTSAM_ONE(kernel, ...) {nullptr, kernel(kLargeWords, Types<__VA_ARGS__>)}
-// `kernel(words, types)` for every format: that of most models with both sizes of arguments, or, where few will use the
-// kernel, none, as every variant lengthens the build.
+// `kernel(words, types)` for every format: with both sizes of arguments for the usual formats, or, of a kernel that few
+// use, for none, as every variant lengthens the build.
 #define FASTSAM_MOST(kernel) {FASTSAM_FORMATS(FASTSAM_BOTH, FASTSAM_ONE, kernel)}
 #define FASTSAM_LARGE(kernel) {FASTSAM_FORMATS(FASTSAM_ONE, FASTSAM_ONE, kernel)}
 // clang-format on
 
-// Blocks that a processor holds at least: as many as registers allow without spilling. 16-byte loads under way follow:
-// benchmarks/ registers.md.
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__;
+#else
+constexpr int kArch = 0;
+#endif
+// Blocks that a processor holds at least: as many as registers allow without spilling. Bytes under way follow:
+// benchmarks/registers.md.
 template <class F>
 constexpr int kSourceSize = sizeof(typename F::Source);
 template <class F>
@@ -55,14 +60,11 @@ FASTSAM_HD constexpr int update_blocks() {
   const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
   if (kSourceSize<F> == 8) return states > 1 ? 2 : 3;
   if (kSourceSize<F> < kGradSize<F> || states == 3 || kKernel == Kernel::radam) return 3;
-  if (kKernel != Kernel::adam || F::kDraws) return 4;
+  if (F::kDraws) return kArch < 1200 ? 4 : 3;  // sm_120's code takes a few registers more
+  if (kKernel != Kernel::adam) return 4;
   return F::kMasters ? 3 : F::kUniform ? 5 : 4;
 }
 // sm_75 has room for 4.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define FASTSAM_BOUNDS(blocks) __launch_bounds__(kThreads, (blocks) < 4 ? (blocks) : 4)
-#else
-#define FASTSAM_BOUNDS(blocks) __launch_bounds__(kThreads, blocks)
-#endif
+#define FASTSAM_BOUNDS(blocks) __launch_bounds__(kThreads, kArch < 800 && (blocks) > 4 ? 4 : (blocks))
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -130,25 +130,27 @@ FASTSAM_DEVICE T pair_sum(const T* x) {
   }
 }
 
-// Copy n elements, rounded to nearest where the type to write is narrower: thread t's share. Up to 4 loads are under
-// way.
+// n values as another type, rounded to nearest where that is narrower.
+template <class C, class S, int n>
+FASTSAM_DEVICE Run<C, n> converted(const Run<S, n>& values) {
+  if constexpr (std::is_same<C, S>::value) {
+    return values;
+  } else {
+    Run<C, n> result;
+    FASTSAM_UNROLL
+    for (int at = 0; at < n; at += 2) {
+      const float x[2] = {Pack<S>::get(values, at), Pack<S>::get(values, at + 1)};
+      put<C, false, 2>(result, at, x, {});
+    }
+    return result;
+  }
+}
+
+// Copy n elements to a type that may be narrower: thread t's share. Up to 4 loads are under way.
 template <class C, class S>
 FASTSAM_DEVICE void copy_part(C* to, const S* from, int n, int t) {
   constexpr int kElements = Pack<S>::kElements, kStride = kThreads * kElements, kUnroll = 4;
   using Copy = Run<C, kElements>;
-  const auto copied = [](const Vector& v) {
-    if constexpr (std::is_same<C, S>::value) {
-      return v;
-    } else {
-      Copy copy;
-      FASTSAM_UNROLL
-      for (int at = 0; at < kElements; at += 2) {
-        const float x[2] = {Pack<S>::get(v, at), Pack<S>::get(v, at + 1)};
-        put<C, false, 2>(copy, at, x, {});
-      }
-      return copy;
-    }
-  };
   const int full = n - n % kElements, to_width = width_at(to, Copy::kWidth), from_width = width_at(from);
   int i = t * kElements;
   if (to_width == Copy::kWidth && from_width == kVector) {
@@ -161,13 +163,14 @@ FASTSAM_DEVICE void copy_part(C* to, const S* from, int n, int t) {
       }
       FASTSAM_UNROLL
       for (int u = 0; u < kUnroll; u++) {
-        if (i + u * kStride < full) store_words<Hint::kKeep>(to + i + u * kStride, copied(tile[u]));
+        if (i + u * kStride < full) store_words<Hint::kKeep>(to + i + u * kStride, converted<C, S, kElements>(tile[u]));
       }
     }
   } else {
     FASTSAM_ROLLED
     for (; i < full; i += kStride) {
-      store_words<Hint::kKeep>(to + i, copied(load_words<Vector, Hint::kOnce>(from + i, from_width)), to_width);
+      store_words<Hint::kKeep>(
+          to + i, converted<C, S, kElements>(load_words<Vector, Hint::kOnce>(from + i, from_width)), to_width);
     }
   }
   if (full + t >= n) return;
@@ -455,7 +458,6 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
       if (i >= full) return;
       if constexpr (!F::kMasters) store_words<Hint::kOnce>(kept + i, tile.w);
       const Random random = random_at<F::kDrawsWeights>(shared.noise, first, i, kClimbStream);
-      Weights copy;  // of the climbed masters
       FASTSAM_UNROLL
       for (int at = 0; at < kElements; at += F::kPiece) {  // in place, which spares registers
         T x[F::kPiece];
@@ -463,17 +465,9 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
         for (int e = 0; e < F::kPiece; e++) {
           x[e] = perturb(Pack<S>::get(tile.w, at + e), Pack<G>::get(tile.g, at + e));
         }
-        if constexpr (F::kMasters) {
-          put<C, false, F::kPiece>(copy, at, x, random);
-        } else {
-          put<C, F::kDrawsWeights, F::kPiece>(tile.w, at, x, random);
-        }
+        put<S, F::kDrawsWeights, F::kPiece>(tile.w, at, x, random);
       }
-      if constexpr (F::kMasters) {
-        store_words<Hint::kKeep>(w + i, copy, width);
-      } else {
-        store_words<Hint::kKeep>(w + i, tile.w, width);
-      }
+      store_words<Hint::kKeep>(w + i, converted<C, S, kElements>(tile.w), width);
     };
     int i = t * kElements;
     if (aligned) {

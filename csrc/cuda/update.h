@@ -142,7 +142,6 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
     const R rule = shared.template rule_as<R>().get();
     const auto step_and_store = [&](Tile& tile, int i, int width) {
       if (i >= full) return;
-      Weights copy;  // of what the masters became
       const Random weight_random = random_at<F::kDrawsWeights>(shared.noise, first, i, kStepStream);
       Random state_random[kMaxStates];
       FASTSAM_UNROLL
@@ -166,22 +165,17 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
           }
         }
         put<S, F::kDrawsWeights, F::kPiece>(tile.w, at, x, weight_random);
-        if constexpr (F::kMasters) put<C, false, F::kPiece>(copy, at, x, {});
         FASTSAM_UNROLL
         for (int k = 0; k < kMaxStates; k++) {
           if (kStates >> k & 1) put<Q, F::kDraws, F::kPiece>(tile.state[k], at, states[k], state_random[k]);
         }
       }
-      if constexpr (F::kMasters) {
-        store_words<Hint::kOnce>(source + i, tile.w);
-        store_words<Hint::kKeep>(w + i, copy, width);
-      } else {
-        store_words<Hint::kKeep>(w + i, tile.w, width);
-      }
       FASTSAM_UNROLL
       for (int k = 0; k < kMaxStates; k++) {
         if (kStates >> k & 1) store_words<Hint::kKeep>(state[k] + i, tile.state[k]);
       }
+      if constexpr (F::kMasters) store_words<Hint::kOnce>(source + i, tile.w);
+      store_words<Hint::kKeep>(w + i, converted<C, S, kElements>(tile.w), width);
     };
     int i = t * kElements, single = full + t;
     if (aligned) {
@@ -266,8 +260,9 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args,
       const Row row = args.row(part.segment->group);
       RuleOf<kRule>::template with_states<kMost>(row, [&](auto set) {
         constexpr int kStates = decltype(set)::value;
-        constexpr bool kUsual = kRule == kSgd || kRule == kAdam;
-        constexpr bool kVectors = kStates == kMost && (kUsual || F::kUniform), kAnywhere = kUsual && kMost != 7;
+        constexpr bool kAmsgrad = kKernel == Kernel::amsgrad;
+        constexpr bool kUsual = (kRule == kSgd || kRule == kAdam) && !(kAmsgrad && F::kDraws);
+        constexpr bool kVectors = kStates == kMost && (kUsual || F::kUniform), kAnywhere = kUsual && !kAmsgrad;
         update_part<kRule, kStates, kVectors, kAnywhere, F>(ctx, args, part, row, shared);
       });
       updated = true;
