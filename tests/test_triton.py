@@ -18,10 +18,10 @@ import cases
 import pytest
 import rounding
 import torch
+from rounding import MASTERS, MIXED, PLAIN, STOCHASTIC, label, mixed
 
 import fastsam
 from fastsam import ops
-from fastsam.ops.formats import MIXED_DTYPES
 
 HERE = Path(__file__).parent
 if importlib.util.find_spec("triton") is None:
@@ -56,31 +56,29 @@ def kernels(interpreted, tmp_path_factory):
 # ---- Compiled without a GPU: what the assembly says.
 
 TARGETS = [80, 90, 100]
-MIXED_TARGET = 90  # one is enough to see how gradients of another dtype are read
-STORED = {torch.float32: (4, False), torch.float64: (8, True), torch.bfloat16: (2, False), torch.float16: (2, False)}
+ONE_TARGET = 90  # enough to see how tensors of other dtypes are accessed
 NO_RULE, SGD, ADAM, RMSPROP, ADAGRAD, NADAM, RADAM, LION = range(-1, 7)
 # kernel, its constants, and of each element: fused products and sums, IEEE divisions and roots. The last: the loops
-# over full, aligned tiles, as (tensors read, tensors written); they and nothing else do the work on large tensors.
+# over full, aligned tiles, as how many tensors they read; they and nothing else do the work on large tensors.
 VARIANTS = {
     "grad_norm": ("_grad_norm_kernel", (), (1, 0, 0), []),
-    "perturb_": ("_perturb_kernel", (), (0, 0, 0), [(1, 1), (2, 2)]),
-    "restore": ("_update_kernel", (NO_RULE, 0), (0, 0, 0), [(1, 1)]),
-    "sgd": ("_update_kernel", (SGD, 0), (2, 0, 0), [(1, 1), (2, 1)]),
-    "sgd-momentum": ("_update_kernel", (SGD, 1), (2 + 4, 0, 0), [(1, 1), (2, 1), (3, 2)]),
-    "adam": ("_update_kernel", (ADAM, 3), (3, 2, 1), [(1, 1), (4, 3)]),
-    "adam-amsgrad": ("_update_kernel", (ADAM, 7), (2 * 3, 2 * 2, 2 * 1), [(1, 1), (4, 3), (5, 4)]),
-    "rmsprop": ("_update_kernel", (RMSPROP, 3), (2 + 3, 2, 2), [(1, 1), (3, 2), (4, 3)]),
-    "rmsprop-centered": ("_update_kernel", (RMSPROP, 7), (2 + 3 + 4 + 5, 4, 4), [(1, 1), (3, 2), (5, 4)]),
-    "adagrad": ("_update_kernel", (ADAGRAD, 1), (2, 1, 1), [(1, 1), (3, 2)]),
-    "nadam": ("_update_kernel", (NADAM, 3), (3, 3, 1), [(1, 1), (4, 3)]),
-    "radam": ("_update_kernel", (RADAM, 3), (3, 2, 1), [(1, 1), (4, 3)]),
-    "lion": ("_update_kernel", (LION, 1), (3, 0, 0), [(1, 1), (3, 2)]),
+    "perturb_": ("_perturb_kernel", (), (0, 0, 0), [1, 2]),
+    "restore": ("_update_kernel", (NO_RULE, 0), (0, 0, 0), [1]),
+    "sgd": ("_update_kernel", (SGD, 0), (2, 0, 0), [1, 2]),
+    "sgd-momentum": ("_update_kernel", (SGD, 1), (2 + 4, 0, 0), [1, 2, 3]),
+    "adam": ("_update_kernel", (ADAM, 3), (3, 2, 1), [1, 4]),
+    "adam-amsgrad": ("_update_kernel", (ADAM, 7), (2 * 3, 2 * 2, 2 * 1), [1, 4, 5]),
+    "rmsprop": ("_update_kernel", (RMSPROP, 3), (2 + 3, 2, 2), [1, 3, 4]),
+    "rmsprop-centered": ("_update_kernel", (RMSPROP, 7), (2 + 3 + 4 + 5, 4, 4), [1, 3, 5]),
+    "adagrad": ("_update_kernel", (ADAGRAD, 1), (2, 1, 1), [1, 3]),
+    "nadam": ("_update_kernel", (NADAM, 3), (3, 3, 1), [1, 4]),
+    "radam": ("_update_kernel", (RADAM, 3), (3, 2, 1), [1, 4]),
+    "lion": ("_update_kernel", (LION, 1), (3, 0, 0), [1, 3]),
 }
 
 
-def constants_of(kernels, name, dtype, grad_dtype, kind):
-    bucket = rounding.bucket_of([torch.zeros(1, dtype=dtype)], "sgd")
-    bucket.format = rounding.mixed(dtype, grad_dtype)
+def constants_of(kernels, name, format, kind):
+    bucket = rounding.bucket_of([torch.zeros(1, dtype=format.weight)], "sgd", format=format)
     kind = kind if name in ("grad_norm", "perturb_") else VARIANTS[name][1]
     return kernels._constants(bucket, getattr(kernels, VARIANTS[name][0]), kind)
 
@@ -93,8 +91,8 @@ def compile_for(kernels):
 
     names = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
-    def run(name, dtype, grad_dtype, target, kind=(False, False)):
-        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, dtype, grad_dtype, kind)
+    def run(name, format, target, kind=(False, False)):
+        kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, format, kind)
         n = len(kernel.arg_names) - len(constants)
         signature = {arg: names.get(kernels._TYPES.get(arg), "*u8") for arg in kernel.arg_names[:n]}
         signature.update({arg: "i32" for arg in signature if arg not in kernels._TYPES})
@@ -135,32 +133,56 @@ def resources(compiled):
     return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout + done.stderr)}
 
 
+def tiles(name, format, reads, elements):
+    """The accesses of a loop over full, aligned tiles that reads so many tensors, in one thread.
+
+    They are of 16 bytes, of 8 where a tensor is narrower than what weights are taken from: then all have as many
+    elements, and nothing is exchanged between threads.
+    """
+    states = [format.state] * max(reads - 2, 0)
+    read, written = [format.source, format.grad, *states], [format.weight, *states]
+    if reads == 1:  # a copy
+        read = [format.source]
+    elif (name == "perturb_") != format.masters:  # the backup, the master
+        written.append(format.source)
+    counts = Counter()
+    for what, dtypes in (("ld", read), ("st", written)):
+        for dtype in dtypes:
+            width = 8 if dtype.itemsize < format.source.itemsize else 16
+            counts[what, width] += elements * dtype.itemsize // width
+    return counts
+
+
 FEW_TARGETS = ("rmsprop", "rmsprop-centered", "adagrad", "nadam", "radam", "lion")  # the others: all
-PAIRS = [
-    *((dtype, dtype, target) for dtype in STORED for target in TARGETS),
-    *((*pair, MIXED_TARGET) for pair in sorted(MIXED_DTYPES, key=str)),
+COMPILED = [
+    *(
+        (name, format, target)
+        for format in PLAIN
+        for name in VARIANTS
+        for target in TARGETS
+        if target == ONE_TARGET or name not in FEW_TARGETS or format == PLAIN[0]
+    ),
+    *((name, mixed(*pair), ONE_TARGET) for pair in MIXED for name in VARIANTS if name not in (*FEW_TARGETS, "restore")),
+    *(("adam", format, ONE_TARGET) for format in MASTERS + STOCHASTIC),
+    *((name, format, ONE_TARGET) for name in ("perturb_", "sgd-momentum") for format in (MASTERS[2], STOCHASTIC[1])),
+    *((name, MASTERS[0], ONE_TARGET) for name in ("grad_norm", "restore", "lion")),
+    ("adagrad", STOCHASTIC[1], ONE_TARGET),
+    *((name, STOCHASTIC[3], ONE_TARGET) for name in ("rmsprop", "nadam")),
 ]
 
 
 @compiled_only
-@pytest.mark.parametrize(
-    "dtype, grad_dtype, target", PAIRS, ids=[f"{str(d)[6:]}-{str(g)[6:]}-sm_{target}" for d, g, target in PAIRS]
-)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_compiled_kernels(kernels, compile_for, name, dtype, grad_dtype, target):
-    if name == "restore" and grad_dtype != dtype:
-        pytest.skip("reads no gradients")
-    if name in FEW_TARGETS and (grad_dtype != dtype or target != TARGETS[1] and dtype != torch.float32):
-        pytest.skip("compiled in float32 for all targets, in other types for one, without mixed gradients")
-    compiled = compile_for(name, dtype, grad_dtype, target)
-    ptx, (size, wide) = compiled.asm["ptx"], STORED[dtype]
+@pytest.mark.parametrize("name, format, target", COMPILED, ids=lambda x: label(x) if isinstance(x, tuple) else str(x))
+def test_compiled_kernels(kernels, compile_for, name, format, target):
+    compiled = compile_for(name, format, target)
+    ptx, wide = compiled.asm["ptx"], format.source == torch.float64
     taken = resources(compiled)
     assert taken["STACK"] == taken["LOCAL"] == 0, f"spills: {taken}"
-    if dtype == torch.float32 and name not in ("grad_norm", "restore"):
+    if format == PLAIN[0] and name not in ("grad_norm", "restore"):
         # 64 KiB in flight on an SM of 64 Ki registers hide the memory's latency.
         program = 32 * compiled.metadata.num_warps
         threads = 2**16 // (taken["REG"] * program) * program
-        assert threads * max(r for r, _ in VARIANTS[name][3]) * 32 >= 2**16, f"{taken}, {threads} threads"
+        assert threads * max(VARIANTS[name][3]) * 32 >= 2**16, f"{taken}, {threads} threads"
 
     # Every rounding is written out: nothing approximate, nothing flushed to zero, nothing contracted.
     assert not re.search(r"\.approx|\.full|\.ftz", ptx)
@@ -175,20 +197,22 @@ def test_compiled_kernels(kernels, compile_for, name, dtype, grad_dtype, target)
     if not wide:
         assert (instructions(ptx, "div.rn.f32"), instructions(ptx, "sqrt.rn.f32")) == (divisions, roots)
 
-    # Full tiles of aligned tensors are read and written in 16 bytes, a gradient narrower than the weights in 8, and
-    # nothing is exchanged between threads.
-    per_tensor, width = elements * size // 16, 8 if grad_dtype.itemsize < size else 16
-    per_gradient = elements * grad_dtype.itemsize // width
-    main = [Counter(accesses(loop)) for loop in loops(ptx) if not re.search(r"\.shared|bar\.sync", loop)]
-    for reads, writes in VARIANTS[name][3]:
-        expected = Counter({("ld", 16): reads * per_tensor, ("st", 16): writes * per_tensor})
-        if reads > 1:  # a copy reads no gradient
-            expected += Counter({("ld", width): per_gradient})
-            expected -= Counter({("ld", 16): per_tensor})
-        assert main.count(expected) == 1, f"{expected} of {main}"
+    # Full tiles of aligned tensors are read and written at once, and nothing is exchanged between threads.
+    main = [loop for loop in loops(ptx) if not re.search(r"\.shared|bar\.sync", loop)]
+    for reads in VARIANTS[name][3]:
+        if (name, reads) == ("perturb_", 1) and format.masters:
+            continue  # without a perturbation the weight is its master, rounded, already
+        expected = tiles(name, format, reads, elements)
+        found = [loop for loop in main if Counter(accesses(loop)) == expected]
+        assert len(found) == 1, f"{expected} of {[Counter(accesses(loop)) for loop in main]}"
+        # Eight random numbers take Philox once, twice where a thread holds two halves of eight.
+        draws = format.stochastic * ((reads > 1) * (format.source.itemsize == 2) + max(reads - 2, 0))
+        calls = draws * (1 if format.source.itemsize == 2 else 2)
+        multiplications = len(re.findall(r"\bmul\.(?:hi|wide)\.u32\b", found[0]))
+        assert 8 * calls <= multiplications <= 12 * calls, f"{multiplications} for {calls} of Philox"
     if name == "grad_norm":  # no loop: a chunk's 4 rows at once, the gradient alone or with the weights
-        rows = 4 * elements * grad_dtype.itemsize // 16
-        assert Counter(accesses(ptx))["ld", 16] == 2 * rows + 4 * per_tensor
+        grads, weights = (4 * elements * dtype.itemsize // 16 for dtype in (format.grad, format.source))
+        assert Counter(accesses(ptx))["ld", 16] == 2 * grads + weights
         assert "ld.global.cg" in ptx
     # A program arrives after all that it read and wrote before, in all its threads.
     arrival = re.search(r"\batom[.\w]*\.acq_rel[.\w]*\.add\.", ptx)
@@ -196,16 +220,27 @@ def test_compiled_kernels(kernels, compile_for, name, dtype, grad_dtype, target)
     if arrival is not None:
         before = ptx[: arrival.start()]
         assert before.rfind("bar.sync") > max(before.rfind("ld.global"), before.rfind("st.global"))
+        if format.stochastic:  # the step of the random numbers, which the last program will have advanced
+            place = kernels._update_kernel.arg_names.index("rounding")
+            register = re.search(rf"ld\.param\.b64\s+(%rd\d+), \[_update_kernel_param_{place}\]", before)[1]
+            assert re.search(rf"ld\.global\.b\d+ [^\n]*\[ {register} \+ 0 \]", before)
     if name == "perturb_":
         assert "0d3D719799812DEA11" in ptx, "NORM_EPS is not the float64 nearest to 1e-12"
 
 
 @compiled_only
 @pytest.mark.parametrize("kind", [(True, False), (False, True)], ids=["decay in the loss", "general p"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["grad_norm", "perturb_"])
-def test_compiled_kernels_of_other_perturbations(compile_for, name, dtype, kind):
-    compiled = compile_for(name, dtype, dtype, 90, kind)
+@pytest.mark.parametrize(
+    "name, format",
+    [
+        *((name, PLAIN[i]) for name in ("grad_norm", "perturb_") for i in range(3)),
+        ("perturb_", MASTERS[0]),
+        ("perturb_", STOCHASTIC[0]),
+    ],
+    ids=lambda x: label(x) if isinstance(x, tuple) else x,
+)
+def test_compiled_kernels_of_other_perturbations(compile_for, name, format, kind):
+    compiled = compile_for(name, format, ONE_TARGET, kind)
     taken = resources(compiled)
     assert taken["STACK"] == taken["LOCAL"] == 0, f"spills: {taken}"
     if kind[0]:  # the others take powers, which start from approximations
@@ -273,16 +308,17 @@ def step(kernels, bucket, grads=None):
     kernels.update_(bucket, grads)
 
 
-def bucket_of(sizes, option="adamw"):
-    bucket = rounding.bucket_of([torch.zeros(n) for n in sizes], option)
+def bucket_of(sizes, option="adamw", format=PLAIN[0]):
+    bucket = rounding.bucket_of([torch.zeros(n, dtype=format.weight) for n in sizes], option, format=format)
     bucket.device, bucket.kept = torch.device("cpu"), None
     return bucket
 
 
 @compiled_only
-def test_new_values_and_numbers_of_tensors_compile_nothing(kernels, notes, monkeypatch):
+@pytest.mark.parametrize("format", [PLAIN[0], STOCHASTIC[3]], ids=label)
+def test_new_values_and_numbers_of_tensors_compile_nothing(kernels, notes, monkeypatch, format):
     compilations = []
-    bucket = bucket_of([5, 8192, 70000])
+    bucket = bucket_of([5, 8192, 70000], format=format)
     step(kernels, bucket)
     before = kernels._compiled.cache_info().misses
     assert before == 3
@@ -290,11 +326,14 @@ def test_new_values_and_numbers_of_tensors_compile_nothing(kernels, notes, monke
         monkeypatch.setattr(kernel, "_do_compile", lambda *a, **k: compilations.append(a))
     step(kernels, bucket)
     bucket.row_table[:, :7] *= 0.123  # lr, weight decay, betas, eps, rho, eta
+    bucket.row_table[:, 10] += 12345.0  # seed
     bucket.rows = [row._replace(lr=7.0) for row in bucket.rows]
     bucket.steps += 1000.0
+    if format.stochastic:
+        bucket.rounding += 2**33
     step(kernels, bucket)
     for sizes in ([1], [16] * 16, [1] * 300, [3 * 8192] * 700):
-        step(kernels, bucket_of(sizes))
+        step(kernels, bucket_of(sizes, format=format))
     scalar = torch.ones(3)[1:2]  # not at a multiple of 16 bytes
     kernels.update_(
         bucket, [None] * 3, grad_scale=scalar, found_inf=scalar, clip=torch.ones(2, dtype=torch.float64)[1:]

@@ -18,7 +18,7 @@ from fastsam import rules
 from fastsam.ops import graphs, native, reference
 from fastsam.ops.formats import LOW_DTYPES
 from fastsam.ops.triton_kernels import NO_RULE, _grad_norm_kernel, _perturb_kernel, _update_kernel
-from fastsam.ops.triton_rules import ADAGRAD, LION, NADAM, RMSPROP
+from fastsam.ops.triton_rules import ADAGRAD, ADAM, LION, NADAM, RMSPROP
 
 if TYPE_CHECKING:
     from fastsam.bucket import Bucket
@@ -334,11 +334,15 @@ def _compiled(kernel: Any, device: torch.device, constants: tuple[Any, ...]) -> 
 def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
     """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand."""
     options = {"num_warps": 8 if kernel is _grad_norm_kernel else 4, "enable_fp_fusion": False}
-    rule, states = constants[:2] if kernel is _update_kernel else (NO_RULE.value, 0)
-    wide, states = tl.float64 in constants, states.bit_count()
+    named = dict(zip(kernel.arg_names[-len(constants) :], constants, strict=True))
+    rule, states = named.get("RULE", NO_RULE.value), named.get("STATES", 0).bit_count()
+    wide, masters, drawn = named["WIDE"] == tl.float64, named["SOURCE"] != named["STORAGE"], named.get("DRAWN", False)
     if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers, 80 or 64
-        if rule in (ADAGRAD.value, LION.value):
-            options["maxnreg"] = 128 if wide else 80
+        if drawn and rule != ADAM.value:  # left alone, it takes what the random numbers need, but for one
+            if rule == RMSPROP.value and states == 2 and masters:
+                options["maxnreg"] = 96
+        elif rule in (ADAGRAD.value, LION.value):
+            options["maxnreg"] = 128 if wide else 88 if masters else 80
         elif rule == NADAM.value and wide:
             options["maxnreg"] = 160
         elif (states > 2 and not wide) or rule in (RMSPROP.value, NADAM.value):
