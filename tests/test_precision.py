@@ -14,7 +14,9 @@ import torch
 from cases import CONFIGS, NAMES, STEPS
 from oracle import assert_same, assert_within_ulp, bits, saved_state
 from rounding import (
+    BFLOAT16,
     FIRST_DRAW,
+    FLOAT16,
     MASTERS,
     OPTIONS,
     SEED,
