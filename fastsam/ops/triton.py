@@ -339,7 +339,7 @@ def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
     wide, masters, drawn = named["WIDE"] == tl.float64, named["SOURCE"] != named["STORAGE"], named.get("DRAWN", False)
     if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers, 80 or 64
         if drawn and (rule != ADAM.value or states == 2):  # it takes what the random numbers need, but for one
-            if rule == RMSPROP.value and states == 2 and masters:
+            if rule == RMSPROP.value and states == 2 and named["SOURCE"] == tl.float32:
                 options["maxnreg"] = 96
         elif rule in (ADAGRAD.value, LION.value):
             options["maxnreg"] = 128 if wide else 96 if masters else 80
