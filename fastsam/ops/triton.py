@@ -338,11 +338,11 @@ def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
     rule, states = named.get("RULE", NO_RULE.value), named.get("STATES", 0).bit_count()
     wide, masters, drawn = named["WIDE"] == tl.float64, named["SOURCE"] != named["STORAGE"], named.get("DRAWN", False)
     if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers, 80 or 64
-        if drawn and rule != ADAM.value:  # left alone, it takes what the random numbers need, but for one
-            if rule == RMSPROP.value and states == 2 and masters:
+        if drawn and (rule != ADAM.value or states == 2):  # it takes what the random numbers need, but for one
+            if rule == RMSPROP.value and states == 2 and named["SOURCE"] == tl.float32:
                 options["maxnreg"] = 96
         elif rule in (ADAGRAD.value, LION.value):
-            options["maxnreg"] = 128 if wide else 88 if masters else 80
+            options["maxnreg"] = 128 if wide else 96 if masters else 80
         elif rule == NADAM.value and wide:
             options["maxnreg"] = 160
         elif (states > 2 and not wide) or rule in (RMSPROP.value, NADAM.value):

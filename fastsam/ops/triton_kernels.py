@@ -172,7 +172,8 @@ def _round_stochastically(x, noise, STORAGE: tl.constexpr):
         magnitude = bits & 0x7FFFFFFF
         clamped = tl.minimum(magnitude, 0x47800000)  # 2^16 and beyond are infinity
         normal = ((clamped + noise) >> 13) - (112 << 10)
-        subnormal = tl.minimum(tl.abs(x) * 16777216.0 + noise.to(tl.float32) * 0.0001220703125, 2048.0).to(tl.uint32)
+        units = tl.abs(x) * 16777216.0 + noise.to(tl.float32) * 0.0001220703125  # 2^24, 2^-13
+        subnormal = tl.minimum(units, 2048.0).to(tl.uint32)
         finite = tl.where(magnitude < 0x38800000, subnormal, normal)  # 2^-14, the smallest normal number
         rounded = ((bits >> 16) & 0x8000) | tl.where(x != x, 0x7E00, finite)
         return rounded.to(tl.uint16).to(tl.float16, bitcast=True)
