@@ -228,7 +228,7 @@ MUTANTS = [
     Mutant(REFERENCE, "(bits + noise) >> 16", "(bits + 0x8000) >> 16"),
     Mutant(REFERENCE, "x.isnan(), 0x7FC0,", "x.isinf(), bits >> 16,"),
     Mutant(REFERENCE, "noise = noise >> 3", "noise = noise & 0x1FFF"),
-    Mutant(REFERENCE, "magnitude.clamp(max=0x47800000)", "magnitude.clamp(max=0x477FFFFF)"),
+    Mutant(REFERENCE, "magnitude.clamp(max=0x47800000)", "magnitude.clamp(max=0x47000000)"),
     Mutant(REFERENCE, "noise.float() * 2.0**-13", "noise.float() * 2.0**-14"),
     Mutant(REFERENCE, "magnitude < 0x38800000, subnormal", "magnitude < 0x38000000, subnormal"),
     Mutant(REFERENCE, "CLIMB, STEP, STATES = 0, 1, 2", "CLIMB, STEP, STATES = 0, 0, 1"),
@@ -251,7 +251,7 @@ MUTANTS = [
     Mutant(
         MATH,
         "static_cast<int32_t>(magnitude < 0x47800000 ? magnitude : 0x47800000)",
-        "static_cast<int32_t>(magnitude < 0x47800000 ? magnitude : 0x477fffff)",
+        "static_cast<int32_t>(magnitude < 0x47800000 ? magnitude : 0x47000000)",
     ),
     Mutant(MATH, "static_cast<float>(own) * 0x1p-13f", "static_cast<float>(own) * 0x1p-14f"),
     Mutant(MATH, "const int32_t finite = magnitude < 0x38800000", "const int32_t finite = magnitude < 0x38000000"),

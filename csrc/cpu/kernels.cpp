@@ -129,14 +129,16 @@ static void perturb_chunk(const Launch& launch, const Segment& segment, const Ch
   if (nothing && masters) return;  // the weights are the masters, rounded
   if (nothing) return store(backup, w.address, chunk.length, launch.stream);
   const Rounding rounding(launch, segment, chunk);
-  alignas(kLine) T w_tile[kTile], g_tile[kTile], new_w[kTile];
+  alignas(kLine) T w_tile[kTile], g_tile[kTile], w_results[kTile];
   alignas(kLine) uint16_t noise[kTile];
   for (int start = 0; start < chunk.length; start += kTile) {
     const int m = tile_size(start, chunk.length);
     const T* const wt = load(source + start, w_tile, m);
     const T* const gt = load(g + start, g_tile, m);
-    for (int i = 0; i < m; i++) new_w[i] = perturb(wt[i], gt[i]);
+    T* const new_w = results(w + start, w_results, launch.stream);
     if (!masters) store(backup + start, (w + start).address, m, launch.stream);
+#pragma GCC ivdep  // new_w may be wt
+    for (int i = 0; i < m; i++) new_w[i] = perturb(wt[i], gt[i]);
     const uint16_t* const chances = rounding.weights(start, kClimbStream, noise);
     write(new_w, chances, w + start, m, launch.stream);
   }
@@ -170,8 +172,9 @@ struct Update {  // what all rules are given of one chunk
 };
 
 template <class T, int kStates, class R>
-static void update_tile(const T* w, const T* g, T* __restrict s0, T* __restrict s1, T* __restrict s2,
-                        T* __restrict new_w, int n, const R& rule) {
+static void update_tile(const T* w, const T* g, T* __restrict s0, T* __restrict s1, T* __restrict s2, T* new_w, int n,
+                        const R& rule) {
+#pragma GCC ivdep  // new_w may be w
   for (int i = 0; i < n; i++) {
     T state[kMaxStates];
     if (kStates & 1) state[0] = s0[i];
@@ -194,7 +197,7 @@ static void update_chunk(const Launch& launch, const Update& update) {
   const Gradient<T> gradient(update.row, launch.grad_scale, launch.clip);
   const Rounding rounding(launch, segment, chunk);
   const Elements w = at(segment.weight, format.weight, chunk);
-  alignas(kLine) T w_tile[kTile], g_tile[kTile], state_tile[kMaxStates][kTile], new_w[kTile];
+  alignas(kLine) T w_tile[kTile], g_tile[kTile], state_tile[kMaxStates][kTile], w_results[kTile];
   alignas(kLine) uint16_t noise[kTile];
   for (int start = 0; start < chunk.length; start += kTile) {
     const int m = tile_size(start, chunk.length);
@@ -211,6 +214,7 @@ static void update_chunk(const Launch& launch, const Update& update) {
       memory[k] = at(segment.state[k], format.state, chunk) + start;
       state[k] = load(memory[k], state_tile[k], m);
     }
+    T* const new_w = results(w + start, w_results, launch.stream);
     update_tile<T, kStates>(wt, gt, state[0], state[1], state[2], new_w, m, rule);
     for (int k = 0; k < kMaxStates; k++) {
       if (kStates >> k & 1) unload(state[k], rounding.states(start, k, noise), memory[k], m);

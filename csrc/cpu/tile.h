@@ -189,9 +189,16 @@ inline void store(Elements to, const char* from, int n, bool stream) {
   memcpy(to.address + i, from + i, bytes - i);
 }
 
-// Round a tile of results, to nearest if `noise` is null, and write them.
+// Where a loop is to put results for `to`: there, or in a tile for write().
+template <class T>
+inline T* results(Elements to, T* tile, bool stream) {
+  return stream || is_low(to.dtype) ? tile : reinterpret_cast<T*>(to.address);
+}
+
+// Round results, to nearest if `noise` is null, and write them, unless they are there.
 template <class T>
 inline void write(const T* tile, const uint16_t* noise, Elements to, int n, bool stream) {
+  if (reinterpret_cast<const char*>(tile) == to.address) return;
   alignas(kLine) char rounded[2 * kTile];
   if (!stream && is_low(to.dtype)) {
     unload(tile, noise, to, n);
