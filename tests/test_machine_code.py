@@ -3,6 +3,7 @@
 `python tests/test_machine_code.py > benchmarks/registers.md` writes the table of registers.
 """
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -14,15 +15,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from rounding import MASTERS, MIXED, PLAIN, STOCHASTIC, mixed
 
 from fastsam.ops import native
-from fastsam.ops.formats import MIXED_DTYPES
+from fastsam.ops.formats import LOW_DTYPES, Format
 
 ARCHS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # and their threads a processor
 READ = [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 THREADS, REGISTERS = 256, 65536  # of a block, of a processor
-TYPES = {"f": "float32", "d": "float64", "NS0_8bfloat16E": "bfloat16", "NS0_7float16E": "float16"}
-# In the order of csrc/cuda/kernels.h.
+TYPES = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMATS = [*PLAIN, *(mixed(*pair) for pair in MIXED), *MASTERS, *STOCHASTIC]
+# In the order of csrc/cuda/update.h.
 KERNELS = ["grad_norm", "perturb", "power_norm", "power_perturb"]
 UPDATES = "restore plain sgd adam amsgrad rmsprop centered adagrad nadam radam lion".split()
 UNDER_WAY = 64 * 1024  # bytes a processor has to wait for to keep the memory busy
@@ -30,8 +33,7 @@ UNDER_WAY = 64 * 1024  # bytes a processor has to wait for to keep the memory bu
 
 class Kernel(NamedTuple):
     name: str
-    dtype: str
-    grad_dtype: str
+    format: Format  # with what its formats share
     words: int
     arch: int
 
@@ -74,12 +76,39 @@ def resources():
 
 
 def kernel_of(symbol, arch):
-    dtypes = "|".join([*TYPES, r"S\d_"])  # a type that was named before is abbreviated
-    match = re.search(rf"\d({'|'.join(KERNELS)}|update)I(?:LNS0_6KernelE(\d+)E)?({dtypes})({dtypes})Li(\d+)E", symbol)
+    pattern = r"(\w+)<(?:\(\S+Kernel\)(\d+), )?(\d+), \S*Types<(.*?)> ?>\("
+    match = re.search(pattern, demangled(symbol))
     if match is None:
         return None
+    *types, draws = match[4].replace("fastsam::cuda::", "").split(", ")
+    source, grad, weight, state = (TYPES[each] for each in types)
     name = UPDATES[int(match[2])] if match[2] else match[1]
-    return Kernel(name, TYPES[match[3]], TYPES.get(match[4], TYPES[match[3]]), int(match[5]), arch)
+    return Kernel(name, Format(weight, grad, source, state, draws == "true"), int(match[3]), arch)
+
+
+def demangled(symbol):
+    """The name in C++, by the C++ library that torch has loaded."""
+    demangle = ctypes.CDLL("libstdc++.so.6")["__cxa_demangle"]
+    demangle.restype = ctypes.c_char_p
+    return (demangle(symbol.encode(), None, None, None) or b"").decode()
+
+
+def shared(name, format):
+    """The format whose kernel serves this one: what an operation has no use for makes no difference."""
+    weight, grad, source, _, stochastic = format
+    if name in ("grad_norm", "power_norm"):
+        return Format(source, grad, source, source)
+    if name in ("perturb", "power_perturb"):
+        return Format(weight, grad, source, source, stochastic and source in LOW_DTYPES)
+    return Format(weight, source, source, source) if name == "restore" else format
+
+
+def title(format):
+    """What it is, in words."""
+    weight, grad, source, state, stochastic = (str(each).removeprefix("torch.") for each in format)
+    extra = [f"{grad} gradients"] * (grad != weight) + ["masters"] * (source != weight)
+    extra += [f"{state} states"] * (state != source) + ["drawn"] * (stochastic == "True" and state == weight == source)
+    return ", ".join([weight, *extra])
 
 
 @cache
@@ -92,14 +121,7 @@ def small():
 @cache
 def code(arch):
     """Instructions of the kernels that are read, without their addresses."""
-    wanted = {
-        found.symbol: kernel
-        for kernel, found in small().items()
-        if kernel.arch == arch
-        and kernel.dtype in ("float32", "bfloat16")
-        and kernel.name in FIGURES
-        and kernel.dtype == kernel.grad_dtype
-    }
+    wanted = {small()[kernel._replace(arch=arch)].symbol: kernel._replace(arch=arch) for kernel in READ_KERNELS}
     text = output("-sass", "-arch", f"sm_{arch}", "-fun", ",".join(wanted))
     pieces = re.split(r"Function : (\w+)", text)[1:]
     pattern = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);")
@@ -118,19 +140,33 @@ FIGURES = {
     "radam": 4,
     "lion": 6,
 }
+# The same with masters and random numbers, in bytes: perturb_, SGD, Adam.
+BYTES = {
+    MASTERS[0]: (48, 80, 112),  # two vectors of 4 masters, 4 gradients and the states
+    MASTERS[1]: (64, 96, 128),
+    STOCHASTIC[0]: (64, 96, 64),
+    STOCHASTIC[2]: (64, 80, 96),  # a vector of 8
+    STOCHASTIC[3]: (48, 64, 80),
+}
+READ_KERNELS = {Kernel(name, PLAIN[i], 0, 0): 16 * loads for name, loads in FIGURES.items() for i in (0, 2)}
+READ_KERNELS |= {
+    Kernel(name, shared(name, format), 0, 0): least
+    for format, figures in BYTES.items()
+    for name, least in zip(("perturb", "sgd", "adam"), figures, strict=True)
+}
 
 
-def loads_under_way(instructions):
-    """The most 16-byte loads that are issued before anything needs one of them."""
+def bytes_under_way(instructions):
+    """The most bytes that are on order before anything needs one of them, in loads of 16 and, of gradients, 8 bytes."""
     most, waiting = 0, []
     for text in instructions:
         body = re.sub(r"^@!?U?P\w+\s+", "", text)
         name, _, operands = body.partition(" ")
         registers = {int(n) for n in re.findall(r"\bR(\d+)\b", operands)}
-        if re.match(r"LDG\S*\.128", name):
+        if match := re.match(r"LDG\S*\.128|LDG\S*\.EF\S*\.64", name):
             target = int(re.search(r"\bR(\d+)", operands)[1])
-            waiting.append(set(range(target, target + 4)))
-            most = max(most, len(waiting))
+            waiting.append(set(range(target, target + (4 if match[0].endswith("128") else 2))))
+            most = max(most, sum(4 * len(load) for load in waiting))
         elif name in ("BRA", "EXIT", "RET.REL.NODEC") and not text.startswith("@"):
             waiting = []
         elif any(registers & load for load in waiting):
@@ -173,11 +209,8 @@ def test_the_library_needs_torch_and_the_system_only():
 @pytest.mark.skipif("TORCH_CUDA_ARCH_LIST" in os.environ, reason="TORCH_CUDA_ARCH_LIST asks for fewer")
 def test_all_architectures_are_built():
     assert {kernel.arch for kernel in resources()} == set(ARCHS)
-    kernels = {(kernel.name, kernel.dtype, kernel.grad_dtype) for kernel in resources()}
-    mixed = {(str(d)[6:], str(g)[6:]) for d, g in MIXED_DTYPES}
-    pairs = {(d, d) for d in TYPES.values()} | mixed
-    restores = {("restore", d, g) for d, g in mixed}  # reads no gradients
-    assert kernels == {(name, *pair) for name in [*KERNELS, *UPDATES] for pair in pairs} - restores
+    kernels = {(kernel.name, kernel.format) for kernel in resources()}
+    assert kernels == {(name, shared(name, format)) for name in [*KERNELS, *UPDATES] for format in FORMATS}
 
 
 @needs_kernels
@@ -197,21 +230,24 @@ def test_ptx_rounds_as_the_formulas_say():
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("name", "fused"),
+    ("name", "format", "fused"),
     [
         # Of each element in the loop over aligned vectors (of 4, two at a time but for Adam), in that over others, and
         # in the tail. perturb_'s only one is the decay in the loss; its loops are there with and without ASAM.
-        ("perturb", 1 * (2 * (2 * 4 + 4) + 1)),
-        ("plain", 2 * (2 * 4 + 4 + 1)),
-        ("sgd", 4 * (2 * 4 + 4 + 1) + 2 * 1),  # and one element at a time without momentum
-        ("adam", 4 * (4 + 4 + 1)),
+        ("perturb", PLAIN[0], 1 * (2 * (2 * 4 + 4) + 1)),
+        ("plain", PLAIN[0], 2 * (2 * 4 + 4 + 1)),
+        ("sgd", PLAIN[0], 4 * (2 * 4 + 4 + 1) + 2 * 1),  # and one element at a time without momentum
+        ("adam", PLAIN[0], 4 * (4 + 4 + 1)),
+        ("adam", MASTERS[0], 4 * (2 * 4 + 4 + 1)),  # two vectors at a time
+        ("adam", STOCHASTIC[3], 4 * (8 + 8 + 1)),  # vectors of 8
     ],
+    ids=str,
 )
-def test_ptx_fuses_only_what_the_formulas_write(name, fused):
+def test_ptx_fuses_only_what_the_formulas_write(name, format, fused):
     ptx = output("-ptx")
     if ".target sm_120" not in ptx:
         pytest.skip("for other targets the compiler copies loops, and with them their instructions")
-    symbol = next(f.symbol for k, f in small().items() if k[:3] == (name, "float32", "float32"))
+    symbol = next(f.symbol for k, f in small().items() if k[:2] == (name, format))
     body = ptx.split(f".visible .entry {symbol}(")[1].split(".entry ")[0]
     found = len(re.findall(r"fma\.rn\.f32\s", body)) + 2 * len(re.findall(r"fma\.rn\.f32x2\s", body))
     assert found == fused
@@ -221,15 +257,16 @@ def test_ptx_fuses_only_what_the_formulas_write(name, fused):
 @pytest.mark.parametrize("arch", READ)
 def test_accesses_are_16_bytes_wide_and_enough_are_under_way(arch):
     kernels = code(arch)
-    assert len(kernels) == 2 * len(FIGURES)
+    assert len(kernels) == len(READ_KERNELS)
     for kernel, instructions in kernels.items():
-        loads = loads_under_way(instructions)
-        assert loads >= FIGURES[kernel.name], kernel
+        loads = bytes_under_way(instructions)
+        assert loads >= READ_KERNELS[kernel._replace(arch=0)], kernel
         # RAdam's scalars take the registers of a fourth block; 48 KiB is about what an H200 wants.
         enough = 48 * 1024 if kernel.name == "radam" else UNDER_WAY
-        assert small()[kernel].threads(arch) * loads * 16 >= enough, kernel
+        assert small()[kernel].threads(arch) * loads >= enough, kernel
+        copies = kernel.name == "perturb" and kernel.format.masters  # 4 elements of 2 bytes are all that it writes
         if kernel.name != "grad_norm":
-            assert any(re.search(r"STG\S*\.128", text) for text in instructions), kernel
+            assert any(re.search(r"STG\S*\.64" if copies else r"STG\S*\.128", text) for text in instructions), kernel
 
 
 def table():
@@ -239,26 +276,32 @@ def table():
         "# Registers",
         "",
         "Registers a thread of the CUDA kernels, by architecture; none uses stack or local memory. Shown is the",
-        "variant with small arguments. Written by `python tests/test_machine_code.py > benchmarks/registers.md`.",
+        "variant with the smallest arguments. Masters are float32. What is drawn is rounded with random numbers, and",
+        "so are bfloat16 states. Written by `python tests/test_machine_code.py > benchmarks/registers.md`.",
         "",
         "| kernel | type | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
         "| --- | --- |" + " --- |" * len(archs),
     ]
-    for name in [*KERNELS, *UPDATES]:
-        for dtype in TYPES.values():
-            row = [small()[Kernel(name, dtype, dtype, 0, arch)].registers for arch in archs]
-            lines.append(f"| {name} | {dtype} | " + " | ".join(map(str, row)) + " |")
+    kernels = [Kernel(name, shared(name, plain), 0, 0) for name in [*KERNELS, *UPDATES] for plain in PLAIN]
+    kernels += [
+        Kernel(name, shared(name, f), 0, 0) for name in ("perturb", "sgd", "adam") for f in MASTERS + STOCHASTIC
+    ]
+    for kernel in dict.fromkeys(kernels):
+        row = [small()[kernel._replace(arch=arch)].registers for arch in archs]
+        lines.append(f"| {kernel.name} | {title(kernel.format)} | " + " | ".join(map(str, row)) + " |")
     lines += [
         "",
-        "Bytes under way on one processor: resident threads times independent 16-byte loads of a thread.",
+        "Bytes under way on one processor: resident threads times the bytes of a thread's independent loads.",
         "",
-        "| kernel | type | loads | " + " | ".join(f"sm_{a}" for a in (80, 90, 100)) + " |",
+        "| kernel | type | bytes | " + " | ".join(f"sm_{a}" for a in (80, 90, 100)) + " |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for kernel, instructions in sorted(code(90).items()):
-        loads = loads_under_way(instructions)
-        kib = [small()[kernel._replace(arch=a)].threads(a) * loads * 16 // 1024 for a in (80, 90, 100)]
-        lines.append(f"| {kernel.name} | {kernel.dtype} | {loads} | " + " | ".join(f"{k} KiB" for k in kib) + " |")
+    for kernel, instructions in sorted(code(90).items(), key=lambda item: (item[0].name, title(item[0].format))):
+        loads = bytes_under_way(instructions)
+        kib = [small()[kernel._replace(arch=a)].threads(a) * loads // 1024 for a in (80, 90, 100)]
+        lines.append(
+            f"| {kernel.name} | {title(kernel.format)} | {loads} | " + " | ".join(f"{k} KiB" for k in kib) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -60,7 +60,8 @@ FASTSAM_HD constexpr int update_blocks() {
   const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
   if (kSourceSize<F> == 8) return states > 1 ? 2 : 3;
   if (kSourceSize<F> < kGradSize<F> || states == 3 || kKernel == Kernel::radam) return 3;
-  if (F::kDraws) return kArch < 1200 ? 4 : 3;  // sm_120's code takes a few registers more
+  // sm_120's code takes a few registers more.
+  if (F::kDraws) return kArch >= 1200 && (kKernel != Kernel::adam || F::kMasters) ? 3 : 4;
   if (kKernel != Kernel::adam) return 4;
   return F::kMasters ? 3 : F::kUniform ? 5 : 4;
 }
