@@ -61,6 +61,7 @@ class Buckets:
         self.captures = graphs.Captures()
         self.flat = FlatWeights()
         self.q, self.decays = 2.0, False
+        self.drawn = 0  # the step of the random numbers when buckets were last built anew
 
     def follow(self, groups: Sequence[Group], state: State) -> None:
         """Catch up with what happened since the last pass: other groups, values or state, thawed parameters."""
@@ -89,10 +90,11 @@ class Buckets:
         counters = [bucket.rounding for bucket in self.items if bucket.rounding is not None]
         if counters:
             return int(counters[0])
-        return max((int(group.get("rounding_step", 0)) for group in self.groups), default=0)
+        return max((self.drawn, *(int(group.get("rounding_step", 0)) for group in self.groups)))
 
     def set_rounding_step(self, step: int) -> None:
         """Go on with the random numbers of a checkpoint."""
+        self.drawn = 0
         for bucket in self.items:
             if bucket.rounding is not None:
                 bucket.rounding.fill_(step)
@@ -282,6 +284,7 @@ class Buckets:
 
     def _rebuild(self) -> None:
         """Build all buckets anew, with the state they hold; perturbed weights are restored first."""
+        self.drawn = self.rounding_step()
         for bucket in self.items:
             bucket.release(self.state)
         self.items, self.params = [], []  # if memory runs out, the next step begins with `_regroup`

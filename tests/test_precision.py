@@ -571,6 +571,15 @@ def test_numbers_do_not_depend_on_when_a_parameter_was_thawed(backend, device):
     assert run(True) == run(False)
 
 
+def test_numbers_go_on_after_parameters_are_cast(backend, device):
+    w, opt, step = one(device=device, backend=backend, **DRAWN)
+    for seed in range(3):
+        step(seed)
+    w.data = w.data.half()
+    step(3)
+    assert opt.state_dict()["param_groups"][0]["rounding_step"] == 4
+
+
 def test_a_loss_scale_may_be_skipped_without_repeating_numbers(backend, device):
     """Steps whose update is skipped, and plain SGD, which counts no steps, draw new numbers all the same."""
     w, opt, _ = one(device=device, backend=backend, momentum=0.0, lr=0.0, **DRAWN)
