@@ -70,8 +70,8 @@ OVER_PREDICTION = 1.15  # no case may take longer than this times what its bytes
 def contenders_of(args: argparse.Namespace, problem: Problem) -> dict[str, Callable[[], Stepper]]:
     """What makes FusedSAM on the backends asked for, then the rivals asked for."""
     wanted = args.contenders or ["fastsam", *RIVALS]
-    others = {"eager", "foreach_alpha", "foreach_mul"} if problem.case.precision == "masters" else {"foreach_masters"}
-    wanted = [name for name in wanted if name not in others]
+    masters = problem.case.precision == "masters"  # the others have none, or are the only ones with them
+    wanted = [name for name in wanted if name not in RIVALS or (name == "foreach_masters") == masters]
     if not fused_base_works(problem):
         print("this torch's fused=True base does not step such weights: foreach=True instead", file=sys.stderr)
         wanted = [name for name in wanted if name not in NEED_FUSED_BASE]
