@@ -123,10 +123,7 @@ class Bucket:
         for i, (param, group) in enumerate(members):
             chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
             place = layout(param), group, sizes[i], is_dense(param), index[id(param)], chunks
-            segment = Segment(param, *place, backups[i], masters[i], progress[i])
-            if segment.master is not None:
-                segment.master.copy_(segment.flat(param))
-            self.segments.append(segment)
+            self.segments.append(Segment(param, *place, backups[i], masters[i], progress[i]))
         try:
             with self.owner.flat.moving_in(self, self.segments[before:]):
                 self._allocate()

@@ -592,7 +592,7 @@ class FusedSAM(Optimizer):
         super().load_state_dict(given)
         keep_wide(self.state, self._params(), given, self.precision)
         if self.precision.draws:
-            self._sam.buckets.set_rounding_step(max(int(group["rounding_step"]) for group in self.param_groups))
+            self._sam.buckets.set_rounding_step(max(int(group.get("rounding_step", 0)) for group in self.param_groups))
         if self._sam.buckets.items and self._sam.phase == CLEAN:
             self._buckets()  # copies into the flat tensors: addresses stay
 

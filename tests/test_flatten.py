@@ -451,7 +451,7 @@ STAYERS = {
 @pytest.mark.parametrize("kind", STAYERS)
 def test_weights_that_must_stay_are_named(backend, device, kind):
     if kind == "shared memory" and device != "cpu":
-        pytest.skip("of the CPU")
+        pytest.skip("only memory of the CPU is shared between processes this way")
     make, reason = STAYERS[kind]
 
     def run(flatten):
