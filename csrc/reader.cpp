@@ -252,6 +252,35 @@ PyObject* fill(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+PyObject* same_state(PyObject*, PyObject* args) {
+  PyObject *state, *inner_dicts, *entries;
+  unsigned long long size_address, address_address;
+  if (!PyArg_ParseTuple(args, "OOOKK", &state, &inner_dicts, &entries, &size_address, &address_address)) return nullptr;
+  if (!PyDict_Check(state)) return PyErr_Format(PyExc_TypeError, "same_state: state must be a dict");
+  if (!is_list(inner_dicts, "same_state", "inner_dicts") || !is_list(entries, "same_state", "entries")) return nullptr;
+  const auto* const sizes = at<const int64_t>(size_address);
+  const auto* const addresses = at<const int64_t>(address_address);
+  const Py_ssize_t n = PyList_Size(inner_dicts), n_entries = PyList_Size(entries) / 2;
+  Py_ssize_t outer = 0, seen = 0, entry = 0;
+  PyObject *param, *inner, *name, *value;
+  while (PyDict_Next(state, &outer, &param, &inner)) {
+    if (seen == n || inner != PyList_GetItem(inner_dicts, seen) || PyDict_Size(inner) != sizes[seen]) Py_RETURN_FALSE;
+    seen++;
+    Py_ssize_t position = 0;
+    for (; PyDict_Next(inner, &position, &name, &value); entry++) {
+      if (entry == n_entries || name != PyList_GetItem(entries, 2 * entry) ||
+          value != PyList_GetItem(entries, 2 * entry + 1)) {
+        Py_RETURN_FALSE;
+      }
+      if (!addresses[entry]) continue;
+      DLTensor tensor{};
+      if (!read(value, tensor, "same_state")) return nullptr;
+      if (address_of(tensor) != addresses[entry]) Py_RETURN_FALSE;
+    }
+  }
+  return PyBool_FromLong(seen == n && entry == n_entries);
+}
+
 PyObject* current_work_stream(PyObject*, PyObject* args) {
   int device_type, device_index;
   if (!PyArg_ParseTuple(args, "ii", &device_type, &device_index)) return nullptr;
@@ -310,6 +339,8 @@ PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
      "gather(params, segments, signatures, skip, grads, dtype) -> (gradients, moved, foreign)."},
     {"fill", fill, METH_VARARGS, "fill(grads, table): write the gradients' addresses."},
+    {"same_state", same_state, METH_VARARGS,
+     "same_state(state, inner_dicts, entries, sizes, addresses) -> bool: the same dicts, keys, values and memory."},
     {"current_work_stream", current_work_stream, METH_VARARGS,
      "current_work_stream(device_type, device_index) -> int."},
     {"use_huge_pages", use_huge_pages, METH_VARARGS,

@@ -2,7 +2,7 @@
 
 import logging
 
-from fastsam.lion import Lion
+from fastsam.bases.lion import Lion
 from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
 from fastsam.training import asam_groups, freeze_running_stats

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastsam import demo, diagnosis
+from fastsam.commands import demo, diagnosis
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

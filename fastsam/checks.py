@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastsam import ops
+from fastsam.bases.rules import NAMES, Group
 from fastsam.ops.formats import Precision
-from fastsam.rules import NAMES, Group
-from fastsam.segments import place_of, real_dtype
 
 REFUSED = {
     torch.optim.LBFGS: "its line search evaluates the closure at points of its own choice",
@@ -109,25 +107,3 @@ def check_differentiable(group: Group) -> None:
     """Refuse a step that autograd could go through."""
     if group.get("differentiable"):
         raise ValueError("FusedSAM: differentiable=True is not supported: the step writes weights in place; use False")
-
-
-def check_param(param: Tensor, group: int, groups: Sequence[Group], backend: str) -> None:
-    """Refuse what no backend can do right.
-
-    Raises:
-        ValueError: a complex parameter in an adaptive group, a distributed tensor, or a backend that does not serve its
-            device.
-    """
-    place = place_of(param, groups)
-    if param.is_complex() and groups[group]["adaptive"]:
-        raise ValueError(
-            f"FusedSAM: {place} is complex ({param.dtype}), which adaptive=True (ASAM) does not define: abs(w) is not "
-            "element-wise there. Put it in a group with adaptive=False"
-        )
-    if hasattr(param, "_local_tensor"):
-        raise ValueError(f"FusedSAM: {place} is a DTensor (FSDP2, tensor parallelism), which is not supported yet")
-    if ops.choose(backend, param.device, real_dtype(param)) is None:
-        raise ValueError(
-            f"FusedSAM: backend={backend!r} must serve every parameter, but {place} is {param.dtype} on "
-            f"{param.device}; use backend='auto'"
-        )

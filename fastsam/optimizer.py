@@ -1,23 +1,21 @@
 """FusedSAM: Sharpness-Aware Minimization (Foret et al., arXiv 2010.01412) around any base optimizer of torch.optim.
 
-The arithmetic is in `ops/`, the flat memory in `buckets.py`, the base optimizers' rules in `rules.py`.
+The arithmetic is in `ops/`, the flat memory in `memory/`, the base optimizers' rules in `bases/`.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import ops
-from fastsam.buckets import Buckets, serve
-from fastsam.checkpoint import as_torch_saves, keep_wide, loadable
+from fastsam.bases.fallback import step_base
 from fastsam.checks import (
     check_class,
     check_differentiable,
@@ -26,61 +24,21 @@ from fastsam.checks import (
     check_max_grad_norm,
     check_name,
     check_p,
-    check_param,
     check_precision,
     check_values,
 )
-from fastsam.fallback import step_base
+from fastsam.closures import CLOSURE_RECIPE, call, detached, entry
+from fastsam.memory.buckets import Buckets
+from fastsam.memory.placing import backend_of, check_param
 from fastsam.ops.formats import Precision
-from fastsam.rules import RULES
+from fastsam.progress import CLEAN, PAUSED, PERTURBED
+from fastsam.saving import SavedOptimizer
 from fastsam.stats import Stats, read_stats
 
-CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step")  # the latter where they matter
-KEPT = (  # in copies and pickles
-    "base_optimizer",
-    "closure_calls",
-    "flatten",
-    "max_grad_norm",
-    "p",
-    "perturb_with_weight_decay",
-    "precision",
-)
-CLOSURE_RECIPE = (
-    "either let the closure clear the gradients, run forward and backward and return the loss (FusedSAM calls it "
-    "twice), or pass closure_calls=1, run the first forward and backward before step(closure) yourself"
-)
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def untraced(method: F) -> F:
-    """Keep torch.compile out: kernels write through addresses, which a trace cannot see."""
-    disabled: Callable[..., Any] | None = None
-
-    @functools.wraps(method)
-    def entry(*args: Any, **kwargs: Any) -> Any:
-        nonlocal disabled
-        if disabled is None:  # made on first use: importing torch._dynamo takes seconds
-            disabled = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
-        return disabled(*args, **kwargs)
-
-    return entry  # type: ignore[return-value]
-
-
-class _Progress:
-    """Where the step is. One object, never re-bound: wrappers of an optimizer forward reads, but not writes."""
-
-    def __init__(self, buckets: Buckets) -> None:
-        self.buckets = buckets
-        self.phase = CLEAN
-        self.base_step_asked = False  # by base_step(), for the step() that it calls
-        self.closure_checked = False  # whether the closure was seen to clear the gradients
-        self.no_gradients_warned = False
-        self.losses: tuple[Any, Any] = (None, None)  # of the last step(closure)
-
-
-class FusedSAM(Optimizer):
+class FusedSAM(SavedOptimizer):
     r"""SAM as a drop-in torch optimizer whose side of the step is three launches a device and dtype.
 
     Each step takes the gradient g1 at w, climbs to w + e with e = rho * g1 / (||g1|| + 1e-12), takes the gradient g2
@@ -201,20 +159,13 @@ class FusedSAM(Optimizer):
         self.defaults = {**base.defaults, **own}
         self.param_groups = base.param_groups
         self.state = base.state
-        self._sam = self._progress(chosen)
+        self._sam = self._new_progress(chosen)
         for i, group in enumerate(self.param_groups):
             self._check_group(i, group)
 
-    def _progress(self, backend: str) -> _Progress:
-        """Where a step is that has not begun."""
-        base = self.base_optimizer
-        rule = RULES.get(type(base))
-        return _Progress(Buckets(rule, backend, self.precision, base.defaults, self.param_groups, self.state))
-
     # The step.
 
-    @untraced
-    @torch.no_grad()
+    @entry
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one SAM step, or finish the one that `first_step` began.
 
@@ -242,18 +193,16 @@ class FusedSAM(Optimizer):
                     "scaler.scale(loss2).backward(); scaler.step(optimizer); scaler.update()"
                 )
             if sam.phase == PERTURBED:
-                loss = _call(closure)
+                loss = call(closure)
             elif self.closure_calls == 1:
                 self._require_gradients()
                 self._perturb()
                 self.zero_grad()
-                loss = _call(closure)
+                loss = call(closure)
             else:
-                loss = _call(closure)  # gradient at w
-                first = self._smallest_gradient()
+                loss = call(closure)  # gradient at w
                 self._perturb()  # w <- w + e
-                sam.losses = _detached(loss), _detached(_call(closure))  # gradient at w + e
-                self._check_cleared(first)
+                sam.losses = detached(loss), detached(self._call_again(closure))  # gradient at w + e
             self._update()  # w <- base step from the old w with that gradient
         return loss
 
@@ -272,8 +221,7 @@ class FusedSAM(Optimizer):
                 "base_step() for a plain step of the base optimizer"
             )
 
-    @untraced
-    @torch.no_grad()
+    @entry
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb from w to w + e along the gradients that are there, keeping w.
 
@@ -288,7 +236,7 @@ class FusedSAM(Optimizer):
                 "FusedSAM: first_step() was called twice without a step() between; the weights are restored first",
                 stacklevel=3,
             )
-            self._leave()
+            self._abandon()
         with self._restored_on_error():
             self._perturb()
         if zero_grad:
@@ -310,15 +258,14 @@ class FusedSAM(Optimizer):
         Raises:
             RuntimeError: the weights are perturbed.
         """
-        self._require_clean("base_step()")
+        self._sam.require_clean("base_step()")
         self._sam.base_step_asked = True
         try:
             self.step()
         finally:
             self._sam.base_step_asked = False
 
-    @untraced
-    @torch.no_grad()
+    @entry
     def restore(self) -> None:
         """Bring the weights back, bit for bit, without an update; nothing happens if they are not perturbed."""
         sam = self._sam
@@ -350,22 +297,21 @@ class FusedSAM(Optimizer):
         """The backend that serves each device."""
         chosen: dict[torch.device, str] = {}
         for param in self._params():
-            name = serve(param, self._sam.buckets.backend)[1]
+            name = backend_of(param, self._sam.buckets.backend)
             if chosen.get(param.device, "reference") == "reference":
                 chosen[param.device] = name
         return chosen
 
-    @untraced
-    @torch.no_grad()
+    @entry
     def prepare(self) -> None:
         """Allocate everything a step needs without taking one."""
-        self._buckets()
+        self._sync().sync_values()
 
-    @untraced
+    @entry
     def refresh(self) -> None:
         """Take over changed weights and values of the groups (lr, rho); every step does, a replayed graph cannot."""
         if self._sam.phase == CLEAN:
-            self._sam.buckets.meet_writes()
+            self._sam.buckets.refresh_masters()
         self._sam.buckets.refresh()
 
     def flat_weights(self) -> list[Tensor]:
@@ -378,8 +324,7 @@ class FusedSAM(Optimizer):
         """
         return self._sam.buckets.flat_weights()
 
-    @untraced
-    @torch.no_grad()
+    @entry
     def unflatten(self) -> None:
         """Give every weight a storage of its own again, for good, as what saves or shares a model may ask for.
 
@@ -388,7 +333,7 @@ class FusedSAM(Optimizer):
         Raises:
             RuntimeError: the weights are perturbed.
         """
-        self._require_clean("unflatten()")
+        self._sam.require_clean("unflatten()")
         self._sam.buckets.flat.move_out(self._params())
         self.flatten = False
 
@@ -403,64 +348,60 @@ class FusedSAM(Optimizer):
             RuntimeError: a gradient is elsewhere than when the graph was captured, or appeared, or is gone; or what
                 `refresh` refuses.
         """
-        self._sam.buckets.captures.check(self._sam.buckets.states_in_use())
+        shared = self._sam.buckets.shared
+        shared.captures.require_current(shared.states_in_use())
         for bucket in self._sam.buckets.items:
             bucket.check_capture()
 
     # Parts of a step. They are called without gradients enabled.
 
-    def _buckets(self) -> Buckets:
-        """The buckets, caught up with the parameter groups and the state."""
-        self._meet_base()
+    def _sync(self) -> Buckets:
+        """The buckets, caught up with the parameter groups."""
+        self._share_state_with_base()
         for group in self.param_groups:
             for key in OWN_KEYS:  # a group that came in through the base optimizer
                 if key not in group and key in self.defaults:
                     group[key] = self.defaults[key]
         buckets = self._sam.buckets
-        buckets.q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
-        buckets.decays = self.perturb_with_weight_decay
+        buckets.shared.q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
+        buckets.shared.decays = self.perturb_with_weight_decay
         buckets.flat.wanted = self.flatten
-        buckets.follow(self.param_groups, self.state)
+        buckets.sync_with_groups(self.param_groups, self.state)
         return buckets
-
-    def _meet_base(self) -> None:
-        """Share groups and state with the base optimizer again after one of the two was given others."""
-        base, buckets = self.base_optimizer, self._sam.buckets
-        if base.state is self.state and base.param_groups is self.param_groups:
-            return
-        if self.state is buckets.state and self.param_groups is buckets.groups:
-            self.state, self.param_groups = base.state, base.param_groups
-        else:
-            base.state, base.param_groups = self.state, self.param_groups
 
     def _perturb(self) -> None:
         sam = self._sam
-        if sam.phase == PAUSED:
-            raise RuntimeError("FusedSAM: leave the `with optimizer.unperturbed():` block before taking a step")
-        buckets = self._buckets()
+        sam.require_running()
+        buckets = self._sync()
         grads = buckets.gather(ascent=True)
-        buckets.meet_writes()
+        buckets.sync_values()
+        buckets.refresh_masters()
         sam.phase = PERTURBED
         buckets.perturb(grads)
         torch.clear_autocast_cache()
 
     def _update(self) -> None:
-        sam = self._sam
-        if sam.phase == PAUSED:
-            raise RuntimeError("FusedSAM: leave the `with optimizer.unperturbed():` block before taking a step")
-        buckets = self._buckets()
+        sam, base = self._sam, self.base_optimizer
+        sam.require_running()
+        buckets = self._sync()
         grads = buckets.gather(ascent=False)
+        buckets.sync_values()
         if sam.phase == CLEAN:
-            buckets.meet_writes()
-        amp = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if buckets.rule is not None:
+            buckets.refresh_masters()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if buckets.shared.rule is not None:
             self._warn_without_gradients(grads)
-            buckets.update(grads, *amp, self.max_grad_norm)
+            buckets.update(grads, grad_scale, found_inf, self.max_grad_norm)
         else:
-            step_base(self.base_optimizer, buckets, grads, *amp, self.max_grad_norm)
+            factors = {} if self.max_grad_norm is None else buckets.clip(grads, self.max_grad_norm, grad_scale)
+            buckets.restore()
+            overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
+            if not overflow:
+                step_base(base, buckets.masters(), grad_scale, factors)
+            buckets.finish_base_step(overflow)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
-        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
+        base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:
@@ -468,24 +409,23 @@ class FusedSAM(Optimizer):
             yield
         except BaseException:
             if self._sam.phase == PERTURBED:
-                self._leave()
+                self._abandon()
             raise
 
-    def _leave(self) -> None:
+    def _abandon(self) -> None:
         """End the perturbed phase by another door than `step`: weights that somebody wrote in the meantime are kept."""
         buckets = self._sam.buckets
-        if buckets.undisturbed():
+        if buckets.weights_untouched():
             self.restore()
             return
-        buckets.forget()
+        buckets.drop_perturbation()
         self._sam.phase = CLEAN
-        buckets.warn_once(
+        buckets.shared.warn_once(
             "FusedSAM: the weights were written between the two passes (load_state_dict?); they are kept, and the "
             "perturbation is dropped"
         )
 
-    @untraced
-    @torch.no_grad()
+    @entry
     def _swap(self, phase: str) -> None:
         self._sam.buckets.swap()
         self._sam.phase = phase
@@ -493,37 +433,27 @@ class FusedSAM(Optimizer):
 
     # What a user may have got wrong.
 
-    def _require_clean(self, what: str) -> None:
-        if self._sam.phase == PERTURBED:
-            raise RuntimeError(
-                f"FusedSAM: {what} needs the unperturbed weights, but the step is between its two passes. Finish it "
-                "with step(), undo it with restore(), or use `with optimizer.unperturbed():`"
-            )
-
     def _require_gradients(self) -> None:
         if all(p.grad is None for p in self._params()):
             raise RuntimeError(
                 f"FusedSAM: closure_calls=1 needs the gradients at w before step(closure), found none; {CLOSURE_RECIPE}"
             )
 
-    def _smallest_gradient(self) -> tuple[Tensor, Tensor, int] | None:
-        """In an optimizer's first step: a parameter, its gradient (the smallest: it is kept alive) and its version."""
-        if self._sam.closure_checked:
-            return None
-        # A view is a data-parallel bucket's, which the reducer writes to in place.
-        grads = ((p, p.grad) for group in self.param_groups for p in group["params"])
-        with_grad = [p for p, grad in grads if grad is not None and not grad._is_view()]
-        param = min(with_grad, key=torch.numel, default=None)
-        return None if param is None else (param, param.grad, param.grad._version)
-
-    def _check_cleared(self, first: tuple[Tensor, Tensor, int] | None) -> None:
-        """Refuse closures that add the second gradient to the first; one in-place addition gives them away."""
-        self._sam.closure_checked = True
-        if first is not None and first[0].grad is first[1] and first[1]._version == first[2] + 1:
+    def _call_again(self, closure: Callable[[], Any]) -> Any:
+        """The second call; refuses closures that add the second gradient to the first."""
+        clearing = self._sam.clearing
+        marked = clearing.mark(self._params())
+        try:
+            loss = call(closure)
+        except BaseException:
+            clearing.put_back(marked)
+            raise
+        if clearing.adds(marked):
             raise RuntimeError(
                 "FusedSAM: the closure does not clear the gradients, so the second pass would add to the first: "
                 f"{CLOSURE_RECIPE}"
             )
+        return loss
 
     def _warn_without_gradients(self, grads: list[Any]) -> None:
         sam = self._sam
@@ -540,12 +470,10 @@ class FusedSAM(Optimizer):
         for param in group["params"]:
             check_param(param, index, self.param_groups, self._sam.buckets.backend)
 
-    # State: what torch's own optimizer has, under torch's names.
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any torch optimizer; it may have its own rho, adaptive, eta and perturb."""
         if "_sam" in self.__dict__:
-            self._require_clean("add_param_group()")
+            self._sam.require_clean("add_param_group()")
         super().add_param_group(param_group)
         if "_sam" in self.__dict__:
             try:
@@ -553,86 +481,3 @@ class FusedSAM(Optimizer):
             except ValueError:
                 self.param_groups.pop()
                 raise
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state under torch's names, and the groups with rho, adaptive, eta and perturb.
-
-        It loads into the base optimizer's class and into FusedSAM, and holds no copy of the weights.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._require_clean("state_dict()")
-        self._meet_base()
-        buckets = self._sam.buckets
-        for bucket in buckets.items:
-            if self.state is not buckets.state or bucket.replaced(self.state):
-                bucket.absorb(self.state, bucket.segments)
-        buckets.meet_writes()
-        self._note_rounding_step()
-        out = super().state_dict()
-        as_torch_saves(out["state"], self._params(), buckets)
-        return out
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of FusedSAM, of the base optimizer's class, or of the 63-line SAM file.
-
-        Keys that the checkpoint's groups lack keep their values here. The 63-line file saves no state of the base
-        optimizer, which then starts afresh.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._require_clean("load_state_dict()")
-        fused = self._sam.buckets.rule is not None
-        ignored = ("old_p", "master") if fused and not self.precision.master_weights else ("old_p",)
-        given = loadable(state_dict, self.param_groups, ignored)
-        super().load_state_dict(given)
-        keep_wide(self.state, self._params(), given, self.precision)
-        if self.precision.draws:
-            self._sam.buckets.set_rounding_step(max(int(group.get("rounding_step", 0)) for group in self.param_groups))
-        if self._sam.buckets.items and self._sam.phase == CLEAN:
-            self._buckets()  # copies into the flat tensors: addresses stay
-
-    def _params(self) -> list[Tensor]:
-        """All parameters, in the order of the groups."""
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _note_rounding_step(self) -> None:
-        """Write the step of the random numbers, which the device counts, into the groups."""
-        if self.precision.draws:
-            step = self._sam.buckets.rounding_step()
-            for group in self.param_groups:
-                group["rounding_step"] = step
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled and deep-copied: no tables of addresses, no backup."""
-        self._require_clean("copying or pickling the optimizer")
-        self._note_rounding_step()
-        kept = {name: getattr(self, name) for name in KEPT}
-        flat = self._sam.buckets.flat
-        in_buffer = [i for i, param in enumerate(self._params()) if flat.home(param) is not None]
-        return {**super().__getstate__(), **kept, "_backend": self._sam.buckets.backend, "_in_buffer": in_buffer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from a pickle or a deep copy, or take over what `load_state_dict` loaded."""
-        backend, in_buffer = state.pop("_backend", None), state.pop("_in_buffer", ())
-        super().__setstate__(state)
-        if backend is not None:
-            self._sam = self._progress(backend)
-            params = self._params()
-            self._sam.buckets.flat.adopt(params[i] for i in in_buffer)
-        type(self.base_optimizer).__setstate__(
-            self.base_optimizer, {"state": self.state, "param_groups": self.param_groups}
-        )
-
-
-def _detached(loss: Any) -> Any:
-    return loss.detach() if isinstance(loss, Tensor) else loss
-
-
-def _call(closure: Callable[[], Any]) -> Any:
-    with torch.enable_grad():
-        return closure()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastsam.buckets import Buckets
+from fastsam.memory.buckets import Buckets
 
 
 class Stats(NamedTuple):
@@ -35,7 +35,7 @@ def read_stats(buckets: Buckets, losses: tuple[Any, Any], clipped: bool) -> Stat
         return Stats(None, None, None, None, None)
     device = buckets.overflows.device
     return Stats(
-        buckets.sums[device].sum() ** (1 / buckets.q) if buckets.q != 1 else None,
+        buckets.sums[device].sum() ** (1 / buckets.shared.q) if buckets.shared.q != 1 else None,
         buckets.second_sums[device].sum().sqrt() if clipped else None,
         second_loss - loss if known else None,
         *buckets.overflows.clone(),

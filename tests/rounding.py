@@ -9,9 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastsam.ops import native
-from fastsam.ops.formats import MIXED_DTYPES, Format
-from fastsam.rules import (
+from fastsam.bases.rules import (
     ADAGRAD,
     ADAM,
     ADAPTIVE,
@@ -27,6 +25,8 @@ from fastsam.rules import (
     SGD,
     Row,
 )
+from fastsam.ops import native
+from fastsam.ops.formats import MIXED_DTYPES, Format
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = DTYPES

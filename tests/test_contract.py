@@ -317,15 +317,26 @@ def test_a_closure_that_does_not_zero_is_found_out(backend, device):
     assert not opt.perturbed and [bits(p) for p in model.parameters()] == before
 
 
-def test_only_the_first_step_looks_at_the_closure(pair):
-    # Later a user may add gradients on purpose.
-    pair.opt.step(pair.closure(1))
+def test_a_closure_that_stops_clearing_is_found_out(pair):
+    opt = pair.opt
 
     def closure():
+        opt.zero_grad(set_to_none=False)
+        for p in pair.ours:
+            p.grad = torch.ones_like(p) if p.grad is None else p.grad.add_(1.0)
+
+    def adds():
         for p in pair.ours:
             p.grad.add_(1.0)
 
-    pair.opt.step(closure)
+    for _ in range(5):
+        opt.step(closure)
+    before = [bits(p) for p in pair.ours]
+    with pytest.raises(RuntimeError, match="does not clear"):
+        for _ in range(2):  # noticed by another number of writes in the first, and found out in the second
+            before = [bits(p) for p in pair.ours]
+            opt.step(adds)
+    assert not opt.perturbed and [bits(p) for p in pair.ours] == before
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

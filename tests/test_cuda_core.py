@@ -37,10 +37,10 @@ from rounding import (
 )
 
 from fastsam import ops
+from fastsam.bases.rules import LR_FLOAT64, SGD
 from fastsam.ops import reference
 from fastsam.ops.formats import Format, Precision
-from fastsam.rules import LR_FLOAT64, SGD
-from fastsam.segments import Segment, layout
+from fastsam.ops.tables import Operand
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests" / "cuda_core.cpp"
@@ -444,9 +444,7 @@ def test_another_norm_has_the_same_climb_as_the_reference(library, format):
     for i, param in enumerate(plan.params):
         kept = (None, plan.masters[i]) if format.masters else (plan.backups[i], None)
         chunks = slice(chunk, chunk := chunk - (-len(param) // 8192))
-        plan.segments.append(
-            Segment(param, layout(param), i % 3, len(param), True, index_of(i), chunks, *kept, plan.progress[i])
-        )
+        plan.segments.append(Operand(param, i % 3, len(param), True, index_of(i), chunks, *kept, plan.progress[i]))
     reference.grad_norm(plan, grads, totals[1])
     reference.perturb_(plan, grads, totals[1])
     torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=0)

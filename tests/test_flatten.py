@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW
 
 from fastsam import FusedSAM
-from fastsam.bucket import ALIGN
+from fastsam.ops.tables import ALIGN
 
 pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
 TRIED = "groups asam_eta adamw_groups rmsprop_groups adagrad_groups nadam_groups radam_groups lion_groups".split()

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsam import demo, diagnosis, ops
+from fastsam import ops
 from fastsam.__main__ import main
+from fastsam.commands import demo, diagnosis
 
 DEMO_FILES = {"table.txt", "results.json", "runs.csv", "demo.png"}
 QUICK = demo.Settings(seeds=1, epochs=1)
@@ -61,7 +62,7 @@ def available(device="cpu"):
 def test_a_backend_that_computes_something_else_is_found(monkeypatch, capsys, backend, operation):
     if backend not in available():
         pytest.skip(f"{backend}: {ops.backends()[backend] or 'does not serve CPU tensors'}")
-    twins = ops.operations(backend)
+    twins = ops.backend_named(backend).operations
     original = getattr(twins, operation)
 
     def wrong(bucket, grads, *rest, **options):
@@ -82,7 +83,7 @@ def test_a_backend_that_raises_is_a_failure_with_its_message(monkeypatch, capsys
     def broken(*args, **kwargs):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(ops.operations("reference"), "perturb_", broken)
+    monkeypatch.setattr(ops.backend_named("reference").operations, "perturb_", broken)
     assert main([]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out

@@ -204,7 +204,7 @@ def test_there_are_no_kernels_for_other_formats(format):
 
 @pytest.mark.parametrize("code", [4, 4 << 4, 15 << 8, 7 << 12, 1 << 17, -1])
 def test_there_are_no_other_codes_of_formats(monkeypatch, code):
-    monkeypatch.setattr(native, "_code", lambda format: code)
+    monkeypatch.setattr(native, "_format_code", lambda format: code)
     with pytest.raises(RuntimeError, match=f"update_: there is no format {code}"):
         native.update_(fresh_bucket("sgd", torch.float32), [None] * len(SIZES))
 

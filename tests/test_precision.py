@@ -31,7 +31,7 @@ from torch.nn import Parameter
 
 from fastsam import FusedSAM
 from fastsam.ops import reference
-from fastsam.segments import Segment, layout
+from fastsam.ops.tables import Operand
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def plain_torch(monkeypatch):
         for i, param in enumerate(bucket.params):
             chunks = slice(chunk, chunk := chunk - (-len(param) // rounding.CHUNK))
             kept = (None, bucket.masters[i]) if bucket.format.masters else (bucket.backups[i], None)
-            place = layout(param), i % 3, len(param), True, rounding.index_of(i), chunks
-            segment = Segment(param, *place, *kept, bucket.progress[i])
+            place = i % 3, len(param), True, rounding.index_of(i), chunks
+            segment = Operand(param, *place, *kept, bucket.progress[i])
             used = test_native.slots_of(bucket.option)
             segment.states = [state[i] if k in used else None for k, state in enumerate(bucket.states)]
             bucket.segments.append(segment)

@@ -47,7 +47,7 @@ def kernels(interpreted, tmp_path_factory):
     """The module, with a cache of compiled kernels that starts empty."""
     before = os.environ.get("TRITON_CACHE_DIR")
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    yield ops.operations("triton")
+    yield ops.backend_named("triton").operations
     del os.environ["TRITON_CACHE_DIR"]
     if before is not None:
         os.environ["TRITON_CACHE_DIR"] = before
@@ -310,7 +310,7 @@ def step(kernels, bucket, grads=None):
 
 def bucket_of(sizes, option="adamw", format=PLAIN[0]):
     bucket = rounding.bucket_of([torch.zeros(n, dtype=format.weight) for n in sizes], option, format=format)
-    bucket.device, bucket.kept = torch.device("cpu"), None
+    bucket.device, bucket.cache = torch.device("cpu"), None
     return bucket
 
 
@@ -358,7 +358,7 @@ def test_three_launches_a_step_for_all_tensors_and_groups(kernels, notes):
         ("_update_kernel", (4 * chunks, 1, 1)),
     ]
     addresses = notes.launches[2][2]
-    own = bucket.kept
+    own = bucket.cache
     assert addresses[:5] == tuple(
         t.data_ptr()
         for t in (bucket.segment_table, bucket.chunk_table, own.descent.copy, own.rows.copy, own.perturbed.copy)

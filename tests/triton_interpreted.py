@@ -39,11 +39,11 @@ from test_native import (  # noqa: F401
 from torch.nn import Parameter
 
 from fastsam import ops
+from fastsam.bases.rules import LR_FLOAT64, Row
 from fastsam.ops import reference
 from fastsam.ops.formats import Format
-from fastsam.rules import LR_FLOAT64, Row
 
-kernels = ops.operations("triton")
+kernels = ops.backend_named("triton").operations
 triton_kernels = importlib.import_module("fastsam.ops.triton_kernels")
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = rounding.DTYPES
 pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
@@ -61,7 +61,7 @@ def name_of(value):
 def one_rounding() -> bool:
     """Whether the interpreter's `tl.fma` rounds once: from Triton 3.7 on, asked with values that decide."""
     bucket = rounding.bucket_of([torch.linspace(1, 2, 1027)], "sgd")
-    bucket.device, bucket.kept = torch.device("cpu"), None
+    bucket.device, bucket.cache = torch.device("cpu"), None
     bucket.row_table[:, 1] = 0.0
     w, g = bucket.params[0].numpy().copy(), torch.linspace(2, 3, 1027)
     kernels.update_(bucket, [g])
@@ -98,7 +98,7 @@ def isa(monkeypatch):
 
     def bucket_of(*args, **kwargs):
         bucket = plain(*args, **kwargs)
-        bucket.device, bucket.kept = torch.device("cpu"), None
+        bucket.device, bucket.cache = torch.device("cpu"), None
         return bucket
 
     monkeypatch.setattr(kernels, "_PROGRAMS", 0)  # one program a chunk: the fewer, the sooner this is done
@@ -363,7 +363,7 @@ def test_any_number_of_programs_a_chunk(monkeypatch, split):
     monkeypatch.setattr(kernels, "_PROGRAMS", split * len(bucket.chunk_table) - 1)
     assert kernels._split(bucket) == split
     check_steps(bucket, "adamw")
-    assert bucket.kept.tickets.tolist() == [0, 0]
+    assert bucket.cache.tickets.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("bad", [float("-inf"), float("nan")])
@@ -416,7 +416,7 @@ def test_tables_are_uploaded_only_when_a_value_changed(monkeypatch):
     bucket = fresh_bucket("adamw", FLOAT32)
     one, two = grads_of(1), grads_of(2)
     rounding.run(bucket, one, two)
-    own = bucket.kept
+    own = bucket.cache
     mirrors = own.ascent, own.rows, own.perturbed, own.descent, own.numbers_there
     assert {id(u) for u in uploads} == {id(m) for m in mirrors}
     uploads.clear()
@@ -465,7 +465,7 @@ def test_what_a_captured_graph_reads_is_never_written_again(monkeypatch):
             (_, _, ascent, rows, *_), (_, _, same, _, *_), (_, _, descent, _, perturbed, *_) = launches[-3:]
             for table, grads in ((ascent, first), (same, first), (descent, second)):
                 assert table.tolist() == [0 if g is None else g.data_ptr() or 64 for g in grads]
-            assert perturbed.tolist() == [g is not None for g in first] and rows is bucket.kept.rows.copy
+            assert perturbed.tolist() == [g is not None for g in first] and rows is bucket.cache.rows.copy
             read += [(table, table.clone()) for table in (ascent, same, descent, perturbed)]
         assert all(table.equal(values) for table, values in read)
     assert len(read) == 8 and not capturing
@@ -483,7 +483,7 @@ def test_a_captured_step_reads_changed_values_only_after_a_refresh(monkeypatch):
     with pytest.raises(RuntimeError, match=r"call optimizer.refresh\(\) after changing them"):
         rounding.run(bucket, grads_of(3, FEW), grads_of(4, FEW))
     assert not bucket.perturbed.any()
-    bucket.kept.rows(bucket.row_table)  # as Bucket.upload does
+    bucket.cache.rows(bucket.row_table)  # as Bucket.upload does
     rounding.run(bucket, grads_of(3, FEW), grads_of(4, FEW))
     bucket.rule, bucket.rows = None, []
     with pytest.raises(RuntimeError, match="all kernels are loaded"):

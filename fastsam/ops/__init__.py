@@ -1,6 +1,6 @@
 """The operations of a SAM step, one name each, and the choice of the backend that runs them.
 
-`grad_norm(bucket, grads, out, *, clip)`, `perturb_(bucket, grads, sums)` and `update_(bucket, grads, *, grad_scale,
+`grad_norm(tables, grads, out, *, clip)`, `perturb_(tables, grads, sums)` and `update_(tables, grads, *, grad_scale,
 found_inf, clip)` stand in `reference.py` with their formulas; every other backend is a twin with the same signatures.
 """
 
@@ -11,15 +11,13 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fastsam.ops import graphs, native, reference
-
-if TYPE_CHECKING:
-    from fastsam.bucket import Bucket
+from fastsam.ops.tables import Tables
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,16 +28,16 @@ class Operations(Protocol):
     """What a backend provides."""
 
     def grad_norm(
-        self, bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
+        self, tables: Tables, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
     ) -> None:
-        """Write the sum of squares of the (adaptive) gradients into the bucket's slot of `out`."""
+        """Write the sum of squares of the (adaptive) gradients into the slot of `out`."""
 
-    def perturb_(self, bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> None:
+    def perturb_(self, tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> None:
         """Back the weights up and climb to w + e(w)."""
 
     def update_(
         self,
-        bucket: Bucket,
+        tables: Tables,
         grads: Sequence[Tensor | None],
         *,
         grad_scale: Tensor | None = None,
@@ -47,9 +45,6 @@ class Operations(Protocol):
         clip: Tensor | None = None,
     ) -> None:
         """Restore the weights and take the base optimizer's step."""
-
-
-_OPERATIONS: dict[str, Operations] = {"reference": reference, "cpu": native, "cuda": native}
 
 
 def _triton_reason() -> str | None:
@@ -118,27 +113,42 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str | None
 
 
 class GraphSupport(Protocol):
-    """What a backend that can be captured in a CUDA graph provides beside its operations; see `graphs.py`."""
+    """What a backend that CUDA graphs can capture provides beside its operations; see `graphs.py`."""
 
     def own_rows(self, n_segments: int, n_groups: int) -> int:
-        """Rows behind the segments in a bucket's table that are the backend's own."""
+        """How many rows behind the segments in a bucket's table are the backend's own."""
 
-    def settle(self, bucket: Bucket) -> None:
-        """Before a pass: see to it that a graph finds the groups' values on the device."""
+    def prepare_capture(self, tables: Tables) -> None:
+        """Before a pass: make sure that a graph finds the groups' values on the device."""
 
-    def upload(self, bucket: Bucket) -> None:
+    def upload_values(self, tables: Tables) -> None:
         """Bring the groups' values to the device, outside of graphs."""
 
 
-def graph_support(backend: str) -> GraphSupport | None:
-    """How CUDA graphs find a backend's values; None for backends that are not captured."""
-    if backend == "triton":
-        return cast(GraphSupport, operations(backend))
-    return graphs if backend == "cuda" else None
+class Backend(NamedTuple):
+    """What serves a bucket.
+
+    Attributes:
+        name: one of `NAMES`.
+        operations: the three operations.
+        graphs: how CUDA graphs find the groups' values; None for a backend that cannot be captured.
+        by_address: whether it reaches tensors by their addresses.
+    """
+
+    name: str
+    operations: Operations
+    graphs: GraphSupport | None
+    by_address: bool
 
 
-def operations(backend: str) -> Operations:
-    """The three operations of a backend."""
-    if backend == "triton":  # imported when first used: Triton takes as long to load as all of fastsam
-        return cast(Operations, importlib.import_module("fastsam.ops.triton"))
-    return _OPERATIONS[backend]
+@cache
+def backend_named(name: str) -> Backend:
+    """A backend, loaded when it is first used: Triton takes as long to load as all of fastsam."""
+    if name == "triton":
+        kernels = importlib.import_module("fastsam.ops.triton")
+        return Backend(name, cast(Operations, kernels), cast(GraphSupport, kernels), by_address=True)
+    return {
+        "reference": Backend("reference", reference, None, by_address=False),
+        "cpu": Backend("cpu", native, None, by_address=True),
+        "cuda": Backend("cuda", native, graphs, by_address=True),
+    }[name]

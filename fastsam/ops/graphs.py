@@ -1,22 +1,18 @@
-"""CUDA graphs and the CUDA kernels: a captured step reads the groups' values from the device, where `upload` puts them.
+"""CUDA graphs and the CUDA kernels: a captured step reads the groups' values from the device.
 
-Outside a capture they travel in a launch's arguments instead, which a graph would repeat for good. The Triton kernels
+Outside a capture the values travel in a launch's arguments, which a graph would repeat for good. The Triton kernels
 have the same functions in their own module.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
+from fastsam.bases.rules import Row
 from fastsam.ops import native
-from fastsam.rules import Row
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fastsam.bucket import Bucket
+from fastsam.ops.tables import Tables
 
 
 class Captures:
@@ -30,20 +26,20 @@ class Captures:
     def __init__(self) -> None:
         """No pass was captured yet."""
         self.any = self.outdated = False
-        self._held: list[Tensor] = []
+        self._held: list[Any] = []
         self._states: frozenset[str] = frozenset()  # those that the captured kernels know
 
     def begin(self, states: frozenset[str]) -> None:
         """A pass is being captured, with the tables of now and kernels for groups that use these states."""
         self.any, self.outdated, self._states = True, False, states
 
-    def retire(self, *tables: Tensor | None) -> None:
-        """Keep tables that are replaced, if a graph may read them."""
+    def hold(self, *replaced: Any) -> None:
+        """Keep tables, and what a backend kept beside them, that are replaced by others, if a graph may read them."""
         if self.any:
             self.outdated = True
-            self._held += [table for table in tables if table is not None]
+            self._held += [item for item in replaced if item is not None]
 
-    def check(self, states: frozenset[str]) -> None:
+    def require_current(self, states: frozenset[str]) -> None:
         """Refuse to go on with a graph whose tables were replaced, or whose kernels lack a state that a group uses now.
 
         Raises:
@@ -68,30 +64,28 @@ def capturing(device: torch.device) -> bool:
 
 
 def own_rows(n_segments: int, n_groups: int) -> int:
-    """Rows behind the segments in a bucket's table that are the kernels' own, as in csrc/cuda/launch.h."""
+    """How many rows behind the segments in a bucket's table are the kernels' own, as in csrc/cuda/launch.h."""
     return 1 + -(-2 * n_groups * len(Row._fields) // 8) + -(-n_segments // 8)
 
 
-def settle(bucket: Bucket) -> None:
-    """Before a pass: see to it that a graph finds the groups' values on the device.
+def prepare_capture(tables: Tables) -> None:
+    """Before a pass: make sure that a graph finds the groups' values on the device.
 
     Raises:
         RuntimeError: a graph is being captured and the device holds other values.
     """
-    if bucket.uploaded == bucket.rows:
+    if tables.cache == tables.rows:  # the values that were uploaded
         return
-    if capturing(bucket.device):
+    if capturing(tables.device):
         raise RuntimeError(
             "FusedSAM: a captured step reads lr, rho and the other values of the groups from the device: call "
             "optimizer.refresh() after changing them, before the capture and before each replay"
         )
-    if bucket.uploaded is None:
-        upload(bucket)
+    if tables.cache is None:
+        upload_values(tables)
 
 
-def upload(bucket: Bucket) -> None:
+def upload_values(tables: Tables) -> None:
     """Bring the groups' values to the device, outside of graphs."""
-    if len(bucket.segment_table) != len(bucket.segments) + own_rows(len(bucket.segments), len(bucket.rows)):
-        bucket.point()  # groups were added
-    native.upload_rows(bucket)
-    bucket.uploaded = bucket.rows
+    native.upload_rows(tables)
+    tables.cache = tables.rows

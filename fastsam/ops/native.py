@@ -13,20 +13,17 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsam.ops import reference
 from fastsam.ops.formats import Format
-
-if TYPE_CHECKING:
-    from fastsam.bucket import Bucket
+from fastsam.ops.tables import ALIGN, Tables
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_RULE = -1
-_NO_MEMORY = 64  # what stands for the address of an empty gradient; the same in csrc/reader.cpp
 
 
 def reason() -> str | None:
@@ -51,44 +48,44 @@ def cuda_reason() -> str | None:
 
 
 def grad_norm(
-    bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
+    tables: Tables, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
 ) -> None:
     """Write `sum((T g)^2)` over the bucket into its slot; out: [n_buckets] float64. With `clip` T = 1."""
     max_norm, factor, grad_scale = (0.0, None, None) if clip is None else clip
     _operations().grad_norm(
-        _code(bucket.format),
-        bucket.segment_table,
-        bucket.chunk_table,
-        _addresses(bucket, grads),
-        bucket.row_table,
-        bucket.partials,
+        _format_code(tables.format),
+        tables.segment_table,
+        tables.chunk_table,
+        addresses_of(tables, grads),
+        tables.row_table,
+        tables.partials,
         out,
-        bucket.slot,
-        bucket.q if clip is None else 2.0,
+        tables.slot,
+        tables.q if clip is None else 2.0,
         max_norm,
         factor,
         grad_scale,
     )
 
 
-def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> None:
+def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> None:
     """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
     _operations().perturb_(
-        _code(bucket.format),
-        bucket.segment_table,
-        bucket.chunk_table,
-        _addresses(bucket, grads),
-        bucket.row_table,
-        bucket.perturbed,
+        _format_code(tables.format),
+        tables.segment_table,
+        tables.chunk_table,
+        addresses_of(tables, grads),
+        tables.row_table,
+        tables.perturbed,
         sums,
-        bucket.q,
-        bucket.overflows,
-        bucket.rounding,
+        tables.q,
+        tables.overflows,
+        tables.rounding,
     )
 
 
 def update_(
-    bucket: Bucket,
+    tables: Tables,
     grads: Sequence[Tensor | None],
     *,
     grad_scale: Tensor | None = None,
@@ -100,58 +97,58 @@ def update_(
     grad_scale, found_inf: [] or [1] float32; clip: [] or [1] float64.
     """
     _operations().update_(
-        _code(bucket.format),
-        _rule(bucket),
-        bucket.segment_table,
-        bucket.chunk_table,
-        _addresses(bucket, grads),
-        bucket.row_table,
-        bucket.perturbed,
+        _format_code(tables.format),
+        _rule_code(tables),
+        tables.segment_table,
+        tables.chunk_table,
+        addresses_of(tables, grads),
+        tables.row_table,
+        tables.perturbed,
         grad_scale,
         found_inf,
         clip,
-        bucket.overflows,
-        bucket.rounding,
+        tables.overflows,
+        tables.rounding,
     )
 
 
-def upload_rows(bucket: Bucket) -> None:
+def upload_rows(tables: Tables) -> None:
     """Write the groups' values to the device, where captured graphs read them, and load the bucket's CUDA kernels."""
     torch.ops.fastsam.upload_rows(
-        _code(bucket.format),
-        _rule(bucket),
-        bucket.segment_table,
-        bucket.row_table,
-        len(bucket.segments),
+        _format_code(tables.format),
+        _rule_code(tables),
+        tables.segment_table,
+        tables.row_table,
+        len(tables.grad_table),
     )
 
 
 @cache
-def _code(format: Format) -> int:
+def _format_code(format: Format) -> int:
     """A format as one number, which csrc/checks.h takes apart."""
     *dtypes, stochastic = format
     return sum(_DTYPES[dtype] << 4 * i for i, dtype in enumerate(dtypes)) | stochastic << 16
 
 
-def _rule(bucket: Bucket) -> int:
-    return _NO_RULE if bucket.rule is None else bucket.rule.code
+def _rule_code(tables: Tables) -> int:
+    return _NO_RULE if tables.rule is None else tables.rule.code
 
 
-def _addresses(bucket: Bucket, grads: Sequence[Tensor | None]) -> Tensor:
+def addresses_of(tables: Tables, grads: Sequence[Tensor | None]) -> Tensor:
     """[n_segments] int64: the gradients' addresses, written now unless whoever gathered the gradients has."""
     table: Tensor | None = getattr(grads, "table", None)
     if table is not None:
         return table
-    table = bucket.grad_table
+    table = tables.grad_table
     if reader is not None:
         reader.fill(list(grads), table.data_ptr())
     else:
-        table.copy_(torch.tensor([_address(grad) for grad in grads], dtype=torch.int64))
+        table.copy_(torch.tensor([_address(grad) for grad in grads], dtype=torch.int64, device="cpu"))
     return table
 
 
 def _address(grad: Tensor | None) -> int:
-    return 0 if grad is None else grad.data_ptr() if grad.numel() else _NO_MEMORY
+    return 0 if grad is None else grad.data_ptr() if grad.numel() else ALIGN
 
 
 class _Operations:

@@ -11,17 +11,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsam.bases.rules import ADAPTIVE, AMSGRAD, CENTERED, DECAYS, DECOUPLED, MAXIMIZE, NESTEROV, Row
 from fastsam.ops.formats import LOW_DTYPES
-from fastsam.rules import ADAPTIVE, AMSGRAD, CENTERED, DECAYS, DECOUPLED, MAXIMIZE, NESTEROV, Row
-
-if TYPE_CHECKING:
-    from fastsam.bucket import Bucket
-    from fastsam.segments import Segment
+from fastsam.ops.tables import Operand, Tables
 
 CHUNK = 8192  # elements a partial sum covers
 LANES = 2048  # a chunk is 4 rows of 2048 lanes
@@ -48,29 +45,29 @@ class Clip(NamedTuple):
     grad_scale: Tensor | None = None
 
 
-def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, clip: Clip | None = None) -> None:
+def grad_norm(tables: Tables, grads: Sequence[Tensor | None], out: Tensor, *, clip: Clip | None = None) -> None:
     """Write `sum(abs(T g)^q)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM), q = 2 if p = 2.
 
     The sum of squares is one canonical tree: 2,048 lanes a chunk, folded in adjacent pairs, then float64 over 1,024
     lanes of chunks. The same bits come out of every backend, block size and thread count.
 
     Args:
-        bucket: the parameters.
+        tables: the bucket.
         grads: one gradient or None a segment; None counts as zero.
         out: [n_buckets] float64, on the bucket's device.
         clip: T = 1 in all groups, and the clip factor for all slots of `out` as they are then.
 
     Equivalent to:
-        out[bucket.slot] = sum((T * g).double().square().sum() for g in grads)
+        out[tables.slot] = sum((T * g).double().square().sum() for g in grads)
     """
-    bucket.partials.zero_()
-    for segment, grad in zip(bucket.segments, grads, strict=True):
+    tables.partials.zero_()
+    for segment, grad in zip(tables.segments, grads, strict=True):
         if grad is not None and segment.numel > 0:
             w, g = _widen(segment.source(False)), _widen(segment.flat(grad))
-            x = g if clip is not None else _steepest(w, g, bucket.rows[segment.group])
-            powers = bucket.q != 2 and clip is None
-            bucket.partials[segment.chunks] = _chunk_power_sums(x, bucket.q) if powers else _chunk_sums(x).double()
-    out[bucket.slot] = _slot_sum(bucket.partials)
+            x = g if clip is not None else _steepest(w, g, tables.rows[segment.group])
+            powers = tables.q != 2 and clip is None
+            tables.partials[segment.chunks] = _chunk_power_sums(x, tables.q) if powers else _chunk_sums(x).double()
+    out[tables.slot] = _slot_sum(tables.partials)
     if clip is not None:
         clip.factor.copy_(clip_factor(clip, out))
 
@@ -87,7 +84,7 @@ def clip_factor(clip: Clip, sums: Tensor) -> Tensor:
     return torch.where(norm.isfinite(), factor.clamp(max=1.0), norm - norm)
 
 
-def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> None:
+def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> None:
     """Back the weights up and climb: w <- w + e(w), e = rho T^2 g / (norm + NORM_EPS).
 
     Foret et al., arXiv 2010.01412, eq. 2; with T = abs(w) + eta Kwon et al., arXiv 2102.11600. The backup is written
@@ -95,8 +92,8 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
     the base optimizer's.
 
     Args:
-        bucket: the parameters; `bucket.perturbed` is set where the backup was written, a norm that is not finite is
-            counted in `bucket.overflows`.
+        tables: the bucket; `tables.perturbed` is set where the backup was written, a norm that is not finite is
+            counted in `tables.overflows`.
         grads: one gradient or None a segment; None leaves weight and backup alone.
         sums: [n_buckets] float64, added in order: the squared norm over all buckets.
 
@@ -104,28 +101,28 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
         backup.copy_(w); w.add_(g * (rho / (norm + 1e-12)))
     """
     total = _ordered_sum(sums)
-    norm = (_sqrt(total) if bucket.q == 2 else _raise(total, 1 / bucket.q)) + NORM_EPS
-    if bucket.overflows is not None:
-        bucket.overflows[0] += ~norm.isfinite()
-    for i, (segment, grad) in enumerate(zip(bucket.segments, grads, strict=True)):
+    norm = (_sqrt(total) if tables.q == 2 else _raise(total, 1 / tables.q)) + NORM_EPS
+    if tables.overflows is not None:
+        tables.overflows[0] += ~norm.isfinite()
+    for i, (segment, grad) in enumerate(zip(tables.segments, grads, strict=True)):
         if grad is None:
             continue
-        row = bucket.rows[segment.group]
+        row = tables.rows[segment.group]
         source = segment.source(False)
         if segment.backup is not None:
             segment.backup.copy_(source)
-        bucket.perturbed[i] = True
+        tables.perturbed[i] = True
         w, g = _widen(source), _widen(segment.flat(grad))
         scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0).to(w.dtype)
         if row.flags & MAXIMIZE:
             scale = -scale
         # A zero scale is a branch, never a product: 0 * inf is NaN.
-        e = _climb(w, g, scale, row) if bucket.q == 2 else _power_climb(w, g, norm, bucket.q, row)
-        _store_weights(bucket, segment, torch.where(scale != 0, w + e, w), CLIMB)
+        e = _climb(w, g, scale, row) if tables.q == 2 else _power_climb(w, g, norm, tables.q, row)
+        _store_weights(tables, segment, torch.where(scale != 0, w + e, w), CLIMB)
 
 
 def update_(
-    bucket: Bucket,
+    tables: Tables,
     grads: Sequence[Tensor | None],
     *,
     grad_scale: Tensor | None = None,
@@ -145,28 +142,28 @@ def update_(
     With a rule, each call takes the random numbers of stochastic rounding one step further.
 
     Args:
-        bucket: the parameters; `bucket.perturbed` says whose backup is to be used, and is cleared; a found_inf is
-            counted in `bucket.overflows`.
+        tables: the bucket; `tables.perturbed` says whose backup is to be used, and is cleared; a found_inf is
+            counted in `tables.overflows`.
         grads: one gradient or None a segment.
         grad_scale: [] or [1] float32, the loss scale to divide the gradients by.
         found_inf: [] or [1] float32, not 0 where the gradients overflowed: restore, but do not update.
         clip: [] or [1] float64, a factor on the gradients.
     """
     skip = None if found_inf is None else found_inf.reshape(()) != 0
-    if skip is not None and bucket.overflows is not None:
-        bucket.overflows[1] += skip
-    compute = torch.float64 if bucket.dtype == torch.float64 else torch.float32
-    inverse = None if grad_scale is None else (1.0 / grad_scale.reshape(()).double().to(bucket.device)).to(compute)
-    factor = None if clip is None else clip.reshape(()).to(bucket.device, compute)
-    scalars_of, formula = _FORMULAS[bucket.rule.name] if bucket.rule is not None else (None, None)
-    scalars = torch.stack(scalars_of(_columns(bucket))) if scalars_of else torch.zeros(0, len(bucket.segments))
-    for i, (segment, grad, perturbed) in enumerate(zip(bucket.segments, grads, bucket.perturbed.tolist(), strict=True)):
-        if grad is None or bucket.rule is None or formula is None:
+    if skip is not None and tables.overflows is not None:
+        tables.overflows[1] += skip
+    compute = torch.float64 if tables.dtype == torch.float64 else torch.float32
+    inverse = None if grad_scale is None else (1.0 / grad_scale.reshape(()).double().to(tables.device)).to(compute)
+    factor = None if clip is None else clip.reshape(()).to(tables.device, compute)
+    scalars_of, formula = _FORMULAS[tables.rule.name] if tables.rule is not None else (None, None)
+    scalars = torch.stack(scalars_of(_columns(tables))) if scalars_of else torch.zeros(0, len(tables.segments))
+    for i, (segment, grad, perturbed) in enumerate(zip(tables.segments, grads, tables.perturbed.tolist(), strict=True)):
+        if grad is None or tables.rule is None or formula is None:
             if perturbed:
-                segment.store(segment.kept())
-                bucket.perturbed[i] = False
+                segment.store(segment.saved_weights())
+                tables.perturbed[i] = False
             continue
-        row = bucket.rows[segment.group]
+        row = tables.rows[segment.group]
         source = segment.source(perturbed)
         g = _widen(segment.flat(grad))
         if inverse is not None:
@@ -180,19 +177,19 @@ def update_(
         w = w if skip is None else torch.where(skip, source.to(w.dtype), w)
         if segment.master is not None:
             segment.master.copy_(w)
-        _store_weights(bucket, segment, w, STEP)
-        bucket.perturbed[i] = False
+        _store_weights(tables, segment, w, STEP)
+        tables.perturbed[i] = False
         for k, (state, before, after) in enumerate(zip(segment.states, old, new, strict=True)):
             if state is not None and before is not None and after is not None:
                 after = after if skip is None else torch.where(skip, before, after)
-                state.copy_(_rounded(bucket, segment, after, state.dtype, STATES + k))
-        if "mu_product" in bucket.rule.counters:  # the new one is the last of the scalars
+                state.copy_(_rounded(tables, segment, after, state.dtype, STATES + k))
+        if "mu_product" in tables.rule.counters:  # the new one is the last of the scalars
             product = scalars[-1, i].to(segment.mu_product.dtype)
             segment.mu_product.copy_(product if skip is None else torch.where(skip, segment.mu_product, product))
-        if bucket.counts[segment.group]:
+        if tables.counts[segment.group]:
             segment.step.add_(1.0 if skip is None else torch.where(skip, 0.0, 1.0))
-    if bucket.rounding is not None and bucket.rule is not None:
-        bucket.rounding += 1
+    if tables.rounding is not None and tables.rule is not None:
+        tables.rounding += 1
 
 
 def _loss_gradient(w: Tensor, g: Tensor, row: Row) -> Tensor:
@@ -245,12 +242,12 @@ class _Columns(NamedTuple):
     mu_product: Tensor
 
 
-def _columns(bucket: Bucket) -> _Columns:
-    rows = [bucket.rows[segment.group] for segment in bucket.segments]
+def _columns(tables: Tables) -> _Columns:
+    rows = [tables.rows[segment.group] for segment in tables.segments]
     values = torch.tensor([(row.lr, row.beta1, row.beta2, row.extra) for row in rows], dtype=torch.float64)
-    lr, beta1, beta2, extra = values.reshape(-1, 4).to(bucket.device).unbind(1)
-    numbers = [segment.progress for segment in bucket.segments]
-    progress = torch.stack(numbers) if numbers else values.new_zeros(0, 2).to(bucket.device)
+    lr, beta1, beta2, extra = values.reshape(-1, 4).to(tables.device).unbind(1)
+    numbers = [segment.progress for segment in tables.segments]
+    progress = torch.stack(numbers) if numbers else values.new_zeros(0, 2).to(tables.device)
     return _Columns(lr, beta1, beta2, extra, progress[:, 0].to(torch.int64) + 1, progress[:, 1].double())
 
 
@@ -413,16 +410,16 @@ def _widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _store_weights(bucket: Bucket, segment: Segment, w: Tensor, stream: int) -> None:
+def _store_weights(tables: Tables, segment: Operand, w: Tensor, stream: int) -> None:
     """Round weights to their precision, to nearest if there is a master, and write them."""
-    segment.store(w if segment.master is not None else _rounded(bucket, segment, w, bucket.dtype, stream))
+    segment.store(w if segment.master is not None else _rounded(tables, segment, w, tables.dtype, stream))
 
 
-def _rounded(bucket: Bucket, segment: Segment, x: Tensor, dtype: torch.dtype, stream: int) -> Tensor:
+def _rounded(tables: Tables, segment: Operand, x: Tensor, dtype: torch.dtype, stream: int) -> Tensor:
     """Values as `dtype`: rounded to nearest, or stochastically if it is narrower and the bucket's format says so."""
-    if not bucket.format.stochastic or dtype not in LOW_DTYPES or bucket.rounding is None:
+    if not tables.format.stochastic or dtype not in LOW_DTYPES or tables.rounding is None:
         return x.to(dtype)
-    return round_stochastically(x, _noise(bucket, segment, stream), dtype)
+    return round_stochastically(x, _noise(tables, segment, stream), dtype)
 
 
 def round_stochastically(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
@@ -449,13 +446,13 @@ def round_stochastically(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
     return torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(dtype)
 
 
-def _noise(bucket: Bucket, segment: Segment, stream: int) -> Tensor:
+def _noise(tables: Tables, segment: Operand, stream: int) -> Tensor:
     """[numel] int64 in [0, 2^16): a parameter's random numbers in this step and stream, eight from each counter."""
-    assert bucket.rounding is not None
-    seed = bucket.rows[segment.group].seed
-    blocks = torch.arange(-(-segment.numel // 8), device=bucket.device)
+    assert tables.rounding is not None
+    seed = tables.rows[segment.group].seed
+    blocks = torch.arange(-(-segment.numel // 8), device=tables.device)
     counter = (blocks, *(torch.full_like(blocks, n) for n in (segment.index, 0, stream)))
-    counter[2].add_(bucket.rounding & 0xFFFFFFFF)
+    counter[2].add_(tables.rounding & 0xFFFFFFFF)
     words = torch.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=1)
     return torch.stack((words & 0xFFFF, words >> 16), dim=2).reshape(-1)[: segment.numel]
 

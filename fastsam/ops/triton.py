@@ -7,21 +7,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import string_at
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from fastsam import rules
+from fastsam.bases import rules
 from fastsam.ops import graphs, native, reference
 from fastsam.ops.formats import LOW_DTYPES
+from fastsam.ops.tables import Tables
 from fastsam.ops.triton_kernels import NO_RULE, _grad_norm_kernel, _perturb_kernel, _update_kernel
 from fastsam.ops.triton_rules import ADAGRAD, ADAM, LION, NADAM, RMSPROP
-
-if TYPE_CHECKING:
-    from fastsam.bucket import Bucket
 
 _STORAGE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.uint16, torch.float16: tl.float16}
 _TYPES = {  # of the kernels' arguments: tables, and otherwise int32
@@ -56,34 +54,34 @@ def _version() -> tuple[int, ...]:
 
 
 def grad_norm(
-    bucket: "Bucket", grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
+    tables: Tables, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
 ) -> None:
     """Write `sum(abs(T g)^q)` over the bucket into its slot; out: [n_buckets] float64. With `clip` T = 1 and q = 2."""
-    own = _own(bucket)
-    kind = (False, False) if clip is not None else _kind(bucket)
-    launch = own.launcher(bucket, _grad_norm_kernel, *kind)
-    mirror = own.ascent if clip is None else own.descent
-    tables = own.tables(bucket, mirror, native._addresses(bucket, grads))
-    max_norm, factor, grad_scale = clip or (None, own.unclipped, None)
-    scalars = _scalar(bucket, "clip", factor, own.unclipped), _scalar(bucket, "grad_scale", grad_scale, own.one)
-    numbers = own.numbers(bucket.q, max_norm)
-    counts = bucket.slot, out.shape[0], int(clip is not None), own.n_chunks
-    launch(*tables, own.partials, own.norm_ticket, _place(out), numbers, *map(_place, scalars), *counts)
+    cache = _cache_of(tables)
+    kind = (False, False) if clip is not None else _kind(tables)
+    launch = cache.launcher(tables, _grad_norm_kernel, *kind)
+    gradients = cache.ascent if clip is None else cache.descent
+    arguments = cache.arguments(tables, gradients, native.addresses_of(tables, grads))
+    max_norm, factor, grad_scale = clip or (None, cache.unclipped, None)
+    scalars = _scalar(tables, "clip", factor, cache.unclipped), _scalar(tables, "grad_scale", grad_scale, cache.one)
+    numbers = cache.numbers(tables.q, max_norm)
+    counts = tables.slot, out.shape[0], int(clip is not None), cache.n_chunks
+    launch(*arguments, cache.partials, cache.norm_ticket, _argument(out), numbers, *map(_argument, scalars), *counts)
 
 
-def perturb_(bucket: "Bucket", grads: Sequence[Tensor | None], sums: Tensor) -> None:
+def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> None:
     """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
-    own = _own(bucket)
-    launch = own.launcher(bucket, _perturb_kernel, *_kind(bucket))
-    addresses = native._addresses(bucket, grads)
-    tables = own.tables(bucket, own.ascent, addresses)
-    bucket.perturbed.logical_or_(addresses)
-    counts = sums.shape[0], own.n_chunks, own.split
-    launch(*tables, _place(sums), own.numbers(bucket.q), *own.counters(bucket), *counts)
+    cache = _cache_of(tables)
+    launch = cache.launcher(tables, _perturb_kernel, *_kind(tables))
+    addresses = native.addresses_of(tables, grads)
+    arguments = cache.arguments(tables, cache.ascent, addresses)
+    tables.perturbed.logical_or_(addresses)
+    counts = sums.shape[0], cache.n_chunks, cache.split
+    launch(*arguments, _argument(sums), cache.numbers(tables.q), *cache.counters(tables), *counts)
 
 
 def update_(
-    bucket: "Bucket",
+    tables: Tables,
     grads: Sequence[Tensor | None],
     *,
     grad_scale: Tensor | None = None,
@@ -94,26 +92,26 @@ def update_(
 
     grad_scale, found_inf: [] or [1] float32; clip: [] or [1] float64.
     """
-    own = _own(bucket)
-    launch = own.launcher(bucket, _update_kernel, *own.rule(bucket))
-    tables = own.tables(bucket, own.descent, native._addresses(bucket, grads))
-    perturbed = own.perturbed(bucket.perturbed, own.capturing)
+    cache = _cache_of(tables)
+    launch = cache.launcher(tables, _update_kernel, *cache.rule(tables))
+    arguments = cache.arguments(tables, cache.descent, native.addresses_of(tables, grads))
+    perturbed = cache.perturbed(tables.perturbed, cache.capturing)
     scalars = (  # tensors, so that none is freed before the launch
-        _scalar(bucket, "grad_scale", grad_scale, own.one),
-        _scalar(bucket, "found_inf", found_inf, own.zero),
-        _scalar(bucket, "clip", clip, own.unclipped),
+        _scalar(tables, "grad_scale", grad_scale, cache.one),
+        _scalar(tables, "found_inf", found_inf, cache.zero),
+        _scalar(tables, "clip", clip, cache.unclipped),
     )
-    counts = own.n_segments, own.n_chunks, own.split
-    launch(*tables, perturbed, own.update_ticket, *map(_place, scalars), *own.counters(bucket), *counts)
-    bucket.perturbed.zero_()
+    counts = cache.n_segments, cache.n_chunks, cache.split
+    launch(*arguments, perturbed, cache.update_ticket, *map(_argument, scalars), *cache.counters(tables), *counts)
+    tables.perturbed.zero_()
 
 
-def _place(tensor: Tensor) -> Any:
+def _argument(tensor: Tensor) -> Any:
     """How a kernel is given a tensor: the launcher takes an address as it is, the interpreter wants the tensor."""
     return tensor if INTERPRETED else tensor.data_ptr()
 
 
-class _Mirror:
+class DeviceCopy:
     """A host table's copy on the device, written only when a value changed.
 
     Every upload has a staging buffer of its own: a buffer kept for the next upload might be overwritten while the copy
@@ -122,32 +120,33 @@ class _Mirror:
     """
 
     def __init__(self, table: Tensor, device: torch.device, live: bool = False) -> None:
+        """A copy that nothing was written to yet."""
         self.live = live
-        self.seen = b""  # what `copy` holds
+        self.written = b""  # what `copy` holds
         self.copy = torch.empty_like(table, device=device)
-        self.place = _place(self.copy)
+        self.address = _argument(self.copy)
         self.shared = False  # whether a captured graph reads `copy`, too
-        self.baked: list[Tensor] = []  # what else captured graphs read
+        self.held: list[Tensor] = []  # what else captured graphs read
 
     def __call__(self, table: Tensor, capturing: bool = False) -> Any:
         """Where the table's values are on the device."""
         values = string_at(table.data_ptr(), table.nbytes)
         if capturing:
             return self._captured(table, values)
-        if values != self.seen:
-            self.seen = b""
+        if values != self.written:
+            self.written = b""
             self._upload(table)
-            self.seen = values
-        return self.place
+            self.written = values
+        return self.address
 
     def _upload(self, table: Tensor) -> None:
         staging = table
         if self.copy.is_cuda:
-            staging = torch.empty(table.shape, dtype=self.copy.dtype, pin_memory=True).copy_(table)
+            staging = torch.empty(table.shape, dtype=self.copy.dtype, device="cpu", pin_memory=True).copy_(table)
         if self.shared:
-            self.baked.append(self.copy)
+            self.held.append(self.copy)
             self.copy, self.shared = torch.empty_like(self.copy), False
-            self.place = _place(self.copy)
+            self.address = _argument(self.copy)
         self.copy.copy_(staging, non_blocking=True)
 
     def _captured(self, table: Tensor, values: bytes) -> Any:
@@ -157,9 +156,9 @@ class _Mirror:
         no memory of the host, and no call is made that a capture may forbid (to wait, to query an event, to allocate
         pinned memory, to copy).
         """
-        if values == self.seen:
+        if values == self.written:
             self.shared = not self.live
-            return self.place
+            return self.address
         if self.live:
             raise RuntimeError(
                 "FusedSAM: a captured step reads lr, rho and the other values of the groups from the device: call "
@@ -167,43 +166,44 @@ class _Mirror:
             )
         copy = torch.zeros_like(self.copy)
         torch._foreach_add_(copy.unbind(), table.to(copy.dtype).tolist())
-        self.baked.append(copy)
-        return _place(copy)
+        self.held.append(copy)
+        return _argument(copy)
 
 
-class _Own:
+class BucketCache:
     """What the kernels need of one bucket beside its tables, and what of a launch is the same in every step."""
 
-    def __init__(self, bucket: "Bucket") -> None:
-        device = bucket.device
-        self.known = bucket.segment_table, bucket.chunk_table, bucket.row_table
-        self.places = _place(bucket.segment_table), _place(bucket.chunk_table)
-        self.n_segments, self.n_chunks, self.split = len(bucket.perturbed), len(bucket.chunk_table), _split(bucket)
+    def __init__(self, tables: Tables) -> None:
+        """Allocate on the bucket's device."""
+        device = tables.device
+        self.known = tables.segment_table, tables.chunk_table, tables.row_table
+        self.addresses = _argument(tables.segment_table), _argument(tables.chunk_table)
+        self.n_segments, self.n_chunks, self.split = len(tables.perturbed), len(tables.chunk_table), _split(tables)
         # Apart for the two passes: each may have addresses of its own, step after step.
-        self.ascent, self.descent = _Mirror(bucket.grad_table, device), _Mirror(bucket.grad_table, device)
-        self.perturbed = _Mirror(bucket.perturbed.view(torch.uint8), device)
-        self.rows = _Mirror(bucket.row_table, device, live=True)
+        self.ascent, self.descent = DeviceCopy(tables.grad_table, device), DeviceCopy(tables.grad_table, device)
+        self.perturbed = DeviceCopy(tables.perturbed.view(torch.uint8), device)
+        self.rows = DeviceCopy(tables.row_table, device, live=True)
         self.tickets = torch.zeros(2, dtype=torch.int32, device=device)
-        self.norm_ticket, self.update_ticket = _place(self.tickets[:1]), _place(self.tickets[1:])
-        self.partials = _place(bucket.partials)
-        self.one, self.zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+        self.norm_ticket, self.update_ticket = _argument(self.tickets[:1]), _argument(self.tickets[1:])
+        self.partials = _argument(tables.partials)
+        self.one, self.zero = (torch.full((1,), x, dtype=torch.float32, device=device) for x in (1.0, 0.0))
         self.unclipped = torch.ones(1, dtype=torch.float64, device=device)
         self.uncounted = torch.zeros(2, dtype=torch.int64, device=device)
-        self.q_and_max_norm = torch.zeros(2, dtype=torch.float64)
-        self.numbers_there = _Mirror(self.q_and_max_norm, device)
+        self.q_and_max_norm = torch.zeros(2, dtype=torch.float64, device="cpu")
+        self.numbers_there = DeviceCopy(self.q_and_max_norm, device)
         self.launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
-        self.rows_seen: Any = None  # the groups' values that `rule` was asked for, and that `settle` saw
-        self.settled: Any = None
+        self.rule_rows: Any = None  # the groups' values that `rule` was asked for, and that `prepare_capture` saw
+        self.prepared_rows: Any = None
         self.capturing = False  # asked at the start of every operation
 
-    def serves(self, bucket: "Bucket") -> bool:
+    def serves(self, tables: Tables) -> bool:
         """Whether the bucket's tables are still the ones this was made for."""
         segments, chunks, rows = self.known
-        return segments is bucket.segment_table and chunks is bucket.chunk_table and rows is bucket.row_table
+        return segments is tables.segment_table and chunks is tables.chunk_table and rows is tables.row_table
 
-    def tables(self, bucket: "Bucket", mirror: "_Mirror", addresses: Tensor) -> tuple[Any, ...]:
+    def arguments(self, tables: Tables, gradients: "DeviceCopy", addresses: Tensor) -> tuple[Any, ...]:
         """What every kernel is given first: segments, chunks, the gradients' addresses, the groups' rows."""
-        return *self.places, mirror(addresses, self.capturing), self.rows(bucket.row_table, self.capturing)
+        return *self.addresses, gradients(addresses, self.capturing), self.rows(tables.row_table, self.capturing)
 
     def numbers(self, q: float, max_norm: float | None = None) -> Any:
         """Where kernels find q and, where they are given one, the norm to clip to."""
@@ -212,26 +212,26 @@ class _Own:
             self.q_and_max_norm[1] = max_norm
         return self.numbers_there(self.q_and_max_norm, self.capturing)
 
-    def counters(self, bucket: "Bucket") -> tuple[Any, Any]:
+    def counters(self, tables: Tables) -> tuple[Any, Any]:
         """Where overflows are counted, and the steps of the random numbers."""
-        overflows, rounding = bucket.overflows, bucket.rounding
-        return tuple(_place(self.uncounted if counter is None else counter) for counter in (overflows, rounding))
+        overflows, rounding = tables.overflows, tables.rounding
+        return tuple(_argument(self.uncounted if counter is None else counter) for counter in (overflows, rounding))
 
-    def rule(self, bucket: "Bucket") -> tuple[int, int]:
+    def rule(self, tables: Tables) -> tuple[int, int]:
         """The rule's code, and the states of its groups, as bits; the groups' values decide, seldom anew."""
-        if bucket.rows is not self.rows_seen:
-            self.rows_seen, self.rule_and_states = bucket.rows, _rule(bucket)
+        if tables.rows is not self.rule_rows:
+            self.rule_rows, self.rule_and_states = tables.rows, _rule(tables)
         return self.rule_and_states
 
-    def launcher(self, bucket: "Bucket", kernel: Any, *kind: int) -> Callable[..., None]:
+    def launcher(self, tables: Tables, kernel: Any, *kind: int) -> Callable[..., None]:
         """What launches a kernel for this bucket, given its arguments; looked up, compiled and loaded once."""
-        key = id(kernel), bucket.format.grad, kind
+        key = id(kernel), tables.format.grad, kind
         launch = self.launchers.get(key)
         if launch is None:
             if self.capturing:  # no time to load a kernel
                 raise RuntimeError(_TOO_LATE)
             programs = self.n_chunks * (1 if kernel is _grad_norm_kernel else self.split)
-            launch = _launcher(kernel, bucket.device, programs, _constants(bucket, kernel, kind))
+            launch = _launcher(kernel, tables.device, programs, _constants(tables, kernel, kind))
             self.launchers[key] = launch
         return launch
 
@@ -241,29 +241,29 @@ _TOO_LATE = (
 )
 
 
-def _own(bucket: "Bucket") -> _Own:
-    own, capturing = bucket.kept, graphs.capturing(bucket.device)
-    if not isinstance(own, _Own) or not own.serves(bucket):
+def _cache_of(tables: Tables) -> BucketCache:
+    cache, capturing = tables.cache, graphs.capturing(tables.device)
+    if not isinstance(cache, BucketCache) or not cache.serves(tables):
         if capturing:  # the tables would lie in the graph's memory
             raise RuntimeError(_TOO_LATE)
-        own = bucket.kept = _Own(bucket)
-    own.capturing = capturing
-    return own
+        cache = tables.cache = BucketCache(tables)
+    cache.capturing = capturing
+    return cache
 
 
-def _scalar(bucket: "Bucket", name: str, value: Tensor | None, neutral: Tensor) -> Tensor:
+def _scalar(tables: Tables, name: str, value: Tensor | None, neutral: Tensor) -> Tensor:
     if value is None:
         return neutral
     if value.numel() != 1 or value.dtype != neutral.dtype:
         raise RuntimeError(
             f"update_: {name} must be one element of {neutral.dtype}, got {list(value.shape)} of {value.dtype}"
         )
-    return value if value.device == bucket.device else value.to(bucket.device, non_blocking=True)
+    return value if value.device == tables.device else value.to(tables.device, non_blocking=True)
 
 
-def _constants(bucket: "Bucket", kernel: Any, kind: tuple[int, ...]) -> tuple[Any, ...]:
+def _constants(tables: Tables, kernel: Any, kind: tuple[int, ...]) -> tuple[Any, ...]:
     """What the kernel is compiled for: its kind, the bucket's format, what is computed in, the tile."""
-    format, double = bucket.format, bucket.dtype == torch.float64
+    format, double = tables.format, tables.dtype == torch.float64
     types = tuple(_STORAGE[dtype] for dtype in (format.weight, format.grad, format.source))
     wide, tile = tl.float64 if double else tl.float32, 512 if double else 1024
     if kernel is _grad_norm_kernel:
@@ -273,31 +273,31 @@ def _constants(bucket: "Bucket", kernel: Any, kind: tuple[int, ...]) -> tuple[An
     return *kind, *types, _STORAGE[format.state], wide, format.stochastic, tile
 
 
-def _kind(bucket: "Bucket") -> tuple[bool, bool]:
+def _kind(tables: Tables) -> tuple[bool, bool]:
     """Of perturbation: whether with the weight decay in the loss, whether in another norm than the second."""
-    return any(row.flags & rules.DECAYS for row in bucket.rows), bucket.q != 2
+    return any(row.flags & rules.DECAYS for row in tables.rows), tables.q != 2
 
 
-def _rule(bucket: "Bucket") -> tuple[int, int]:
+def _rule(tables: Tables) -> tuple[int, int]:
     """The rule's code, and the set of states that its groups have, as bits."""
-    if bucket.rule is None:
+    if tables.rule is None:
         return NO_RULE.value, 0
     union = 0
-    for row in bucket.rows:
-        if bucket.rule is rules.SGD:
+    for row in tables.rows:
+        if tables.rule is rules.SGD:
             union |= row.beta1 != 0
-        elif bucket.rule is rules.ADAM:
+        elif tables.rule is rules.ADAM:
             union |= 3 | 4 * bool(row.flags & rules.AMSGRAD)
-        elif bucket.rule is rules.RMSPROP:
+        elif tables.rule is rules.RMSPROP:
             union |= 1 | 2 * (row.beta1 > 0) | 4 * bool(row.flags & rules.CENTERED)
         else:
-            union |= 2 ** len(bucket.rule.states) - 1
-    return bucket.rule.code, int(union)
+            union |= 2 ** len(tables.rule.states) - 1
+    return tables.rule.code, int(union)
 
 
-def _split(bucket: "Bucket") -> int:
+def _split(tables: Tables) -> int:
     """How many programs share a chunk: enough to fill a GPU. No result depends on it."""
-    n = len(bucket.chunk_table)
+    n = len(tables.chunk_table)
     return 4 if 2 * n < _PROGRAMS else 2 if n < _PROGRAMS else 1
 
 
@@ -364,17 +364,17 @@ def own_rows(n_segments: int, n_groups: int) -> int:
     return 0
 
 
-def settle(bucket: "Bucket") -> None:
+def prepare_capture(tables: Tables) -> None:
     """Before a pass: make all tables and load all kernels of a step, unless it is being captured already."""
-    own = _own(bucket)
-    if not own.capturing and bucket.rows is not own.settled:
-        own.rows(bucket.row_table)
+    cache = _cache_of(tables)
+    if not cache.capturing and tables.rows is not cache.prepared_rows:
+        cache.rows(tables.row_table)
         for kernel in (_grad_norm_kernel, _perturb_kernel):
-            own.launcher(bucket, kernel, *_kind(bucket))
-        own.launcher(bucket, _update_kernel, *own.rule(bucket))
-        own.settled = bucket.rows
+            cache.launcher(tables, kernel, *_kind(tables))
+        cache.launcher(tables, _update_kernel, *cache.rule(tables))
+        cache.prepared_rows = tables.rows
 
 
-def upload(bucket: "Bucket") -> None:
+def upload_values(tables: Tables) -> None:
     """Bring the groups' values to the device, outside of graphs."""
-    _own(bucket).rows(bucket.row_table)
+    _cache_of(tables).rows(tables.row_table)

@@ -10,7 +10,7 @@ else is fused (`enable_fp_fusion=False`). Scalars are float64 until one final ca
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from fastsam import rules
+from fastsam.bases import rules
 
 # Columns of a group's row: `rules.Row` says what they hold.
 LR, WEIGHT_DECAY, BETA1, BETA2, EPS, RHO, ETA, FLAGS = (tl.constexpr(i) for i in range(8))

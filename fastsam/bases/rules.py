@@ -1,6 +1,6 @@
 """The fused base optimizers: which torch class, which state, and what of a parameter group a kernel needs to know.
 
-Adding one: a `Rule` here, a function in `ops/reference.py`, a functor in `csrc/math.h` (and its Triton twin). The
+Adding one: a `Rule` here, a function in `ops/reference.py`, a functor in `csrc/math/rules.h`, and its Triton twin. The
 formulas stand there.
 """
 
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastsam.lion import Lion
+from fastsam.bases.lion import Lion
 
-# Bits of Row.flags; the same in csrc/math.h.
+# Bits of Row.flags; the same in csrc/tables.h.
 ADAPTIVE = 1
 NESTEROV = 2
 MAXIMIZE = 4
@@ -178,7 +178,7 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
 }
 
 
-# What `base_optimizer` may be called, in any case.
+# The names that `base_optimizer` may be given by, in lower case.
 NAMES: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): item
     for name, item in {**vars(torch.optim), "Lion": Lion}.items()

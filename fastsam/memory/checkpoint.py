@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.bucket import State
-from fastsam.buckets import Buckets
+from fastsam.bases.rules import Group
+from fastsam.memory.buckets import Buckets
+from fastsam.memory.segments import real_dtype
+from fastsam.memory.shared import State
 from fastsam.ops.formats import Precision
-from fastsam.rules import Group
-from fastsam.segments import real_dtype
 
 
 def as_torch_saves(state: dict[int, dict[str, Any]], params: Sequence[Tensor], buckets: Buckets) -> None:
@@ -22,13 +22,13 @@ def as_torch_saves(state: dict[int, dict[str, Any]], params: Sequence[Tensor], b
     Counters are copies on the CPU, and there is no state of a parameter whose first step an overflow kept from
     happening, but for its master.
     """
-    rule = buckets.rule
+    rule = buckets.shared.rule
     if rule is None:
         return
-    segments = {id(segment.param): segment for bucket in buckets.items for segment in bucket.segments}
+    segments = {id(segment.param): segment for segment in buckets.segments()}
     for i, param in enumerate(params):
         segment = segments.get(id(param))
-        if i not in state or segment is None or not segment.shown:
+        if i not in state or segment is None or not segment.published:
             continue
         if segment.step > 0 or rule.eager:
             state[i] = {**state[i], **{name: segment.views[name].cpu().clone() for name in rule.counters}}

@@ -146,7 +146,7 @@ def _library() -> Any:
 
 def build_record() -> str | None:
     """What the installation wrote about its build, None if it wrote nothing."""
-    path = Path(__file__).with_name("_build.txt")
+    path = Path(__file__).parents[1] / "_build.txt"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 

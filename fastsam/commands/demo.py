@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsam import ops
-from fastsam.diagnosis import EagerSAM, aligned
+from fastsam.commands.diagnosis import EagerSAM, aligned
 from fastsam.optimizer import FusedSAM
 from fastsam.training import asam_groups, freeze_running_stats
 

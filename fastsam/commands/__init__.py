@@ -1,0 +1,1 @@
+"""What `python -m fastsam` runs: the diagnosis and the demo."""

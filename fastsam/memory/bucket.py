@@ -1,0 +1,330 @@
+"""A bucket: the parameters of one (device, dtype) as one flat index space, and the flat tensors that belong to it.
+
+Parameters and gradients stay where they are and are reached through tables of addresses. What the optimizer owns (the
+backup of the weights or their masters, the base optimizer's state, the step counts) is flat, in pages that never move:
+a parameter that is thawed later gets a page of its own. With `flatten=True` the weights have such pages, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastsam import ops
+from fastsam.memory.flat import FlatWeights
+from fastsam.memory.gradients import GradientReader
+from fastsam.memory.pages import page
+from fastsam.memory.segments import Segment, is_dense, layout, real_numel
+from fastsam.memory.shared import Shared, State
+from fastsam.memory.state import PublishedState
+from fastsam.ops import graphs
+from fastsam.ops.reference import CHUNK
+from fastsam.ops.tables import ALIGN, Gradients, Tables
+
+Member: TypeAlias = tuple[Tensor, int]  # a parameter and the index of its group
+
+
+class Bucket:
+    """The parameters of one device and dtype that one backend serves: segments, pages and tables.
+
+    Attributes:
+        shared: what all buckets of the optimizer have in common.
+        tables: what an operation is told.
+        gradients: where the gradients are read.
+        published: what `optimizer.state` shows.
+        segments: the parameters in the order of the tables.
+        params: the same, the parameters alone.
+    """
+
+    def __init__(
+        self, shared: Shared, device: torch.device, dtype: torch.dtype, backend: str, slot: int, rounding_step: int
+    ) -> None:
+        """An empty bucket; `append` gives it parameters."""
+        self.shared, self.backend = shared, ops.backend_named(backend)
+        self.tables = tables = Tables(device, shared.precision.format_of(dtype), slot, shared.rule)
+        if slot == 0:
+            tables.overflows = torch.zeros(2, dtype=torch.int64, device=device)
+        if tables.format.stochastic:
+            tables.rounding = torch.full((1,), rounding_step, dtype=torch.int64, device=device)
+        self.segments: list[Segment] = []
+        self.params: list[Tensor] = []
+        tables.segments = self.segments  # type: ignore[assignment]  # a list of a subclass, which nobody adds to
+        self.gradients = GradientReader(tables, self.segments, shared, self.backend.by_address)
+        self.published = PublishedState(tables, self.segments, shared)
+        self.segment_table_current = False  # whether it knows all states
+        self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
+        self.versions: list[int] = []  # of all parameters when their masters were last what they are rounded from
+        self.swapped_out: dict[int, Tensor] = {}  # perturbed weights with masters while the old ones are in their place
+        self.captured_gradients: Gradients | None = None  # what the last captured update reads, kept for its replays
+
+    # Pages and tables.
+
+    def append(self, members: Sequence[Member], index: dict[int, int], flat: FlatWeights, state: State) -> None:
+        """Give the bucket a page for more parameters; existing pages stay where they are.
+
+        Args:
+            members: the parameters and their groups.
+            index: by id, each parameter's place among all of the optimizer.
+            flat: where weights live with `flatten=True`.
+            state: `optimizer.state`.
+        """
+        self._refuse_capture()
+        tables = self.tables
+        sizes = [real_numel(param) for param, _ in members]
+        _, saved = page(sizes, tables.format.source, tables.device)
+        nothing: list[Tensor | None] = [None] * len(sizes)
+        backups, masters = (nothing, saved) if tables.format.masters else (saved, nothing)
+        progress = torch.zeros(len(members), 2, dtype=torch.float32, device=tables.device)
+        before = len(self.segments)
+        chunk = self.segments[-1].chunks.stop if self.segments else 0
+        for i, (param, group) in enumerate(members):
+            chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
+            place = group, sizes[i], is_dense(param), index[id(param)], chunks
+            self.segments.append(Segment(param, *place, backups[i], masters[i], progress[i]))
+        try:
+            with flat.moving_in(tables.dtype, tables.device, self.segments[before:]):
+                self._allocate_states()
+                self._build_tables()
+        except BaseException:  # out of memory, say: as if nothing had been asked, so that restore() works
+            del self.segments[before:]
+            raise
+        self.params = self.gradients.params = [segment.param for segment in self.segments]
+        self.largest = max(range(len(self.segments)), key=lambda i: self.segments[i].numel)
+        self.published.load_state(state, self.segments[before:])
+        self.versions = []
+
+    def require_states(self, state: State) -> None:
+        """Have the states that the groups' values ask for; momentum or amsgrad may be switched on late."""
+        self._allocate_states()
+        if not self.segment_table_current:
+            self.write_segment_table()
+            self.load_state(state)
+
+    def load_state(self, state: State) -> None:
+        """Take over what `state` holds, and where it lies."""
+        self.published.load_state(state, self.segments)
+        self.versions = []  # the model's weights may be loaded after these
+        if not self._host_segment_table().equal(self.gradients.host_segment_table):
+            self.write_segment_table()
+
+    def _allocate_states(self) -> None:
+        rule = self.tables.rule
+        if rule is None:
+            return
+        used = [rule.used(group) for group in self.shared.groups]
+        for slot, name in enumerate(rule.states):
+            bare = [s for s in self.segments if name in used[s.group] and s.states[slot] is None]
+            if bare:
+                self._refuse_capture()
+                self.segment_table_current = False
+            _, pieces = page([s.numel for s in bare], self.tables.format.state, self.tables.device)
+            for segment, piece in zip(bare, pieces, strict=True):
+                segment.states[slot] = piece.fill_(rule.initial(self.shared.defaults))
+
+    def _build_tables(self) -> None:
+        tables = self.tables
+        chunks: list[tuple[int, int, int, int]] = []
+        position = 0
+        for i, segment in enumerate(self.segments):
+            for start in range(0, segment.numel, CHUNK):
+                length = min(CHUNK, segment.numel - start)
+                chunks.append((i, start // ALIGN, length, position))
+                position -= -length // ALIGN
+        chunk_table = torch.tensor(chunks, dtype=torch.int32, device="cpu").reshape(-1, 4).to(tables.device)
+        partials = torch.zeros(len(chunks), dtype=torch.float64, device=tables.device)
+        self.write_segment_table()  # from here on nothing can fail for want of the device's memory
+        self.shared.captures.hold(tables.chunk_table, tables.partials)
+        tables.chunk_table, tables.partials = chunk_table, partials
+        tables.grad_table = torch.zeros(len(self.segments), dtype=torch.int64, device="cpu")
+        perturbed = torch.zeros(len(self.segments), dtype=torch.bool, device="cpu")
+        perturbed[: len(tables.perturbed)] = tables.perturbed
+        tables.perturbed = perturbed
+        self.gradients.set_skipped()
+
+    def _host_segment_table(self) -> Tensor:
+        rows = []
+        for segment in self.segments:
+            owned = (segment.backup, *segment.states, segment.master, segment.progress)
+            addresses = (0 if t is None else t.data_ptr() for t in owned)
+            rows.append([segment.param.data_ptr(), *addresses, segment.group | segment.index << 32])
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 8)
+
+    def write_segment_table(self) -> None:
+        """Write down where everything is."""
+        tables, host_table = self.tables, self._host_segment_table()
+        own_rows = host_table.new_zeros(self._own_rows(len(host_table)), 8)
+        segment_table = torch.cat([host_table, own_rows]).to(tables.device)
+        self.shared.captures.hold(tables.segment_table, tables.cache)
+        tables.segment_table, tables.cache = segment_table, None
+        for segment in self.segments:
+            segment.layout = layout(segment.param)
+        self.gradients.set_places(host_table)
+        self.segment_table_current = True
+        self.versions = []  # a parameter may have been given other weights
+
+    def _own_rows(self, n_segments: int) -> int:
+        """How many rows of the segment table are the backend's own."""
+        support = self.backend.graphs
+        return 0 if support is None else support.own_rows(n_segments, len(self.shared.groups))
+
+    def sync_values(self) -> None:
+        """Take over the groups' values."""
+        tables, shared = self.tables, self.shared
+        if tables.row_table is not shared.row_table:
+            self.shared.captures.hold(tables.cache)
+            tables.cache = None
+        tables.rows, tables.row_table, tables.counts = shared.rows, shared.row_table, shared.counts
+        tables.q = shared.q
+
+    # CUDA graphs.
+
+    def prepare_capture(self) -> None:
+        """Before a pass: make sure that a CUDA graph finds what changes from step to step on the device."""
+        capturing = graphs.capturing(self.tables.device)
+        if capturing:
+            self.shared.captures.begin(self.shared.states_in_use())
+        if self.backend.graphs is not None:
+            self._fit_segment_table()
+            self.backend.graphs.prepare_capture(self.tables)
+        elif capturing:
+            raise RuntimeError(
+                f"FusedSAM: {self.shared.name_of(self.params[0])} is served by the reference, and a CUDA graph would "
+                "repeat today's lr and rho for good; capture with backend='cuda' or 'triton'"
+            )
+
+    def upload_values(self) -> None:
+        """Bring the groups' values to where captured graphs find them."""
+        if self.backend.graphs is not None:
+            self._fit_segment_table()
+            self.backend.graphs.upload_values(self.tables)
+
+    def _fit_segment_table(self) -> None:
+        """Give the segment table room for the rows of groups that were added."""
+        if len(self.tables.segment_table) != len(self.segments) + self._own_rows(len(self.segments)):
+            self.write_segment_table()
+
+    def _refuse_capture(self) -> None:
+        if graphs.capturing(self.tables.device):
+            raise RuntimeError(
+                "FusedSAM: memory for the step must be allocated before a CUDA graph is captured: call "
+                "optimizer.prepare(), or take a step, first"
+            )
+
+    def check_capture(self) -> None:
+        """Refuse gradients that are elsewhere than those which the last captured update reads."""
+        if self.captured_gradients is None:
+            return
+        for param, grad in zip(self.params, self.captured_gradients, strict=True):
+            if _address(param.grad) != _address(grad):
+                raise RuntimeError(
+                    f"FusedSAM: {self.shared.name_of(param)} has its gradient elsewhere than when the CUDA graph was "
+                    "captured, so a replay would read an old one. Keep gradients where they are: "
+                    "zero_grad(set_to_none=False), or capture forward and backward, too"
+                )
+
+    # The perturbation, seen from the host. The operations themselves keep `perturbed`, so that no interrupt falls
+    # between a write to the weights and the note of it.
+
+    def perturb(self, grads: Gradients, sums: Tensor) -> None:
+        """Back up and climb, and remember a few parameters' versions to notice when somebody else writes weights."""
+        self.backend.operations.perturb_(self.tables, grads, sums)
+        torch.autograd.graph.increment_version(self._written(grads))
+        few = dict.fromkeys((0, self.largest, len(self.params) - 1))
+        self.watched = [(self.params[i], self.params[i]._version) for i in few if grads[i] is not None]
+
+    def update(
+        self, grads: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None
+    ) -> None:
+        """Restore and take the base step. Bumped version counters let autograd notice stale graphs."""
+        written = self._written(grads)
+        self.watched = []
+        scale, overflow = self.on_device(grad_scale), self.on_device(found_inf)
+        self.backend.operations.update_(self.tables, grads, grad_scale=scale, found_inf=overflow, clip=clip)
+        if graphs.capturing(self.tables.device):
+            self.captured_gradients = grads
+        torch.autograd.graph.increment_version(written)
+        if self.tables.format.masters:
+            self.remember_versions()
+
+    def on_device(self, scalar: Tensor | None) -> Tensor | None:
+        """A number for this device; a GradScaler keeps its own on one of them."""
+        device = self.tables.device
+        return None if scalar is None else scalar.to(device, non_blocking=device.type == "cuda")
+
+    def _written(self, grads: Gradients) -> list[Tensor]:
+        """The parameters that an operation given these gradients writes to."""
+        perturbed = self.tables.perturbed.tolist()
+        if all(perturbed):  # the usual case, without a look at every gradient
+            return self.params
+        hits = zip(self.params, grads, perturbed, strict=True)
+        return [param for param, grad, hit in hits if hit or grad is not None]
+
+    def restore(self) -> None:
+        """Bring the old weights back, bit for bit. Allocates no tensor: it runs after an out-of-memory error, too."""
+        hits = [s for s, perturbed in zip(self.segments, self.tables.perturbed.tolist(), strict=True) if perturbed]
+        if any(layout(segment.param) != segment.layout for segment in hits):
+            self.copy_back()  # the tables know the old places only
+        elif hits:
+            self.update(self.gradients.none(), None, None)
+
+    def copy_back(self) -> None:
+        """Restore parameters that were moved, cast or laid out otherwise since `perturb_`."""
+        for i, segment in enumerate(self.segments):
+            if self.tables.perturbed[i] and segment.param.numel() == segment.layout.shape.numel():
+                segment.param.copy_(segment.shaped(segment.saved_weights()).reshape(segment.param.shape))
+        self.tables.perturbed.zero_()
+
+    def drop_perturbation(self) -> None:
+        """Let go of the perturbation without touching the weights."""
+        self.tables.perturbed.zero_()
+
+    def weights_untouched(self) -> bool:
+        """Whether nobody else wrote to the perturbed weights since `perturb`."""
+        return all(param._version == version for param, version in self.watched)
+
+    def swap(self) -> None:
+        """Exchange perturbed and old weights, one parameter at a time."""
+        for i, (segment, perturbed) in enumerate(zip(self.segments, self.tables.perturbed.tolist(), strict=True)):
+            if not perturbed:
+                continue
+            if segment.backup is not None:
+                saved, weights = segment.shaped(segment.backup), segment.param.clone()
+                segment.param.copy_(saved)
+                saved.copy_(weights)
+            elif i in self.swapped_out:
+                segment.refresh_master()  # what was written meanwhile is the weight from now on
+                segment.param.copy_(self.swapped_out.pop(i))
+            else:
+                self.swapped_out[i] = segment.param.clone()
+                segment.store(segment.saved_weights())
+        self.watched = [(param, param._version) for param, _ in self.watched]
+
+    # Masters.
+
+    def refresh_masters(self) -> None:
+        """Before a step, bring masters up to date where somebody else wrote the weights since the last one.
+
+        A write through `.data` leaves no trace and is not seen.
+        """
+        if not self.tables.format.masters:
+            return
+        versions = [param._version for param in self.params]
+        if self.versions == versions:
+            return
+        before = self.versions or [-1] * len(versions)
+        for segment, known, now in zip(self.segments, before, versions, strict=False):
+            if known != now and layout(segment.param).moved_only(segment.layout):
+                segment.refresh_master()
+        self.versions = versions
+
+    def remember_versions(self) -> None:
+        """Take the weights of now for those that the masters round to."""
+        self.versions = [param._version for param in self.params]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements are; None for None."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,366 @@
+"""All buckets of an optimizer: the parameters by device, dtype and backend, and what is done to all of them in turn."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsam.bases.rules import Group, Row, Rule, row
+from fastsam.memory.bucket import Bucket, Member
+from fastsam.memory.flat import FlatWeights
+from fastsam.memory.placing import backend_of, check_overlaps, check_param
+from fastsam.memory.segments import Segment, layout, real_dtype
+from fastsam.memory.shared import Shared, State
+from fastsam.memory.state import StateWatch
+from fastsam.ops.formats import Precision
+from fastsam.ops.native import reader
+from fastsam.ops.reference import Clip, clip_factor
+from fastsam.ops.tables import Gradients
+
+
+class Buckets:
+    """All buckets of an optimizer, kept in step with its `param_groups` and `state`.
+
+    Attributes:
+        shared: what all buckets have in common.
+        state: `optimizer.state`.
+        sums: [n_buckets] float64 on each device: `grad_norm` writes it, `perturb_` reads it.
+        second_sums: the same for the gradients of the second pass, where they are clipped.
+        factors: [] float64 on each device, by which they are clipped.
+        flat: the buffers that the weights live in with `flatten=True`.
+    """
+
+    def __init__(
+        self,
+        rule: Rule | None,
+        backend: str,
+        precision: Precision,
+        defaults: Group,
+        groups: Sequence[Group],
+        state: State,
+    ) -> None:
+        """No buckets yet: `sync_with_groups` builds them. `defaults` are the base optimizer's."""
+        self.shared = Shared(rule, precision, defaults, groups)
+        self.backend, self.state = backend, state
+        self.items: list[Bucket] = []
+        self.params: list[Tensor] = []  # of all groups, in order
+        self.frozen: list[Member] = []  # never had a gradient: no memory is spent on them
+        self.perturbs: list[bool] = []
+        self.sums: dict[torch.device, Tensor] = {}
+        self.second_sums: dict[torch.device, Tensor] = {}
+        self.factors: dict[torch.device, Tensor] = {}
+        self.flat = FlatWeights()
+        self.watch = StateWatch()
+        self.last_rounding_step = 0  # that of the random numbers when buckets were last built anew
+
+    def segments(self) -> Iterator[Segment]:
+        """Those of all buckets."""
+        return (segment for bucket in self.items for segment in bucket.segments)
+
+    # Before a pass.
+
+    def sync_with_groups(self, groups: Sequence[Group], state: State) -> None:
+        """Catch up with other parameters or groups, and with thawed parameters."""
+        self.shared.groups = groups
+        if not self._same_params():
+            self.state = state
+            self._regroup()
+        self.state = state
+        thawed = [member for member in self.frozen if member[0].grad is not None]
+        if thawed:
+            self._append(thawed)
+        perturbs = [bool(group["perturb"]) for group in groups]
+        if perturbs != self.perturbs:
+            self.perturbs = perturbs
+            for bucket in self.items:
+                bucket.gradients.set_skipped()
+
+    def sync_values(self) -> None:
+        """Catch up with the groups' values, which schedulers change, and with what somebody wrote to the state."""
+        self._read_values()
+        self.sync_state()
+        for bucket in self.items:
+            bucket.prepare_capture()
+
+    def sync_state(self) -> None:
+        """Take over what somebody else wrote to `optimizer.state`; torch.optim would use it in its next step."""
+        if self._watches_state() and self.watch.edited(self.state):
+            for bucket in self.items:
+                bucket.load_state(self.state)
+            self.watch.remember(self.state, self.segments())
+
+    def _watches_state(self) -> bool:
+        """Whether anything of `optimizer.state` is ours; without a rule or masters all of it is the base's."""
+        return self.shared.rule is not None or any(bucket.tables.format.masters for bucket in self.items)
+
+    def _read_values(self) -> None:
+        shared, device = self.shared, self._kernels_device()
+        rows = [row(group, shared.rule, device, shared.decays) for group in shared.groups]
+        if rows != shared.rows:
+            shared.counts = [shared.rule is not None and shared.rule.counts(group) for group in shared.groups]
+            for bucket in self.items:
+                bucket.require_states(self.state)
+            if len(rows) != len(shared.rows):
+                self._row_values = array("d", bytes(8 * len(Row._fields) * len(rows)))
+                shared.row_table = torch.frombuffer(self._row_values, dtype=torch.float64).view(len(rows), -1)
+            self._row_values[:] = array("d", [value for values in rows for value in values])
+            shared.rows = rows  # last: if memory runs out, the next step asks for the states again
+        for bucket in self.items:
+            bucket.sync_values()
+
+    def _kernels_device(self) -> torch.device | None:
+        """The GPU whose kernels serve all parameters and can read a tensor lr there; None if there is none such."""
+        devices = {bucket.tables.device if bucket.backend.by_address else None for bucket in self.items}
+        device = devices.pop() if len(devices) == 1 else None
+        return device if device is not None and device.type == "cuda" else None
+
+    def refresh_masters(self) -> None:
+        """Before a step, bring masters up to date with weights that somebody else wrote since the last one."""
+        for bucket in self.items:
+            bucket.refresh_masters()
+
+    def refresh(self) -> None:
+        """Read the groups' values, and bring them to where captured graphs find them."""
+        self._read_values()
+        self.shared.captures.require_current(self.shared.states_in_use())
+        for bucket in self.items:
+            bucket.upload_values()
+
+    # Gradients, and parameters that were moved.
+
+    def gather(self, *, ascent: bool) -> list[Gradients]:
+        """The gradients of every bucket; the tables follow parameters that were moved (`.to()`, `p.data = ...`).
+
+        Args:
+            ascent: leave out the groups with `perturb=False`.
+        """
+        read = [bucket.gradients.gather(ascent=ascent) for bucket in self.items]
+        if any(moved for _, moved in read):
+            self._follow_moves([moved for _, moved in read])
+            read = [bucket.gradients.gather(ascent=ascent) for bucket in self.items]
+            for bucket, (_, moved) in zip(self.items, read, strict=True):
+                if moved:
+                    raise RuntimeError(
+                        f"FusedSAM: {self.shared.name_of(bucket.params[moved[0]])} cannot be read where it lies: "
+                        f"{layout(bucket.params[moved[0]])}"
+                    )
+        return [grads for grads, _ in read]
+
+    def _follow_moves(self, moved: Sequence[Sequence[int]]) -> None:
+        """Bring the tables up to date; build all buckets anew where a dtype, device or shape changed."""
+        for bucket, indices in zip(self.items, moved, strict=True):
+            if not all(layout(bucket.params[i]).moved_only(bucket.segments[i].layout) for i in indices):
+                self._rebuild()
+                return
+            bucket.write_segment_table()
+        self._warn_of_weights_that_left()
+
+    def _warn_of_weights_that_left(self) -> None:
+        """Say that weights are no longer in the flat buffer; they stay where their owner put them."""
+        left = [s for s in self.segments() if s.flattened and self.flat.buffer_of(s.param) is None]
+        if not left:
+            return
+        for segment in left:
+            segment.flattened = False
+        self._prune_flat()
+        if self.flat.wanted:
+            self.shared.warn_once(
+                f"FusedSAM: {self.shared.name_of(left[0].param)} is no longer in the flat buffer of flatten=True, "
+                "because something gave it another storage (p.data = ..., .to(), .cpu()). The step follows it there. "
+                "Write weights in place to keep them in the buffer; to have them in one again, build a new FusedSAM "
+                "and load this one's state_dict()",
+                topic="left the flat buffer",
+            )
+
+    def flat_weights(self) -> list[Tensor]:
+        """The buffers that parameters of the buckets live in."""
+        buffers = (self.flat.buffer_of(p) for bucket in self.items for p in bucket.params)
+        return list({id(buffer): buffer for buffer in buffers if buffer is not None}.values())
+
+    def _prune_flat(self) -> None:
+        self.flat.prune(param for group in self.shared.groups for param in group["params"])
+
+    # The passes.
+
+    def perturb(self, grads: Sequence[Gradients]) -> None:
+        """Norm over all buckets, then backup and perturbation; for p = inf there is no norm."""
+        for bucket, g in zip(self.items, grads, strict=True):
+            if self.shared.q != 1:
+                bucket.backend.operations.grad_norm(bucket.tables, g, self.sums[bucket.tables.device])
+        self._share_sums(self.sums)
+        for bucket, g in zip(self.items, grads, strict=True):
+            bucket.perturb(g, self.sums[bucket.tables.device])
+
+    def clip(
+        self, grads: Sequence[Gradients], max_norm: float, grad_scale: Tensor | None
+    ) -> dict[torch.device, Tensor]:
+        """[] float64 on each device: the factor that brings the norm of all gradients down to `max_norm`."""
+        for bucket, g in zip(self.items, grads, strict=True):
+            device = bucket.tables.device
+            clip = Clip(max_norm, self.factors[device], bucket.on_device(grad_scale))
+            bucket.backend.operations.grad_norm(bucket.tables, g, self.second_sums[device], clip=clip)
+        if len(self.factors) > 1:  # each launch knew the sums of its own device
+            self._share_sums(self.second_sums)
+            for device, factor in self.factors.items():
+                scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
+                factor.copy_(clip_factor(Clip(max_norm, factor, scale), self.second_sums[device]))
+        return self.factors
+
+    def update(
+        self,
+        grads: Sequence[Gradients],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_norm: float | None = None,
+    ) -> None:
+        """Restore and take the base optimizer's step, with the gradients clipped to `max_norm` if it is given."""
+        factors = {} if max_norm is None else self.clip(grads, max_norm, grad_scale)
+        published = False
+        for bucket, g in zip(self.items, grads, strict=True):
+            bucket.update(g, grad_scale, found_inf, factors.get(bucket.tables.device))
+            published |= bucket.published.publish(g, self.state)
+        if published:
+            self.watch.remember(self.state, self.segments())
+
+    def masters(self) -> dict[Tensor, Tensor]:
+        """The float32 master of each parameter that has one, as `optimizer.state` shows it."""
+        return {s.param: s.views["master"] for s in self.segments() if s.master is not None}
+
+    def finish_base_step(self, overflow: bool) -> None:
+        """Note that a step of a base optimizer that is not fused is over, and whether an overflow kept it away."""
+        if self.overflows is not None:
+            self.overflows[1] += overflow
+        for bucket in self.items:
+            if bucket.tables.rounding is not None:
+                bucket.tables.rounding += 1
+            for segment in bucket.segments:
+                if segment.master is not None and segment.param.grad is not None and not overflow:
+                    segment.store(segment.saved_weights())
+        if self._watches_state():
+            self.watch.remember(self.state, self.segments())
+
+    def _share_sums(self, sums: Mapping[torch.device, Tensor]) -> None:
+        """Bring the sums of all devices together; copies between devices do not wait for the host."""
+        for bucket in self.items if len(sums) > 1 else ():
+            own, slot = sums[bucket.tables.device], bucket.tables.slot
+            for device, there in sums.items():
+                if device != bucket.tables.device:
+                    there[slot].copy_(own[slot], non_blocking=device.type == "cuda")  # the host waits for its copy
+
+    def restore(self) -> None:
+        """Bring the old weights back."""
+        for bucket in self.items:
+            bucket.restore()
+
+    def drop_perturbation(self) -> None:
+        """Let go of the perturbation without touching the weights."""
+        for bucket in self.items:
+            bucket.drop_perturbation()
+
+    def weights_untouched(self) -> bool:
+        """Whether nobody else wrote to the perturbed weights since `perturb`."""
+        return all(bucket.weights_untouched() for bucket in self.items)
+
+    def swap(self) -> None:
+        """Exchange perturbed and old weights."""
+        for bucket in self.items:
+            bucket.swap()
+
+    # What is counted on the devices.
+
+    @property
+    def overflows(self) -> Tensor | None:
+        """[2] int64: the steps that an overflow changed, which one bucket counts for all; None without buckets."""
+        return self.items[0].tables.overflows if self.items else None
+
+    def rounding_step(self) -> int:
+        """The step of the random numbers of stochastic rounding; reading it waits for the device."""
+        counters = [bucket.tables.rounding for bucket in self.items if bucket.tables.rounding is not None]
+        if counters:
+            return int(counters[0])
+        return max((self.last_rounding_step, *(int(group.get("rounding_step", 0)) for group in self.shared.groups)))
+
+    def set_rounding_step(self, step: int) -> None:
+        """Go on with the random numbers of a checkpoint."""
+        self.last_rounding_step = 0
+        for bucket in self.items:
+            if bucket.tables.rounding is not None:
+                bucket.tables.rounding.fill_(step)
+
+    # Which parameter is in which bucket.
+
+    def _same_params(self) -> bool:
+        if reader is not None:
+            return bool(reader.same_params(self.shared.groups, self.params))
+        ids = [id(param) for group in self.shared.groups for param in group["params"]]
+        return ids == [id(param) for param in self.params]
+
+    def _regroup(self) -> None:
+        """Parameters were added or exchanged: add pages for new ones; anything else builds all buckets anew."""
+        groups = self.shared.groups
+        params = [param for group in groups for param in group["params"]]
+        group_of = {id(param): i for i, group in enumerate(groups) for param in group["params"]}
+        if any(group_of.get(id(segment.param)) != segment.group for segment in self.segments()):
+            self._rebuild()
+        else:
+            known = {id(segment.param) for segment in self.segments()}
+            self._admit([(param, group_of[id(param)]) for param in params if id(param) not in known])
+        self.params = params  # last: if memory runs out, the next step begins here again
+
+    def _rebuild(self) -> None:
+        """Build all buckets anew, with the state they hold; perturbed weights are restored first."""
+        self.last_rounding_step = self.rounding_step()
+        for bucket in self.items:
+            bucket.copy_back()
+            bucket.published.detach_state(self.state)
+        self.items, self.params = [], []  # if memory runs out, the next step begins with `_regroup`
+        members = [(param, i) for i, group in enumerate(self.shared.groups) for param in group["params"]]
+        self._admit(members)
+        self.params = [param for param, _ in members]
+
+    def _admit(self, members: Sequence[Member]) -> None:
+        self.frozen = [m for m in members if not m[0].requires_grad and m[0].grad is None]
+        self._append([m for m in members if m[0].requires_grad or m[0].grad is not None])
+
+    def _append(self, members: Sequence[Member]) -> None:
+        """Give parameters a place in the buckets of their device, dtype and backend."""
+        groups, captures = self.shared.groups, self.shared.captures
+        self.sync_state()
+        for param, group in members:
+            check_param(param, group, groups, self.backend)
+        check_overlaps([*(p for bucket in self.items for p in bucket.params), *(p for p, _ in members)], groups)
+        self._warn_of_weights_not_flattened(members)
+        index = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
+        placed: dict[tuple[torch.device, torch.dtype, str], list[Member]] = {}
+        for param, group in members:
+            key = param.device, real_dtype(param), backend_of(param, self.backend)
+            placed.setdefault(key, []).append((param, group))
+        for key, group_members in placed.items():
+            found = [b for b in self.items if (b.tables.device, b.tables.dtype, b.backend.name) == key]
+            bucket = found[0] if found else Bucket(self.shared, *key, len(self.items), self.rounding_step())
+            bucket.append(group_members, index, self.flat, self.state)
+            self.items += [] if found else [bucket]
+            placed_now = {id(param) for param, _ in group_members}
+            self.frozen = [member for member in self.frozen if id(member[0]) not in placed_now]
+        devices = {bucket.tables.device for bucket in self.items}
+        captures.hold(*self.sums.values(), *self.second_sums.values(), *self.factors.values())
+        self.sums, self.second_sums = (
+            {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices} for _ in range(2)
+        )
+        self.factors = {d: torch.ones((), dtype=torch.float64, device=d) for d in devices}
+        self._prune_flat()
+        self.watch.remember(self.state, self.segments())
+
+    def _warn_of_weights_not_flattened(self, members: Sequence[Member]) -> None:
+        if not self.flat.wanted:
+            return
+        tried = [(p, self.flat.reason_not_flattened(p)) for p, _ in members if p.numel() > 0]
+        reasons = [(p, why) for p, why in tried if why is not None]
+        if reasons:
+            self.shared.warn_once(
+                f"FusedSAM: flatten=True leaves {len(reasons)} of {len(members)} parameters where they are, the first "
+                f"is {self.shared.name_of(reasons[0][0])}: {reasons[0][1]}"
+            )

@@ -1,0 +1,78 @@
+"""Imports go down: every module stands on a floor, and imports only what is listed before it.
+
+The floors are those of CONTRIBUTING.md. Imports within functions and for type checkers count like others.
+"""
+
+import ast
+from pathlib import Path
+
+import fastsam
+
+ROOT = Path(fastsam.__file__).parent
+FLOORS = {  # from the bottom; what is listed first on a floor may be imported by what follows
+    "bases": ("lion", "rules", "fallback"),
+    "ops": (
+        *("formats", "tables", "reference", "native", "graphs", "triton_rules", "triton_kernels", "triton"),
+        "",  # the package's own file: names and choice of the backends
+    ),
+    "memory": (
+        *("segments", "shared", "pages", "placing", "gradients", "state", "flat", "bucket", "buckets", "checkpoint"),
+    ),
+    "": ("checks", "closures", "stats", "progress", "saving", "optimizer", "training"),
+    "commands": ("diagnosis", "demo"),
+}
+ORDER = [f"{wing}.{name}".strip(".") for wing, names in FLOORS.items() for name in names] + ["__main__"]
+EMPTY = ("", "bases", "memory", "commands")  # these packages' own files only say what is in them, or name it again
+
+
+def modules():
+    """Each module's name within the package, and its file."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).replace("__init__", "").strip("."): path
+        for path in ROOT.rglob("*.py")
+    }
+
+
+def imported(path, known):
+    """The modules of the package that a file imports, wherever it does."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {
+                member if member.removeprefix("fastsam.") in known else node.module
+                for member in (f"{node.module}.{alias.name}" for alias in node.names)
+            }
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return {name.removeprefix("fastsam.") for name in names} & known
+
+
+def test_every_module_stands_on_a_floor():
+    assert sorted(ORDER) == sorted(set(modules()) - set(EMPTY))
+
+
+def test_imports_go_down():
+    known = set(modules())
+    upward = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        if name not in EMPTY
+        for other in imported(path, known) - {""}
+        if ORDER.index(other) >= ORDER.index(name)
+    ]
+    assert not upward
+
+
+def test_an_upward_import_is_seen(tmp_path):
+    file = tmp_path / "lion.py"
+    file.write_text("def f():\n    from fastsam.memory import buckets\n    from fastsam.memory.bucket import Bucket\n")
+    assert imported(file, set(modules())) == {"memory.buckets", "memory.bucket"}
+
+
+def test_files_are_no_longer_than_one_can_read_at_once():
+    long = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    kernels = ("ops.triton_kernels", "ops.reference", "commands.demo", "optimizer")
+    assert {name: lines for name, lines in long.items() if lines > 420 and name not in kernels} == {}
