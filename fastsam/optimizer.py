@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import ops
@@ -29,11 +28,10 @@ from fastsam.checks import (
 )
 from fastsam.closures import CLOSURE_RECIPE, call, detached, entry
 from fastsam.memory.buckets import Buckets
-from fastsam.memory.placing import backend_of, check_param
+from fastsam.memory.placing import check_param
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, PAUSED, PERTURBED
 from fastsam.saving import SavedOptimizer
-from fastsam.stats import Stats, read_stats
 
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step")  # the latter where they matter
 
@@ -292,16 +290,6 @@ class FusedSAM(SavedOptimizer):
         """Whether the weights are w + e: true between the two passes, also inside the second call of a closure."""
         return self._sam.phase == PERTURBED
 
-    @property
-    def backend(self) -> dict[torch.device, str]:
-        """The backend that serves each device."""
-        chosen: dict[torch.device, str] = {}
-        for param in self._params():
-            name = backend_of(param, self._sam.buckets.backend)
-            if chosen.get(param.device, "reference") == "reference":
-                chosen[param.device] = name
-        return chosen
-
     @entry
     def prepare(self) -> None:
         """Allocate everything a step needs without taking one."""
@@ -313,33 +301,6 @@ class FusedSAM(SavedOptimizer):
         if self._sam.phase == CLEAN:
             self._sam.buckets.refresh_masters()
         self._sam.buckets.refresh()
-
-    def flat_weights(self) -> list[Tensor]:
-        """The flat buffers of `flatten=True`; none before the first step or `prepare`.
-
-        One a device and dtype, and one more for parameters that were added or thawed later. The weights are there in
-        the order of the parameter groups, each in its storage order and from a multiple of 64 elements on, with zeros
-        between them. Writing there is like writing through `.data`, which torch does not count: `master_weights=True`
-        undoes it.
-        """
-        return self._sam.buckets.flat_weights()
-
-    @entry
-    def unflatten(self) -> None:
-        """Give every weight a storage of its own again, for good, as what saves or shares a model may ask for.
-
-        The buffers are freed with the last view of them; CUDA graphs must be captured again.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._sam.require_clean("unflatten()")
-        self._sam.buckets.flat.move_out(self._params())
-        self.flatten = False
-
-    def stats(self) -> Stats:
-        """Norms, loss increase and overflow counts so far; nothing waits for the device until a value is read."""
-        return read_stats(self._sam.buckets, self._sam.losses, self.max_grad_norm is not None)
 
     def check_capture(self) -> None:
         """Check that a captured step will read today's gradients; for graphs that hold no backward pass of their own.

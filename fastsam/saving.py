@@ -1,4 +1,4 @@
-"""What of an optimizer is saved, loaded and copied: the base optimizer's state under torch's names, and the groups."""
+"""What stands beside the step: what of an optimizer is saved, loaded, copied and shown."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.bases.rules import RULES
+from fastsam.closures import entry
 from fastsam.memory.buckets import Buckets
 from fastsam.memory.checkpoint import as_torch_saves, keep_wide, loadable
+from fastsam.memory.placing import backend_of
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, Progress
+from fastsam.stats import Stats, read_stats
 
 COPIED = (  # attributes that copies and pickles have, too
     "base_optimizer",
@@ -26,17 +29,19 @@ COPIED = (  # attributes that copies and pickles have, too
 
 
 class SavedOptimizer(Optimizer):
-    """The part of `FusedSAM` that saves, loads and copies; it owns no step.
+    """The part of `FusedSAM` that saves, loads, copies and shows its memory; it takes no step.
 
     Attributes:
         base_optimizer: a real instance of the base's class on the same `param_groups` and the same `state`.
         precision: how parameters, states and their rounding are kept.
         flatten: whether the weights are in flat buffers.
+        max_grad_norm: what the gradients of the second pass are clipped to.
     """
 
     base_optimizer: Optimizer
     precision: Precision
     flatten: bool
+    max_grad_norm: float | None
     _sam: Progress
 
     def _new_progress(self, backend: str) -> Progress:
@@ -58,6 +63,43 @@ class SavedOptimizer(Optimizer):
             self.state, self.param_groups = base.state, base.param_groups
         else:
             base.state, base.param_groups = self.state, self.param_groups
+
+    @property
+    def backend(self) -> dict[torch.device, str]:
+        """The backend that serves each device."""
+        chosen: dict[torch.device, str] = {}
+        for param in self._params():
+            name = backend_of(param, self._sam.buckets.backend)
+            if chosen.get(param.device, "reference") == "reference":
+                chosen[param.device] = name
+        return chosen
+
+    def flat_weights(self) -> list[Tensor]:
+        """The flat buffers of `flatten=True`; none before the first step or `prepare`.
+
+        One a device and dtype, and one more for parameters that were added or thawed later. The weights are there in
+        the order of the parameter groups, each in its storage order and from a multiple of 64 elements on, with zeros
+        between them. Writing there is like writing through `.data`, which torch does not count: `master_weights=True`
+        undoes it.
+        """
+        return self._sam.buckets.flat_weights()
+
+    @entry
+    def unflatten(self) -> None:
+        """Give every weight a storage of its own again, for good, as what saves or shares a model may ask for.
+
+        The buffers are freed with the last view of them; CUDA graphs must be captured again.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._sam.require_clean("unflatten()")
+        self._sam.buckets.flat.move_out(self._params())
+        self.flatten = False
+
+    def stats(self) -> Stats:
+        """Norms, loss increase and overflow counts so far; nothing waits for the device until a value is read."""
+        return read_stats(self._sam.buckets, self._sam.losses, self.max_grad_norm is not None)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

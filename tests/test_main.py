@@ -12,10 +12,10 @@ import torch
 
 from fastsam import ops
 from fastsam.__main__ import main
-from fastsam.commands import demo, diagnosis
+from fastsam.commands import demo_results, demo_training, diagnosis
 
 DEMO_FILES = {"table.txt", "results.json", "runs.csv", "demo.png"}
-QUICK = demo.Settings(seeds=1, epochs=1)
+QUICK = demo_training.Settings(seeds=1, epochs=1)
 
 
 @pytest.fixture(autouse=True)
@@ -173,27 +173,27 @@ def test_a_backend_that_is_not_there_is_refused(capsys):
 
 @pytest.mark.parametrize("method", QUICK.methods)
 def test_a_seed_gives_the_same_run_whatever_ran_before(method):
-    first = demo.train(method, 0.3, 7, QUICK, lambda: None)
+    first = demo_training.train(method, 0.3, 7, QUICK, lambda: None)
     torch.manual_seed(99)
-    second = demo.train(method, 0.3, 7, QUICK, lambda: None)
+    second = demo_training.train(method, 0.3, 7, QUICK, lambda: None)
     assert (first.accuracies, first.losses) == (second.accuracies, second.losses)
 
 
 def test_a_split_has_that_many_wrong_labels_and_no_test_image_in_training():
-    images, labels = demo.digits()
+    images, labels = demo_training.digits()
     assert images.shape == (1797, 1, 8, 8)
-    clean = demo.split(images, labels, 0.0, torch.Generator().manual_seed(3))
-    noisy = demo.split(images, labels, 0.3, torch.Generator().manual_seed(3))
+    clean = demo_training.split(images, labels, 0.0, torch.Generator().manual_seed(3))
+    noisy = demo_training.split(images, labels, 0.3, torch.Generator().manual_seed(3))
     assert torch.equal(clean.train_images, noisy.train_images)
     assert len(clean.train_images) == 400 and len(clean.test_images) == 1397
     assert (clean.train_labels != noisy.train_labels).sum() == 120
     assert torch.equal(clean.test_labels, noisy.test_labels)
-    assert torch.equal(labels, demo.digits()[1])
+    assert torch.equal(labels, demo_training.digits()[1])
 
 
 def test_the_network_starts_the_same_for_a_seed_and_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    one, two, other = demo.network(1), demo.network(1), demo.network(2)
+    one, two, other = demo_training.network(1), demo_training.network(1), demo_training.network(2)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one[0].weight, other[0].weight)
@@ -202,29 +202,29 @@ def test_the_network_starts_the_same_for_a_seed_and_leaves_the_global_generator_
 
 def test_the_verdict_says_when_sam_does_not_win():
     record = {"optimizer": "SAM", "gain": -0.3, "gain_se": 0.4, "better": 2, "worse": 3}
-    assert "no clear difference" in demo.verdict(record, "SGD", 5)
-    assert demo.verdict({**record, "gain_se": 0.1}, "SGD", 5).endswith("a loss")
-    assert demo.verdict({**record, "gain": 2.0}, "SGD", 5).endswith("a gain")
-    assert "one seed" in demo.verdict({**record, "gain_se": float("nan")}, "SGD", 1)
+    assert "no clear difference" in demo_results.verdict(record, "SGD", 5)
+    assert demo_results.verdict({**record, "gain_se": 0.1}, "SGD", 5).endswith("a loss")
+    assert demo_results.verdict({**record, "gain": 2.0}, "SGD", 5).endswith("a gain")
+    assert "one seed" in demo_results.verdict({**record, "gain_se": float("nan")}, "SGD", 1)
 
 
 def test_the_loss_along_the_gradient_leaves_the_model_as_it_was():
-    model = demo.network(0)
-    images, labels = demo.digits()
+    model = demo_training.network(0)
+    images, labels = demo_training.digits()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = demo.losses_along_gradient(model, images[:50], labels[:50], rho=0.5)
-    assert len(losses) == demo.RADII and losses[1] > losses[0]
+    losses = demo_training.losses_along_gradient(model, images[:50], labels[:50], rho=0.5)
+    assert len(losses) == demo_training.RADII and losses[1] > losses[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
 
 
 @pytest.mark.parametrize("epochs, expected", [(1, [1]), (2, [2]), (5, [2, 4, 5]), (20, list(range(2, 21, 2)))])
 def test_the_last_epoch_is_looked_at(epochs, expected):
-    assert demo.evaluated(epochs) == expected
+    assert demo_training.evaluated(epochs) == expected
 
 
-@pytest.mark.parametrize("base", demo.RECIPES)
+@pytest.mark.parametrize("base", demo_training.RECIPES)
 def test_timing_compares_optimizers_that_agree(base):
-    timings = demo.time_optimizers(demo.Settings(base=base), rounds=3)
-    assert list(timings) == list(demo.Settings(base=base).methods)
+    timings = demo_training.time_optimizers(demo_training.Settings(base=base), rounds=3)
+    assert list(timings) == list(demo_training.Settings(base=base).methods)
     assert all(t.ours > 0 for t in timings.values())

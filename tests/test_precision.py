@@ -30,7 +30,7 @@ from rounding import (
 from torch.nn import Parameter
 
 from fastsam import FusedSAM
-from fastsam.ops import reference
+from fastsam.ops import numbers, reference
 from fastsam.ops.tables import Operand
 
 
@@ -69,7 +69,7 @@ def test_the_reference_follows_the_plan(plain_torch, format, option):
 def test_the_reference_rounds_stochastically_at_every_magnitude(dtype):
     x, low, up = at_every_magnitude(dtype)
     noise = draw(len(x), SEED, 1, FIRST_DRAW, 2)
-    rounded = reference.round_stochastically(x, torch.from_numpy(noise.astype("int64")), dtype)
+    rounded = numbers.round_stochastically(x, torch.from_numpy(noise.astype("int64")), dtype)
     torch.testing.assert_close(rounded, drawn(x.numpy(), dtype, noise), rtol=0, atol=0, equal_nan=True)
     assert ((rounded[: len(low)] == low) | (rounded[: len(low)] == up)).all()
 
