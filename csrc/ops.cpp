@@ -4,7 +4,7 @@
 // and never traced.
 #include "checks.h"
 #include "cpu/launch.h"
-#include "math.h"
+#include "math/norm.h"
 
 namespace fastsam {
 

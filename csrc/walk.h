@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "math.h"
+#include "math/numbers.h"
 
 #ifdef __CUDACC__
 #define FASTSAM_DEVICE __device__ __forceinline__
@@ -212,7 +212,7 @@ struct Pack<double> {
   static FASTSAM_DEVICE uint64_t narrowed(double x) { return to_bits(x); }
 };
 
-// The GPU's own conversions have the bits of math.h's but for the payload of a NaN, and are one instruction each.
+// The GPU's own conversions have the bits of numbers.h's but for the payload of a NaN, and are one instruction each.
 FASTSAM_DEVICE uint32_t rounded_pair(float low, float high, bfloat16) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t both;

@@ -1,6 +1,6 @@
 """The fused base optimizers: which torch class, which state, and what of a parameter group a kernel needs to know.
 
-Adding one: a `Rule` here, a function in `ops/reference.py`, a functor in `csrc/math.h` (and its Triton twin). The
+Adding one: a `Rule` here, a function in `ops/reference.py`, a functor in `csrc/math/rules.h` (and its Triton twin). The
 formulas stand there.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from fastsam.lion import Lion
 
-# Bits of Row.flags; the same in csrc/math.h.
+# Bits of Row.flags; the same in csrc/tables.h.
 ADAPTIVE = 1
 NESTEROV = 2
 MAXIMIZE = 4

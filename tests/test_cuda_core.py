@@ -69,7 +69,7 @@ def compiled(folder, name, *flags):
         pytest.skip("there is no C++ compiler")
     if not SOURCE.is_file() or not (ROOT / "csrc").is_dir():
         pytest.skip("the tests are not run from a source tree")
-    headers = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h"), SOURCE])
+    headers = sorted([*(ROOT / "csrc").rglob("*.h"), SOURCE])
     digest = hashlib.sha256(repr([compiler, flags, *(h.read_bytes() for h in headers)]).encode()).hexdigest()[:16]
     target = folder / f"{name}-{digest}"
     if not target.is_file():

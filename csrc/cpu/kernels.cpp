@@ -1,7 +1,8 @@
 // The loops, compiled once for each instruction set (FASTSAM_ISA names it). No templates of std, everything in the
 // set's namespace: the linker could keep the AVX-512 copy of a shared inline function for processors that cannot run
 // it.
-#include "../math.h"
+#include "../math/perturb.h"
+#include "../math/rules.h"
 #include "launch.h"
 #include "tile.h"
 

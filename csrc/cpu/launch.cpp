@@ -5,7 +5,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../math.h"
+#include "../math/norm.h"
+#include "../math/rules.h"
 
 namespace fastsam::cpu {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../math.h"
+#include "../math/numbers.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,11 +1,12 @@
 // grad_norm and perturb_, one thread block at a time, in phases: `ctx.threads` runs a phase for each thread, `ctx.sync`
 // lies between two. The GPU runs them with DeviceContext, the tests on a CPU with a context of their own. All
-// arithmetic is math.h's.
+// arithmetic is csrc/math's.
 //
 // A block issues its first loads before the barrier behind which the scalars are ready: about a hundred dependent
 // float64 operations of one thread, a microsecond or more.
 #pragma once
 
+#include "../math/perturb.h"
 #include "../walk.h"
 
 namespace fastsam::FASTSAM_ISA {

@@ -2,6 +2,7 @@
 // as grad_norm.
 #pragma once
 
+#include "../math/rules.h"
 #include "kernels.h"
 
 namespace fastsam::FASTSAM_ISA {
