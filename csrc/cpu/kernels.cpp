@@ -140,8 +140,8 @@ static void perturb_chunk(const Launch& launch, const Segment& segment, const Ch
     if (!masters) store(backup + start, (w + start).address, m, launch.stream);
 #pragma GCC ivdep  // new_w may be wt
     for (int i = 0; i < m; i++) new_w[i] = perturb(wt[i], gt[i]);
-    const uint16_t* const chances = rounding.weights(start, kClimbStream, noise);
-    write(new_w, chances, w + start, m, launch.stream);
+    const uint16_t* const noise_or_null = rounding.weights(start, kClimbStream, noise);
+    write(new_w, noise_or_null, w + start, m, launch.stream);
   }
 }
 
@@ -221,8 +221,8 @@ static void update_chunk(const Launch& launch, const Update& update) {
       if (kStates >> k & 1) unload(state[k], rounding.states(start, k, noise), memory[k], m);
     }
     if (format.masters()) write(new_w, nullptr, update.source + start, m, launch.stream);
-    const uint16_t* const chances = rounding.weights(start, kStepStream, noise);
-    write(new_w, chances, w + start, m, launch.stream);
+    const uint16_t* const noise_or_null = rounding.weights(start, kStepStream, noise);
+    write(new_w, noise_or_null, w + start, m, launch.stream);
   }
 }
 

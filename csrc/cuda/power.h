@@ -46,48 +46,42 @@ FASTSAM_DEVICE void power_norm_block(Ctx& ctx, const A& args, PowerNormShared& s
 
 template <class F>
 struct PowerPerturbShared {
-  Slot<PowerPerturb<typename F::T>> perturb;
-  Slot<Noise> noise;  // where weights are drawn
+  Broadcast<PowerPerturb<typename F::T>> perturb;
+  Broadcast<Noise> noise;  // where weights are drawn
 };
 
 template <class F, class Ctx, class A>
 FASTSAM_DEVICE void power_perturb_block(Ctx& ctx, const A& args, PowerPerturbShared<F>& shared) {
   using S = typename F::Source;
-  using G = typename F::Grad;
   using C = typename F::Weight;
   using T = typename F::T;
   const Part part = part_of(ctx.blocks() - 1 - ctx.block(), args.split_bits);
   const Chunk chunk = args.chunks[part.chunk];
-  const int64_t address = args.grad(chunk.segment);
+  const int64_t grad = args.grad(chunk.segment);
   const int n = part_length(part, chunk);
   count_overflow(ctx, args);
-  if (!address || n == 0) return;
-  const Segment* const segment = args.segments + chunk.segment;
-  C* const w = element_of<C>(segment->weight, chunk, part.begin);
-  S* const kept = element_of<S>(F::kMasters ? segment->master : segment->backup, chunk, part.begin);
-  const S* source = kept;
-  if constexpr (!F::kMasters) source = w;
-  const G* const g = element_of<const G>(address, chunk, part.begin);
-  const uint32_t first = first_block(chunk, part.begin);
+  if (!grad || n == 0) return;
+  const PerturbOperands<F> own(args, part, chunk, grad);
   ctx.threads([&](int t) {
     if (t != 0) return;
-    const Row row = args.row(segment->group);
+    const Row row = args.row(own.segment->group);
     shared.perturb.put(PowerPerturb<T>(row, ordered_sum(args), args.q));
-    if constexpr (F::kDrawsWeights) shared.noise.put(Noise(row, segment->index, *args.rounding));
+    if constexpr (F::kDrawsWeights) shared.noise.put(Noise(row, own.segment->index, *args.rounding));
   });
   ctx.sync();
   ctx.threads([&](int t) {
     const PowerPerturb<T> perturb = shared.perturb.get();
     if (perturb.rho == 0) {
-      if constexpr (!F::kMasters) copy_part(kept, w, n, t);
+      if constexpr (!F::kMasters) copy_part(own.kept, own.w, n, t);
       return;
     }
     FASTSAM_ROLLED
     for (int i = t; i < n; i += kThreads) {
-      const uint64_t old = load_bits<S, Hint::kOnce>(source + i);
-      if constexpr (!F::kMasters) store_bits<S, Hint::kOnce>(kept + i, old);
-      const T x = perturb(Pack<S>::widened(old), static_cast<T>(load_widened(g + i)));
-      store_bits<C, Hint::kKeep>(w + i, rounded<C, F::kDrawsWeights>(x, shared.noise, first, i, kClimbStream));
+      const uint64_t old = load_bits<S, Hint::kOnce>(own.source + i);
+      if constexpr (!F::kMasters) store_bits<S, Hint::kOnce>(own.kept + i, old);
+      const T x = perturb(Pack<S>::widened(old), static_cast<T>(load_widened(own.g + i)));
+      const uint64_t bits = rounded<C, F::kDrawsWeights>(x, shared.noise, own.first, i, kClimbStream);
+      store_bits<C, Hint::kKeep>(own.w + i, bits);
     }
   });
 }
