@@ -38,12 +38,14 @@ class HostContext {
   }
   void sync() {}
 
-  template <class T, int n>
-  void warp_sums(PerThread<Several<T, n>>& sums) {
+  template <class T, int n, class Combine>
+  void fold_warp(PerThread<Several<T, n>>& numbers, const Combine& combine) {
     for (int offset = 1; offset < kWarp; offset *= 2) {
-      const PerThread<Several<T, n>> before = sums;
+      const PerThread<Several<T, n>> before = numbers;
       for (int t = 0; t < kThreads; t++) {
-        for (int j = 0; j < n; j++) sums.own[t].each[j] += before.own[t ^ offset].each[j];
+        for (int j = 0; j < n; j++) {
+          numbers.own[t].each[j] = combine(before.own[t].each[j], before.own[t ^ offset].each[j]);
+        }
       }
     }
   }

@@ -45,9 +45,10 @@ class Mutant(NamedTuple):
 REFERENCE = "fastsam/ops/reference.py"
 NUMBERS, NORM, PERTURB, RULES = (f"csrc/math/{name}.h" for name in ("numbers", "norm", "perturb", "rules"))
 TILE, KERNELS, LAUNCH = "csrc/cpu/tile.h", "csrc/cpu/kernels.cpp", "csrc/cpu/launch.cpp"
+OPERATIONS = "csrc/ops.cpp"
 MUTANTS = [
     Mutant(REFERENCE, "NORM_EPS = 1e-12", "NORM_EPS = 1e-10"),
-    Mutant(REFERENCE, "1 / bucket.q)) + NORM_EPS", "1 / bucket.q)) - NORM_EPS"),
+    Mutant(REFERENCE, "_ordered_sum(sums)) + NORM_EPS", "_ordered_sum(sums)) - NORM_EPS"),
     Mutant(
         REFERENCE,
         "segment.backup.copy_(source)",
@@ -219,7 +220,7 @@ MUTANTS = [
     Mutant(NORM, "factor < 1.0 ? factor : 1.0", "factor"),
     Mutant(NORM, "norm *= 1.0 / static_cast<double>(*grad_scale)", "norm /= 1.0 / static_cast<double>(*grad_scale)"),
     Mutant(PERTURB, "exponent(q - 1)", "exponent(q)"),
-    Mutant(PERTURB, "if (!is_finite(norm)) rho = 0;", ""),
+    Mutant(PERTURB, "is_finite(norm) ? rho * (norm / (norm + kNormEps)) : 0", "rho * (norm / (norm + kNormEps))"),
     Mutant(NORM, "kMaximize) ? -row.weight_decay", "kMaximize) ? row.weight_decay"),
     # Masters and stochastic rounding.
     Mutant(REFERENCE, "PHILOX_ROUNDS = 7", "PHILOX_ROUNDS = 6"),
@@ -276,6 +277,32 @@ MUTANTS = [
     Mutant(KERNELS, "if (format.masters()) write(new_w", "if (false) write(new_w"),
     Mutant(LAUNCH, "++*launch.rounding", "*launch.rounding += 2"),
     Mutant(LAUNCH, "launch.rounding && launch.rule != kNoRule", "launch.rounding"),
+    # The norm for every p.
+    Mutant(REFERENCE, "norm = largest * _raise(", "norm = _raise("),
+    Mutant(REFERENCE, "_raise(x / largest, q).sum(), 1 / q)", "_raise(x / largest, q).sum(), 1)"),
+    Mutant(REFERENCE, "(largest > 0) & largest.isfinite()", "largest > 0"),
+    Mutant(REFERENCE, "(largest > 0) & largest.isfinite()", "largest.isfinite()"),
+    Mutant(REFERENCE, "q_norm(bucket.partials, bucket.q) if powers", "bucket.partials.sum() if powers"),
+    Mutant(REFERENCE, "else q_norm(sums, bucket.q)", "else sums.sum()"),
+    Mutant(REFERENCE, "_loss_gradient(w, g, row).double() * _metric(w, row)", "_steepest(w, g, row).double()"),
+    Mutant(REFERENCE, "rho * (norm / (norm + NORM_EPS))", "rho"),
+    Mutant(REFERENCE, "rho * (norm / (norm + NORM_EPS))", "rho * (norm / (norm - NORM_EPS))"),
+    Mutant(NORM, "return largest * power(sum_of", "return power(sum_of"),
+    Mutant(NORM, "power(x / largest, q); }), 1 / q)", "power(x / largest, q); }), 1)"),
+    Mutant(NORM, "if (largest == 0 || !is_finite(largest))", "if (largest == 0)"),
+    Mutant(NORM, "if (largest == 0 || !is_finite(largest))", "if (!is_finite(largest))"),
+    Mutant(NORM, "largest = maximum(largest, x);", "largest = x > largest ? x : largest;"),
+    Mutant(
+        NORM,
+        "static_cast<double>(loss_gradient(w, g)) * metric(w)",
+        "static_cast<double>(loss_gradient(w, g) * static_cast<T>(metric(w)))",
+    ),
+    Mutant(PERTURB, "rho * (norm / (norm + kNormEps))", "rho * (norm / (norm - kNormEps))"),
+    Mutant(KERNELS, "f(abs(steepest(wt[i], gt[i])))", "f(steepest(wt[i], gt[i]))"),
+    Mutant(LAUNCH, "f(launch.partials[i]);", "f(launch.partials[0]);"),
+    Mutant(
+        OPERATIONS, "launch.total = baseline::q_norm(q, each_slot);", "each_slot([&](double n) { launch.total += n; });"
+    ),
 ]
 
 

@@ -55,6 +55,11 @@ bool beyond_cache(const Launch& launch, int bytes) { return units(launch) * kUni
 
 double grad_norm(const Launch& launch) {
   run_loop(launch, kernels().grad_norm);
+  if (launch.q != 2) {
+    return baseline::q_norm(launch.q, [&](const auto& f) {
+      for (int64_t i = 0; i < launch.n_chunks; i++) f(launch.partials[i]);
+    });
+  }
   double lanes[kSlots];
   const int width = baseline::tree_width(launch.n_chunks, kSlots);
   std::fill(lanes, lanes + width, 0.0);
@@ -69,7 +74,7 @@ void perturb(Launch& launch) {
   for (int64_t i = 0; i < launch.n_segments; i++) {
     if (launch.grads[i]) launch.perturbed[i] = true;
   }
-  if (launch.overflows && !baseline::is_finite(launch.sum)) launch.overflows[0]++;
+  if (launch.overflows && !baseline::is_finite(launch.total)) launch.overflows[0]++;
   launch.stream = beyond_cache(launch, perturb_bytes(launch.format));
   run_loop(launch, kernels().perturb);
 }

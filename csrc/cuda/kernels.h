@@ -67,7 +67,7 @@ struct Header {
   int32_t masters;     // grad_norm: whether the weights are those
   int32_t n_sums, slot;
   double* partials;  // grad_norm: [n_chunks]
-  double* sums;      // [n_sums], the squared norm in parts; grad_norm writes that in `slot`
+  double* sums;      // [n_sums], the squared norm in parts (for q != 2 norms); grad_norm writes that in `slot`
   double q;          // grad_norm, perturb_: the norm's exponent
   double max_norm;   // grad_norm, where it writes a clip factor
   double* clip;      // [1] or null, as the two below: grad_norm writes it, update_ reads it
@@ -298,30 +298,47 @@ FASTSAM_DEVICE auto lane_sums(const S* w, const G* g, int n, const Steepest<type
   return sums;
 }
 
-// Before: a sum a thread. After and a barrier: one a warp in `warps`.
-template <class Ctx, class T, int kGroups, class PerThread>
-FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& sums, T (&warps)[kGroups][kWarps]) {
-  ctx.warp_sums(sums);
+struct Plus {
+  template <class T>
+  FASTSAM_DEVICE T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Maximum {
+  template <class T>
+  FASTSAM_DEVICE T operator()(T a, T b) const {
+    return maximum(a, b);
+  }
+};
+
+// Before: a number a thread. After: one a warp in `warps`, the sum, or what else Combine makes of its threads' numbers.
+template <class Combine = Plus, class Ctx, class T, int kGroups, class PerThread>
+FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& numbers, T (&warps)[kGroups][kWarps]) {
+  ctx.fold_warp(numbers, Combine());
   ctx.threads([&](int t) {
     FASTSAM_UNROLL
     for (int j = 0; j < kGroups; j++) {
-      if (t % kWarp == 0) warps[j][t / kWarp] = sums[t].each[j];
+      if (t % kWarp == 0) warps[j][t / kWarp] = numbers[t].each[j];
     }
   });
   ctx.sync();
 }
 
-// Thread 0 knows the block's partial sum; the last block to arrive sees those of all: lane i mod 1024 takes them in
-// order.
+// Write the block's partial sum, which thread 0 knows. True in the last block to arrive, which then sees all blocks'.
 template <class Shared, class Ctx, class A, class Partial>
-FASTSAM_DEVICE void sum_partials(Ctx& ctx, const A& args, Shared& shared, const Partial& partial) {
+FASTSAM_DEVICE bool write_partial(Ctx& ctx, const A& args, Shared& shared, const Partial& partial) {
   ctx.threads([&](int t) {
     if (t != 0) return;
     if (ctx.block() < args.n_chunks) args.partials[ctx.block()] = partial();
     shared.last = ctx.arrive(args.ticket);
   });
   ctx.sync();
-  if (!shared.last) return;
+  return shared.last;
+}
+
+// The last block adds all partial sums: lane i mod 1024 takes them in order.
+template <class Shared, class Ctx, class A>
+FASTSAM_DEVICE void sum_partials(Ctx& ctx, const A& args, Shared& shared) {
   constexpr int kEach = kSlots / kThreads;
   typename Ctx::template PerThread<Several<double, 1>> sums;
   ctx.threads([&](int t) {
@@ -369,12 +386,13 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<typename F::G
       fold_warps(ctx, sums, shared.warps);
     }
   }
-  sum_partials(ctx, args, shared, [&] {
+  const bool last = write_partial(ctx, args, shared, [&] {
     T groups[Shared::kGroups];
     FASTSAM_UNROLL
     for (int j = 0; j < Shared::kGroups; j++) groups[j] = address ? pair_sum<kWarps>(shared.warps[j]) : T(0);
     return static_cast<double>(pair_sum<Shared::kGroups>(groups));
   });
+  if (last) sum_partials(ctx, args, shared);
 }
 
 // ---- perturb_: reads 2n, writes 2n elements, n where a master is the backup; descending: starts on what grad_norm
@@ -395,11 +413,11 @@ struct PerturbTile {
 };
 
 // One block of the grid counts a norm that is not finite.
-template <class Ctx, class A>
-FASTSAM_DEVICE void count_overflow(Ctx& ctx, const A& args) {
+template <class Ctx, class A, class Total>
+FASTSAM_DEVICE void count_overflow(Ctx& ctx, const A& args, const Total& total) {
   if (!args.overflows || ctx.block() != 0) return;
   ctx.threads([&](int t) {
-    if (t == 0 && !is_finite(ordered_sum(args))) args.overflows[0]++;
+    if (t == 0 && !is_finite(total(args))) args.overflows[0]++;
   });
 }
 
@@ -440,7 +458,7 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
   const Chunk chunk = args.chunks[part.chunk];
   const int64_t grad = args.grad(chunk.segment);
   const int n = part_length(part, chunk), full = n - n % kElements;
-  count_overflow(ctx, args);
+  count_overflow(ctx, args, [](const A& a) { return ordered_sum(a); });
   if (!grad || n == 0) return;
   const PerturbOperands<F> own(args, part, chunk, grad);
   const int w_width = width_at(own.w, Weights::kWidth), g_width = width_at(own.g, Direction::kWidth);

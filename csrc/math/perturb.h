@@ -40,36 +40,29 @@ struct Perturb {
 };
 
 // ---- The same for another norm than the second: e maximises <e, g> where |e / T|_p = rho, p in (1, inf] (arXiv
-// 2010.01412, eq. 2), with q = p / (p - 1). In float64: |x|^q underflows float32 for p near 1. Not bit-equal between
-// backends, as exp2 and log2 are not.
+// 2010.01412, eq. 2), with q = p / (p - 1). In float64.
 
-FASTSAM_HD double power(double x, double exponent) { return x == 0 ? 0 : ::exp2(exponent * ::log2(x)); }
+
+// The length of e: rho, shortened by kNormEps as for p = 2. 0 (no perturbation) where the norm is 0 or not finite.
+// kNormEps is not added to the norm itself, because the power q - 1 would enlarge its share a thousandfold.
+FASTSAM_HD double power_scale(const Row& row, double norm, double q) {
+  const double rho = has(row, kMaximize) ? -row.rho : row.rho;
+  return q == 1 ? rho : is_finite(norm) ? rho * (norm / (norm + kNormEps)) : 0;
+}
 
 template <class T>
 struct PowerPerturb {
-  LossGradient<T> loss_gradient;
-  T eta;
-  bool adaptive;
-  double rho;       // 0 where the norm is not finite
+  PowerSteepest<T> steepest;
+  double scale;     // where it is 0 the caller must not use this functor
   double norm;      // 1 for p = inf, which needs none
   double exponent;  // q - 1, 0 for p = inf
-  FASTSAM_HD PowerPerturb(const Row& row, double sum, double q)
-      : loss_gradient(row),
-        eta(static_cast<T>(row.eta)),
-        adaptive(has(row, kAdaptive)),
-        rho(has(row, kMaximize) ? -row.rho : row.rho),
-        norm(1),
-        exponent(q - 1) {
-    if (q == 1) return;
-    norm = power(sum, 1 / q) + kNormEps;
-    if (!is_finite(norm)) rho = 0;
-  }
-  // rho T sign(g) (|T g| / norm)^(q - 1); 0 for an element that is not finite, which only p = inf gets to see.
+  FASTSAM_HD PowerPerturb(const Row& row, double norm, double q)
+      : steepest(row), scale(power_scale(row, norm, q)), norm(q == 1 ? 1 : norm), exponent(q - 1) {}
+  // scale T sign(g) (|T g| / norm)^(q - 1); 0 for an element that is not finite, which only p = inf gets to see.
   FASTSAM_HD T operator()(T w, T g) const {
-    const double t = adaptive ? static_cast<double>(abs(w) + eta) : 1.0;
-    const double x = static_cast<double>(loss_gradient(w, g)) * t, size = abs(x);
+    const double t = steepest.metric(w), x = steepest(w, g), size = abs(x);
     const double length = exponent == 0 ? (size != 0) : power(size / norm, exponent);
-    const double e = is_finite(x) ? rho * t * (x < 0 ? -length : length) : 0;
+    const double e = is_finite(x) ? scale * t * (x < 0 ? -length : length) : 0;
     return w + static_cast<T>(e);
   }
 };

@@ -49,10 +49,13 @@ class Clip(NamedTuple):
 
 
 def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, clip: Clip | None = None) -> None:
-    """Write `sum(abs(T g)^q)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM), q = 2 if p = 2.
+    """Write `sum((T g)^2)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM).
 
     The sum of squares is one canonical tree: 2,048 lanes a chunk, folded in adjacent pairs, then float64 over 1,024
     lanes of chunks. The same bits come out of every backend, block size and thread count.
+
+    For another p than 2 the slot gets the norm `sum(abs(T g)^q)^(1/q)` instead, as the norm of the chunks' norms: for
+    p near 1 q is large, and a sum of powers would be 0 or infinite.
 
     Args:
         bucket: the parameters.
@@ -63,14 +66,17 @@ def grad_norm(bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor, *, cl
     Equivalent to:
         out[bucket.slot] = sum((T * g).double().square().sum() for g in grads)
     """
+    powers = bucket.q != 2 and clip is None
     bucket.partials.zero_()
     for segment, grad in zip(bucket.segments, grads, strict=True):
         if grad is not None and segment.numel > 0:
             w, g = _widen(segment.source(False)), _widen(segment.flat(grad))
-            x = g if clip is not None else _steepest(w, g, bucket.rows[segment.group])
-            powers = bucket.q != 2 and clip is None
-            bucket.partials[segment.chunks] = _chunk_power_sums(x, bucket.q) if powers else _chunk_sums(x).double()
-    out[bucket.slot] = _slot_sum(bucket.partials)
+            row = bucket.rows[segment.group]
+            if powers:
+                bucket.partials[segment.chunks] = _chunk_norms(_power_steepest(w, g, row), bucket.q)
+            else:
+                bucket.partials[segment.chunks] = _chunk_sums(g if clip is not None else _steepest(w, g, row)).double()
+    out[bucket.slot] = q_norm(bucket.partials, bucket.q) if powers else _slot_sum(bucket.partials)
     if clip is not None:
         clip.factor.copy_(clip_factor(clip, out))
 
@@ -98,13 +104,13 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
         bucket: the parameters; `bucket.perturbed` is set where the backup was written, a norm that is not finite is
             counted in `bucket.overflows`.
         grads: one gradient or None a segment; None leaves weight and backup alone.
-        sums: [n_buckets] float64, added in order: the squared norm over all buckets.
+        sums: [n_buckets] float64, added in order: the squared norm over all buckets; for another p than 2 their norm is
+            the norm over all buckets.
 
     Equivalent to:
         backup.copy_(w); w.add_(g * (rho / (norm + 1e-12)))
     """
-    total = _ordered_sum(sums)
-    norm = (_sqrt(total) if bucket.q == 2 else _raise(total, 1 / bucket.q)) + NORM_EPS
+    norm = _sqrt(_ordered_sum(sums)) + NORM_EPS if bucket.q == 2 else q_norm(sums, bucket.q)
     if bucket.overflows is not None:
         bucket.overflows[0] += ~norm.isfinite()
     for i, (segment, grad) in enumerate(zip(bucket.segments, grads, strict=True)):
@@ -116,11 +122,14 @@ def perturb_(bucket: Bucket, grads: Sequence[Tensor | None], sums: Tensor) -> No
             segment.backup.copy_(source)
         bucket.perturbed[i] = True
         w, g = _widen(source), _widen(segment.flat(grad))
-        scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0).to(w.dtype)
+        if bucket.q == 2:
+            scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0).to(w.dtype)
+        else:
+            scale = _power_scale(norm, bucket.q, row)
         if row.flags & MAXIMIZE:
             scale = -scale
         # A zero scale is a branch, never a product: 0 * inf is NaN.
-        e = _climb(w, g, scale, row) if bucket.q == 2 else _power_climb(w, g, norm, bucket.q, row)
+        e = _climb(w, g, scale, row) if bucket.q == 2 else _power_climb(w, g, scale, norm, bucket.q, row)
         _store_weights(bucket, segment, torch.where(scale != 0, w + e, w), CLIMB)
 
 
@@ -221,17 +230,34 @@ def _climb(w: Tensor, g: Tensor, scale: Tensor, row: Row) -> Tensor:
     return (t * (t * g)) * scale
 
 
-def _power_climb(w: Tensor, g: Tensor, norm: Tensor, q: float, row: Row) -> Tensor:
-    """The perturbation for general p: e = rho T sign(g) (|T g| / norm)^(q - 1), in float64; it maximises <e, g>.
+def _metric(w: Tensor, row: Row) -> Tensor | float:
+    """T for general p, in float64."""
+    return (w.abs() + row.eta).double() if row.flags & ADAPTIVE else 1.0
 
-    For p = inf, q = 1, it is rho T sign(g), and 0 for each element that is not finite.
+
+def _power_steepest(w: Tensor, g: Tensor, row: Row) -> Tensor:
+    """T g for general p, in float64: rounded to less, it might be longer than the norm, and the power shows it."""
+    return _loss_gradient(w, g, row).double() * _metric(w, row)
+
+
+def _power_scale(norm: Tensor, q: float, row: Row) -> Tensor:
+    """The length of the perturbation for general p: rho, shortened by NORM_EPS as for p = 2; 0 for none.
+
+    NORM_EPS is not added to the norm itself, because the power q - 1 would enlarge its share a thousandfold.
     """
-    t = (w.abs() + row.eta).double() if row.flags & ADAPTIVE else 1.0
-    x = _loss_gradient(w, g, row).double() * t
-    e = -row.rho if row.flags & MAXIMIZE else row.rho
+    rho = torch.full_like(norm, row.rho)
+    return rho if q == 1 else torch.where(norm.isfinite(), rho * (norm / (norm + NORM_EPS)), 0.0)
+
+
+def _power_climb(w: Tensor, g: Tensor, scale: Tensor, norm: Tensor, q: float, row: Row) -> Tensor:
+    """The perturbation for general p: e = scale T sign(g) (|T g| / norm)^(q - 1), in float64; it maximises <e, g>.
+
+    For p = inf, q = 1, it is scale T sign(g), and 0 for each element that is not finite.
+    """
+    t, x = _metric(w, row), _power_steepest(w, g, row)
     if q == 1:
-        return torch.where(x.isfinite(), e * t * x.sign(), 0.0).to(w.dtype)
-    return (e * t * (x.sign() * _raise(x.abs() / norm, q - 1))).to(w.dtype)
+        return torch.where(x.isfinite(), scale * t * x.sign(), 0.0).to(w.dtype)
+    return (scale * t * (x.sign() * _raise(x.abs() / norm, q - 1))).to(w.dtype)
 
 
 class _Columns(NamedTuple):
@@ -486,10 +512,21 @@ def _chunk_sums(x: Tensor) -> Tensor:
     return _fold(acc)
 
 
-def _chunk_power_sums(x: Tensor, q: float) -> Tensor:
-    """[chunks] float64: the sum of abs(x)^q over each 8,192 elements; float32 would underflow for p near 1."""
-    powers = _raise(x.double().abs(), q)
-    return torch.stack([part.sum() for part in torch.split(powers, CHUNK)])
+def _chunk_norms(x: Tensor, q: float) -> Tensor:
+    """[chunks] float64: the q-norm of each 8,192 elements of `x` [n] float64."""
+    return torch.stack([q_norm(part, q) for part in torch.split(x.abs(), CHUNK)])
+
+
+def q_norm(x: Tensor, q: float) -> Tensor:
+    """[]: the norm `sum(x^q)^(1/q)` of `x` [n] float64, >= 0, as m sum((x / m)^q)^(1/q) where m is the largest.
+
+    It is m where that is 0, infinite or NaN.
+    """
+    if x.numel() == 0:
+        return x.new_zeros(())
+    largest = x.amax()
+    norm = largest * _raise(_raise(x / largest, q).sum(), 1 / q)
+    return torch.where((largest > 0) & largest.isfinite(), norm, largest)
 
 
 def _raise(x: Tensor, exponent: float) -> Tensor:
