@@ -4,7 +4,7 @@
 // and never traced.
 #include "checks.h"
 #include "cpu/launch.h"
-#include "math.h"
+#include "math/norm.h"
 
 namespace fastsam {
 
@@ -58,7 +58,14 @@ void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tens
       checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   const double* const slots =
       static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
-  for (int64_t i = 0; i < sums.size(0); i++) launch.sum += slots[i];
+  const auto each_slot = [&](const auto& f) {
+    for (int64_t i = 0; i < sums.size(0); i++) f(slots[i]);
+  };
+  if (q == 2) {
+    each_slot([&](double sum) { launch.total += sum; });
+  } else {
+    launch.total = baseline::q_norm(q, each_slot);
+  }
   launch.overflows = counters("perturb_", overflows, Place::kCpu);
   launch.rounding = step_of("perturb_", launch.format, rounding);
   launch.q = q;

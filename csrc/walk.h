@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "math.h"
+#include "math/numbers.h"
 
 #ifdef __CUDACC__
 #define FASTSAM_DEVICE __device__ __forceinline__
@@ -41,7 +41,8 @@ FASTSAM_DEVICE int part_length(const Part& part, const Chunk& chunk) {
   return left < 0 ? 0 : left < part.size ? left : part.size;
 }
 
-// Pointers to a part of a segment. The compiler must not look through them: it would keep their summands in registers.
+// A pointer to a part of a segment. The compiler must not see how it was computed: it would keep all summands in
+// registers.
 template <class S>
 FASTSAM_DEVICE S* element_of(int64_t address, const Chunk& chunk, int begin) {
   S* element = reinterpret_cast<S*>(address) + (static_cast<int64_t>(chunk.start) * kUnit + begin);
@@ -60,7 +61,7 @@ FASTSAM_DEVICE int width_at(const S* from, int most = kVector) {
   return width < most ? width : most;
 }
 
-// ---- Memory. Hints: kKeep goes through the caches as usual, kOnce is not wanted again soon.
+// ---- Memory. Hints: kKeep goes through the caches as usual; what has kOnce is not needed again soon.
 
 enum class Hint { kKeep, kOnce };
 
@@ -174,9 +175,9 @@ FASTSAM_DEVICE void store_bits(S* to, uint64_t bits) {
   store_word<unsigned long long, hint>(to, bits);
 }
 
-// ---- Between storage and arithmetic. `Pack<S>`: a vector has kElements values, which are written kPiece at a time,
-// whole words. `Run<S, n>`: n values. What is narrower than the arithmetic may be rounded with random numbers, of 16
-// bits each, two in a word.
+// ---- Between storage and arithmetic. `Pack<S>`: a vector has kElements values and is written in pieces of kPiece
+// values, which are whole words. `Values<S, n>`: n values. Values narrower than the arithmetic may be rounded with
+// random numbers of 16 bits, of which a word holds two.
 
 template <class S>
 struct Pack;
@@ -212,7 +213,7 @@ struct Pack<double> {
   static FASTSAM_DEVICE uint64_t narrowed(double x) { return to_bits(x); }
 };
 
-// The GPU's own conversions have the bits of math.h's but for the payload of a NaN, and are one instruction each.
+// The GPU's own conversions have the bits of numbers.h's but for the payload of a NaN, and are one instruction each.
 FASTSAM_DEVICE uint32_t rounded_pair(float low, float high, bfloat16) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t both;
@@ -277,7 +278,7 @@ template <>
 struct Pack<float16> : PackOfHalves<float16> {};
 
 template <class S, int n>
-using Run = Words<n* static_cast<int>(sizeof(S)) / 4>;
+using Values = Words<n* static_cast<int>(sizeof(S)) / 4>;
 
 // Write the n values from element `at` of a run on.
 template <class S, bool kDrawn, int n, class W, class T>
@@ -300,9 +301,9 @@ FASTSAM_DEVICE uint32_t number_of(const Random& random, int i) {
   return (i & 4 ? high : low) >> 16 * (i & 1) & 0xffff;
 }
 
-// A Format's types. S: what the formulas take the weights from; G: gradients; C: the model's weights, of another type
-// where S is that of their masters; Q: states. With kDraws what is narrower than the arithmetic is rounded
-// stochastically, but for weights with masters.
+// A Format's types. S: what the formulas take the weights from; G: gradients; C: the model's weights, whose type is
+// another where S is the type of their masters; Q: states. With kDraws numbers that are narrower than the arithmetic
+// are rounded stochastically, except weights with masters.
 template <class S, class G, class C = S, class Q = S, bool kDraws_ = false>
 struct Types {
   using Source = S;
@@ -314,12 +315,13 @@ struct Types {
   static constexpr bool kMasters = !std::is_same<S, C>::value;
   static constexpr bool kDrawsWeights = kDraws_ && !kMasters && sizeof(S) == 2;
   static constexpr bool kUniform = !kMasters && !kDraws && std::is_same<S, Q>::value && sizeof(S) == sizeof(G);
-  // Of a vector: 16 bytes of the narrowest that the optimizer owns. Eight where numbers are drawn, as they come.
+  // Elements of a vector: 16 bytes of the narrowest type that the optimizer owns. So they are eight where random
+  // numbers are drawn, which come in eights.
   static constexpr int kElements = Pack<S>::kElements > Pack<Q>::kElements ? Pack<S>::kElements : Pack<Q>::kElements;
-  // Computed at once: a whole word of each that is written.
+  // Elements that are computed at once: a whole word of each type that is written.
   static constexpr int kPiece = sizeof(C) == 2 || sizeof(Q) == 2 ? 2 : 1;
 
-  // What matters to each operation, so that formats share its kernels.
+  // The types that matter to each operation. Formats that differ in the others share its kernel.
   using Norm = Types<S, G>;
   using Climb = Types<S, G, C, S, kDrawsWeights>;
   using Restore = Types<S, S, C>;
@@ -328,7 +330,7 @@ struct Types {
 // ---- Values that one thread computes and all read. Functors have no default constructor, shared memory runs none.
 
 template <class T>
-struct Slot {
+struct Broadcast {
   alignas(8) unsigned char bytes[sizeof(T)];
   FASTSAM_DEVICE void put(const T& value) { memcpy(bytes, &value, sizeof(T)); }
   FASTSAM_DEVICE const T& get() const { return *reinterpret_cast<const T*>(bytes); }

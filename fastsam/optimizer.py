@@ -54,7 +54,8 @@ class FusedSAM(SavedOptimizer):
         eta: added to abs(w) in ASAM, >= 0; the paper's code uses 0.01 (see `asam_groups`).
         perturb: False leaves a group's weights, and its gradients in the norm, out of the perturbation.
         p: the norm in which the perturbation has length rho, in (1, inf] (eq. 2 of the paper). Another than 2 is slow,
-            by its powers in float64, but for inf, which needs no norm: e = rho T sign(g1). Not saved, as the next two.
+            by its powers in float64, but for inf, which needs no norm: e = rho T sign(g1). Values near 1 are fine, too:
+            with 1.001 nearly all of e lies where g1 is largest. Not saved, as the next two.
         perturb_with_weight_decay: perturb along the gradient of the loss with weight_decay/2 |w|^2 in it, as the
             paper's own code does; by default along the gradient alone, as the well-known PyTorch file does.
         max_grad_norm: clip the gradients of the second pass to this norm over all parameters, as

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastsam.memory.buckets import Buckets
+from fastsam.ops.numbers import q_norm
 
 
 class Stats(NamedTuple):
@@ -27,6 +28,11 @@ class Stats(NamedTuple):
     second_overflows: Tensor | None
 
 
+def _first_norm(sums: Tensor, q: float) -> Tensor | None:
+    """The norm that `perturb_` took; for p = inf, q = 1, there is none."""
+    return None if q == 1 else sums.sum().sqrt() if q == 2 else q_norm(sums, q)
+
+
 def read_stats(buckets: Buckets, losses: tuple[Any, Any], clipped: bool) -> Stats:
     """What the operations have written down, and the losses at w and at w + e where they are tensors."""
     loss, second_loss = losses
@@ -35,7 +41,7 @@ def read_stats(buckets: Buckets, losses: tuple[Any, Any], clipped: bool) -> Stat
         return Stats(None, None, None, None, None)
     device = buckets.overflows.device
     return Stats(
-        buckets.sums[device].sum() ** (1 / buckets.shared.q) if buckets.shared.q != 1 else None,
+        _first_norm(buckets.sums[device], buckets.shared.q),
         buckets.second_sums[device].sum().sqrt() if clipped else None,
         second_loss - loss if known else None,
         *buckets.overflows.clone(),

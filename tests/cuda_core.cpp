@@ -38,12 +38,14 @@ class HostContext {
   }
   void sync() {}
 
-  template <class T, int n>
-  void warp_sums(PerThread<Several<T, n>>& sums) {
+  template <class T, int n, class Combine>
+  void fold_warp(PerThread<Several<T, n>>& numbers, const Combine& combine) {
     for (int offset = 1; offset < kWarp; offset *= 2) {
-      const PerThread<Several<T, n>> before = sums;
+      const PerThread<Several<T, n>> before = numbers;
       for (int t = 0; t < kThreads; t++) {
-        for (int j = 0; j < n; j++) sums.own[t].each[j] += before.own[t ^ offset].each[j];
+        for (int j = 0; j < n; j++) {
+          numbers.own[t].each[j] = combine(before.own[t].each[j], before.own[t ^ offset].each[j]);
+        }
       }
     }
   }
@@ -224,12 +226,12 @@ using namespace fastsam::FASTSAM_ISA;
 // `format`: weight, grad, source, state, stochastic. Returns whether there are kernels for it.
 extern "C" bool fastsam_run(int operation, const int* format, const FASTSAM_ISA::Launch* launch) {
   const auto dtype = [&](int i) { return static_cast<Dtype>(format[i]); };
-  const int place = place_of(Format{dtype(0), dtype(1), dtype(2), dtype(3), format[4] != 0});
-  if (place == kKnownFormats) return false;
+  const int index = format_index(Format{dtype(0), dtype(1), dtype(2), dtype(3), format[4] != 0});
+  if (index == kKnownFormats) return false;
 #define FASTSAM_ROW(_, ...) runner<Types<__VA_ARGS__>>()
   static void (*const runs[])(int, const FASTSAM_ISA::Launch&) = {FASTSAM_FORMATS(FASTSAM_ROW, FASTSAM_ROW, )};
 #undef FASTSAM_ROW
-  runs[place](operation, *launch);
+  runs[index](operation, *launch);
   return true;
 }
 

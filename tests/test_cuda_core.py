@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cases
 import pytest
+import test_general_p
 import torch
 from rounding import (
     DTYPES,
@@ -69,7 +70,7 @@ def compiled(folder, name, *flags):
         pytest.skip("there is no C++ compiler")
     if not SOURCE.is_file() or not (ROOT / "csrc").is_dir():
         pytest.skip("the tests are not run from a source tree")
-    headers = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h"), SOURCE])
+    headers = sorted([*(ROOT / "csrc").rglob("*.h"), SOURCE])
     digest = hashlib.sha256(repr([compiler, flags, *(h.read_bytes() for h in headers)]).encode()).hexdigest()[:16]
     target = folder / f"{name}-{digest}"
     if not target.is_file():
@@ -507,10 +508,31 @@ def test_masters_and_random_numbers_have_the_references_bits(library, monkeypatc
     check_whole_steps(library, monkeypatch, config, dtype, **options)
 
 
-def check_whole_steps(library, monkeypatch, config, dtype, **options):
+@pytest.mark.parametrize("scale", test_general_p.SCALES)
+@pytest.mark.parametrize("p", test_general_p.PS)
+def test_every_p_and_every_size_of_gradients(library, monkeypatch, p, scale):
+    emulate(library, monkeypatch)
+    test_general_p.test_every_p_and_every_size_of_gradients("cpu", "cpu", p, scale)
+    test_general_p.test_every_p_with_the_weights_metric("cpu", "cpu", p, scale)
+
+
+@pytest.mark.parametrize("p", test_general_p.PS)
+def test_norms_for_other_p_that_are_0_or_not_finite(library, monkeypatch, p):
+    emulate(library, monkeypatch)
+    test_general_p.test_no_gradient_at_all_has_a_norm_of_0("cpu", "cpu", p)
+    for bad in (math.inf, -math.inf, math.nan):
+        test_general_p.test_one_element_that_is_not_finite_is_noticed("cpu", "cpu", p, bad)
+
+
+def emulate(library, monkeypatch):
+    """Let the kernels' bodies stand for the backend `cpu`."""
     if ops.backends()["cpu"] is not None:
         pytest.skip(f"no native library, whose tables this needs: {ops.backends()['cpu']}")
     monkeypatch.setitem(ops._OPERATIONS, "cpu", Emulated(library, 2, 7))
+
+
+def check_whole_steps(library, monkeypatch, config, dtype, **options):
+    emulate(library, monkeypatch)
     ours, theirs = cases.make_params(dtype), cases.make_params(dtype)
     opt, reference = cases.fused(ours, config, "cpu", **options), cases.fused(theirs, config, **options)
     for step in range(cases.STEPS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import cases
+import numpy as np
 import pytest
 import torch
 from oracle import bits
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 from fastsam import FusedSAM
 
 NAMES = ["matrix", "empty", "63", "above a chunk", "transposed", "two chunks and a row"]
+NAMES = NAMES[2:4] if cases.interpreted() else NAMES  # the interpreter is slow
 KINDS = {"sam": {}, "asam": dict(adaptive=True), "asam_eta": dict(adaptive=True, eta=0.03)}
 RHO = 0.7
 
@@ -95,6 +97,101 @@ def test_zero_gradients_perturb_nothing(backend, device):
 def test_norms_without_a_dual_one_are_refused(wrong):
     with pytest.raises(ValueError, match=r"p must be in \(1, inf\], got"):
         FusedSAM([Parameter(torch.ones(2))], torch.optim.SGD, p=wrong)
+
+
+# ---- p from 1.001 (q = 1001) to 1e6, gradients from 1e-8 to 1e8: sum(abs(g)^q) itself has no range for that.
+
+PS = [1.001, 1.01, 1.1, 1.5, 3.0, 1e3, 1e6]
+SCALES = [1e-8, 1.0, 1e8]
+DTYPES = torch.float32, torch.bfloat16, torch.float64  # a bucket each
+LENGTHS = [8192 + 65, 1, 0, 300] if cases.interpreted() else [2 * 8192 + 65, 1, 0, 300]
+
+
+def in_logarithms(t, g, p):
+    """The perturbation of length RHO and the norm, for T and gradients [n] in float64: sums of powers as logarithms.
+
+    NORM_EPS shortens the perturbation as it does for p = 2: rho g / (norm + eps) is norm / (norm + eps) too short.
+    """
+    t, g = t.numpy(), g.numpy()
+    with np.errstate(divide="ignore"):
+        size = np.log(t) + np.log(np.abs(g))
+    largest, q = size.max(), p / (p - 1)
+    norm = largest + np.log(np.exp(q * (size - largest)).sum()) / q
+    length = RHO * np.exp(norm) / (np.exp(norm) + 1e-12)
+    return torch.from_numpy(length * t * np.sign(g) * np.exp((size - norm) / (p - 1))), np.exp(norm)
+
+
+def near_the_largest(n, dtype, seed, scale):
+    """Gradients of which every second is close to the largest, where p near 1 still sees it; some are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(n, generator=generator, dtype=torch.float64).clamp(-3, 3)
+    close = 1 - (1e-3 * seed + torch.rand(n, generator=generator, dtype=torch.float64)) / 100
+    g[::2] = 4 * close[::2] * torch.where(g[::2] < 0, -1, 1)
+    g[5::7] = 0
+    g[3::11] *= 1e-30
+    return (g * scale).to(dtype)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("p", PS)
+def test_every_p_and_every_size_of_gradients(backend, device, p, scale):
+    shapes = [(n, dtype) for dtype in DTYPES for n in LENGTHS]
+    params = [Parameter(torch.zeros(n, dtype=dtype, device=device)) for n, dtype in [*shapes, (300, torch.float32)]]
+    opt = FusedSAM(params, torch.optim.SGD, rho=RHO, lr=0.1, p=p, backend=backend)
+    grads = [near_the_largest(n, dtype, i, scale) for i, (n, dtype) in enumerate(shapes)]
+    grads += [torch.zeros(300)]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.to(device)
+    opt.first_step()
+    g = torch.cat([grad.double() for grad in grads])
+    expected, norm = in_logarithms(torch.ones_like(g), g, p)
+    for param, e in zip(params, expected.split([len(grad) for grad in grads]), strict=True):
+        # The weights are 0, so w + e is e, rounded: twice to bfloat16. The power turns 2^-53 into some 1000 of these.
+        precision = max(2 * torch.finfo(param.dtype).eps, 1e-10)
+        torch.testing.assert_close(param.detach().double().cpu(), e, rtol=precision, atol=1e-40)
+    assert opt.stats().first_norm.item() == pytest.approx(norm, rel=1e-10)
+    assert opt.stats().first_overflows.item() == 0
+    opt.restore()
+    assert not any(param.any() for param in params)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("p", PS)
+def test_every_p_with_the_weights_metric(backend, device, p, scale):
+    """T in the compute type, T g in float64: rounded to float32, p = 1.001 shows it a thousandfold."""
+    for dtype, rtol, atol in ((torch.float32, 1e-6, 5e-7), (torch.float64, 1e-9, 1e-14)):
+        before, grads, e = climbed(backend, device, dtype, scale, p=p, **KINDS["asam_eta"])
+        t = (flat(before).to(dtype).abs() + 0.03).double()
+        expected, _ = in_logarithms(t, flat(grads), p)
+        torch.testing.assert_close(flat(e), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("p", [1.001, 3.0, 1e6])
+def test_one_element_that_is_not_finite_is_noticed(backend, device, p, bad):
+    params = [Parameter(torch.ones(n, dtype=dtype, device=device)) for n in LENGTHS for dtype in DTYPES]
+    opt = FusedSAM(params, torch.optim.SGD, rho=RHO, lr=0.1, p=p, backend=backend)
+    for count, place in enumerate((1, 3), start=1):  # in the last of two or more chunks, as the only element of one
+        for i, param in enumerate(params):
+            param.grad = torch.full_like(param, float(i))
+        params[place].grad[-1] = bad
+        opt.first_step()
+        assert all((param == 1).all() for param in params)
+        stats = opt.stats()
+        assert stats.first_norm.isnan() if math.isnan(bad) else stats.first_norm == math.inf
+        assert stats.first_overflows.item() == count
+        opt.restore()
+
+
+@pytest.mark.parametrize("p", PS)
+def test_no_gradient_at_all_has_a_norm_of_0(backend, device, p):
+    params = [Parameter(torch.ones(n, device=device)) for n in LENGTHS]
+    opt = FusedSAM(params, torch.optim.SGD, rho=RHO, lr=0.1, p=p, backend=backend)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    opt.first_step()
+    assert all((param == 1).all() for param in params)
+    assert (opt.stats().first_norm.item(), opt.stats().first_overflows.item()) == (0, 0)
 
 
 # ---- perturb_with_weight_decay.

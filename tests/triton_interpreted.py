@@ -26,7 +26,11 @@ from test_clipping import (  # noqa: F401
     test_overflows_of_either_pass_are_counted,
 )
 from test_general_p import (  # noqa: F401
+    test_every_p_and_every_size_of_gradients,
+    test_every_p_with_the_weights_metric,
     test_gradients_that_are_not_finite,
+    test_no_gradient_at_all_has_a_norm_of_0,
+    test_one_element_that_is_not_finite_is_noticed,
     test_zero_gradients_perturb_nothing,
 )
 from test_native import (  # noqa: F401

@@ -1,7 +1,8 @@
 // The loops, compiled once for each instruction set (FASTSAM_ISA names it). No templates of std, everything in the
 // set's namespace: the linker could keep the AVX-512 copy of a shared inline function for processors that cannot run
 // it.
-#include "../math.h"
+#include "../math/perturb.h"
+#include "../math/rules.h"
 #include "launch.h"
 #include "tile.h"
 
@@ -16,7 +17,7 @@ static Elements at(int64_t address, Dtype dtype, const Chunk& chunk) {
 // How many of n elements the tile that starts there has.
 static int tile_size(int start, int n) { return n - start < kTile ? n - start : kTile; }
 
-// ---- grad_norm: reads n (adaptive: 2n) elements, writes one partial sum a chunk.
+// ---- grad_norm: reads n (adaptive: 2n) elements, writes one partial sum a chunk; for q != 2 a norm, and reads twice.
 
 template <class T>
 static void add_pairs(const T* __restrict in, T* __restrict out, int n) {
@@ -59,19 +60,19 @@ static double chunk_sum(Elements w, Elements g, int n, const Row& row, bool time
   return fold(lanes, pairs, width);
 }
 
-// The sum of |T g|^q, in no order that is promised.
+// The q-norm of T g.
 template <class T>
-static double chunk_power_sum(Elements w, Elements g, int n, const Row& row, double q) {
-  const Steepest<T> steepest(row);
-  alignas(kLine) T w_tile[kTile], g_tile[kTile];
-  double sum = 0;
-  for (int start = 0; start < n; start += kTile) {
-    const int m = tile_size(start, n);
-    const T* const wt = load(w + start, w_tile, m);
-    const T* const gt = load(g + start, g_tile, m);
-    for (int i = 0; i < m; i++) sum += power(abs(steepest(wt[i], gt[i])), q);
-  }
-  return sum;
+static double chunk_norm(Elements w, Elements g, int n, const Row& row, double q) {
+  const PowerSteepest<T> steepest(row);
+  return q_norm(q, [&](const auto& f) {
+    alignas(kLine) T w_tile[kTile], g_tile[kTile];
+    for (int start = 0; start < n; start += kTile) {
+      const int m = tile_size(start, n);
+      const T* const wt = load(w + start, w_tile, m);
+      const T* const gt = load(g + start, g_tile, m);
+      for (int i = 0; i < m; i++) f(abs(steepest(wt[i], gt[i])));
+    }
+  });
 }
 
 template <class T>
@@ -89,7 +90,7 @@ static void grad_norm(const Launch& launch, int64_t begin, int64_t end) {
     const Elements w = at(format.masters() ? segment.master : segment.weight, format.source, chunk);
     const Elements g = at(address, format.grad, chunk);
     const bool times_weight = needs_weight(row) && !launch.plain;
-    launch.partials[c] = launch.q != 2 ? chunk_power_sum<T>(w, g, chunk.length, row, launch.q)
+    launch.partials[c] = launch.q != 2 ? chunk_norm<T>(w, g, chunk.length, row, launch.q)
                                        : chunk_sum<T>(w, g, chunk.length, row, times_weight);
   }
 }
@@ -139,8 +140,8 @@ static void perturb_chunk(const Launch& launch, const Segment& segment, const Ch
     if (!masters) store(backup + start, (w + start).address, m, launch.stream);
 #pragma GCC ivdep  // new_w may be wt
     for (int i = 0; i < m; i++) new_w[i] = perturb(wt[i], gt[i]);
-    const uint16_t* const chances = rounding.weights(start, kClimbStream, noise);
-    write(new_w, chances, w + start, m, launch.stream);
+    const uint16_t* const noise_or_null = rounding.weights(start, kClimbStream, noise);
+    write(new_w, noise_or_null, w + start, m, launch.stream);
   }
 }
 
@@ -152,11 +153,11 @@ static void perturb(const Launch& launch, int64_t begin, int64_t end) {
     if (!launch.grads[chunk.segment]) continue;
     const Row& row = launch.rows[segment.group];
     if (launch.q == 2) {
-      const Perturb<T> perturb(row, launch.sum);
+      const Perturb<T> perturb(row, launch.total);
       perturb_chunk<T>(launch, segment, chunk, perturb, perturb.scale == 0);
     } else {
-      const PowerPerturb<T> perturb(row, launch.sum, launch.q);
-      perturb_chunk<T>(launch, segment, chunk, perturb, perturb.rho == 0);
+      const PowerPerturb<T> perturb(row, launch.total, launch.q);
+      perturb_chunk<T>(launch, segment, chunk, perturb, perturb.scale == 0);
     }
   }
   store_fence(launch.stream);
@@ -220,8 +221,8 @@ static void update_chunk(const Launch& launch, const Update& update) {
       if (kStates >> k & 1) unload(state[k], rounding.states(start, k, noise), memory[k], m);
     }
     if (format.masters()) write(new_w, nullptr, update.source + start, m, launch.stream);
-    const uint16_t* const chances = rounding.weights(start, kStepStream, noise);
-    write(new_w, chances, w + start, m, launch.stream);
+    const uint16_t* const noise_or_null = rounding.weights(start, kStepStream, noise);
+    write(new_w, noise_or_null, w + start, m, launch.stream);
   }
 }
 

@@ -5,7 +5,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../math.h"
+#include "../math/norm.h"
+#include "../math/rules.h"
 
 namespace fastsam::cpu {
 
@@ -20,7 +21,7 @@ int64_t units(const Launch& launch) {
 }
 
 // Each thread takes a contiguous range of chunks with about the same number of elements.
-void run(const Launch& launch, const Loop (&loops)[2]) {
+void run_loop(const Launch& launch, const Loop (&loops)[2]) {
   const Loop loop = loops[launch.format.source == kFloat64];
   const auto first_at = [&](int64_t position) {
     const auto before = [](const Chunk& chunk, int64_t value) { return chunk.position < value; };
@@ -53,7 +54,12 @@ bool beyond_cache(const Launch& launch, int bytes) { return units(launch) * kUni
 }  // namespace
 
 double grad_norm(const Launch& launch) {
-  run(launch, kernels().grad_norm);
+  run_loop(launch, kernels().grad_norm);
+  if (launch.q != 2) {
+    return baseline::q_norm(launch.q, [&](const auto& f) {
+      for (int64_t i = 0; i < launch.n_chunks; i++) f(launch.partials[i]);
+    });
+  }
   double lanes[kSlots];
   const int width = baseline::tree_width(launch.n_chunks, kSlots);
   std::fill(lanes, lanes + width, 0.0);
@@ -68,14 +74,14 @@ void perturb(Launch& launch) {
   for (int64_t i = 0; i < launch.n_segments; i++) {
     if (launch.grads[i]) launch.perturbed[i] = true;
   }
-  if (launch.overflows && !baseline::is_finite(launch.sum)) launch.overflows[0]++;
+  if (launch.overflows && !baseline::is_finite(launch.total)) launch.overflows[0]++;
   launch.stream = beyond_cache(launch, perturb_bytes(launch.format));
-  run(launch, kernels().perturb);
+  run_loop(launch, kernels().perturb);
 }
 
 void update(Launch& launch) {
   launch.stream = launch.n_chunks > 0 && beyond_cache(launch, update_bytes(launch));
-  run(launch, kernels().update);
+  run_loop(launch, kernels().update);
   const bool found_inf = launch.found_inf && *launch.found_inf != 0;
   if (launch.overflows && found_inf) launch.overflows[1]++;
   // After all chunks, which read the counts; over segments, because an empty parameter has no chunk and counts too.

@@ -16,7 +16,7 @@ struct Launch {
   double* partials = nullptr;  // grad_norm: [n_chunks]
   bool plain = false;          // grad_norm: T = 1 in all groups
   double q = 2;                // grad_norm and perturb_: the norm's exponent
-  double sum = 0;              // perturb_: the squared norm over all buckets
+  double total = 0;            // perturb_: the squared norm over all buckets, for q != 2 the norm
   bool* perturbed = nullptr;   // [n_segments] whether the backup holds the weights: perturb_ sets it, update_ clears it
 
   int64_t* overflows = nullptr;  // [2] or null: steps without a perturbation, steps without an update
@@ -49,7 +49,7 @@ int64_t cache_size();
 const char* const* isas();
 bool use_isa(const char* name);
 
-double grad_norm(const Launch&);  // returns the bucket's sum of squares
+double grad_norm(const Launch&);  // returns the bucket's sum of squares, for q != 2 its norm
 void perturb(Launch&);
 void update(Launch&);
 

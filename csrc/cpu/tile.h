@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../math.h"
+#include "../math/numbers.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,8 +26,8 @@ struct Elements {
 };
 inline bool is_low(Dtype dtype) { return kSizes[dtype] == 2; }
 
-// ---- Load: n elements in the arithmetic's precision, where they are or in a tile. What is not for it comes back as it
-// is: checks.h keeps float64 by itself.
+// ---- Load: n elements in the arithmetic's precision. Low precision is widened into a tile; other elements are used
+// where they are. float64 is computed in float64, and checks.h lets no other dtype stand beside it.
 
 inline void widen_all(const bfloat16* from, float* tile, int n) {
   for (int i = 0; i < n; i++) tile[i] = widen(from[i]);
@@ -117,7 +117,8 @@ inline const uint16_t* draw(const Noise& noise, int64_t first, int stream, uint1
 }
 #endif
 
-// ---- Unload: a tile of results in storage precision, where it is or in `to`; rounded to nearest if `noise` is null.
+// ---- Unload: results in storage precision. Low precision is rounded into `to`, to nearest if `noise` is null; other
+// results stay in their tile. Returns where they are.
 
 template <class S>
 inline void narrow_all(const float* tile, const uint16_t* noise, S* to, int n) {
@@ -189,13 +190,13 @@ inline void store(Elements to, const char* from, int n, bool stream) {
   memcpy(to.address + i, from + i, bytes - i);
 }
 
-// Where a loop is to put results for `to`: there, or in a tile for write().
+// Where a loop puts its results for `to`: directly there, or in a tile that write() takes.
 template <class T>
 inline T* results(Elements to, T* tile, bool stream) {
   return stream || is_low(to.dtype) ? tile : reinterpret_cast<T*>(to.address);
 }
 
-// Round results, to nearest if `noise` is null, and write them, unless they are there.
+// Round results, to nearest if `noise` is null, and write them to `to`, unless they are there already.
 template <class T>
 inline void write(const T* tile, const uint16_t* noise, Elements to, int n, bool stream) {
   if (reinterpret_cast<const char*>(tile) == to.address) return;

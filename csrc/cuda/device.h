@@ -20,13 +20,16 @@ struct DeviceContext {
   }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 
-  // The adjacent pairs of the canonical tree, 5 levels.
-  template <class T, int n>
-  __device__ __forceinline__ void warp_sums(PerThread<Several<T, n>>& sums) const {
+  // Combine the numbers of a warp's threads in adjacent pairs, those of the canonical tree: 5 levels.
+  template <class T, int n, class Combine>
+  __device__ __forceinline__ void fold_warp(PerThread<Several<T, n>>& numbers, const Combine& combine) const {
 #pragma unroll
     for (int offset = 1; offset < kWarp; offset *= 2) {
 #pragma unroll
-      for (int j = 0; j < n; j++) sums.own.each[j] += __shfl_xor_sync(~0u, sums.own.each[j], offset);
+      for (int j = 0; j < n; j++) {
+        T& own = numbers.own.each[j];
+        own = combine(own, __shfl_xor_sync(~0u, own, offset));
+      }
     }
   }
 

@@ -20,7 +20,7 @@ struct Variants {
   void (*large)(const Arguments<kLargeWords>);
 };
 
-// By a format's place in kFormats; formats that an operation need not tell apart have the same kernels.
+// By a format's index in kFormats; formats that an operation need not tell apart have the same kernels.
 extern const Variants norm_kernels[], perturb_kernels[], power_norm_kernels[], power_perturb_kernels[];
 #define FASTSAM_ROW(name, ...) extern const Variants name##_kernels[];
 FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)

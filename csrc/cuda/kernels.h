@@ -1,11 +1,12 @@
 // grad_norm and perturb_, one thread block at a time, in phases: `ctx.threads` runs a phase for each thread, `ctx.sync`
 // lies between two. The GPU runs them with DeviceContext, the tests on a CPU with a context of their own. All
-// arithmetic is math.h's.
+// arithmetic is csrc/math's.
 //
 // A block issues its first loads before the barrier behind which the scalars are ready: about a hundred dependent
 // float64 operations of one thread, a microsecond or more.
 #pragma once
 
+#include "../math/perturb.h"
 #include "../walk.h"
 
 namespace fastsam::FASTSAM_ISA {
@@ -42,15 +43,15 @@ constexpr Format kFormats[] = {FASTSAM_FORMATS(FASTSAM_ROW, FASTSAM_ROW, )};
 #undef FASTSAM_ROW
 constexpr int kKnownFormats = sizeof(kFormats) / sizeof(Format);
 
-// Its place among them, kKnownFormats if it has none.
-inline int place_of(const Format& format) {
+// A format's index among them, kKnownFormats if there is no kernel for it.
+inline int format_index(const Format& format) {
   const auto same = [&](const Format& other) {
     return format.weight == other.weight && format.grad == other.grad && format.source == other.source &&
            format.state == other.state && format.stochastic == other.stochastic;
   };
-  int place = 0;
-  while (place < kKnownFormats && !same(kFormats[place])) place++;
-  return place;
+  int index = 0;
+  while (index < kKnownFormats && !same(kFormats[index])) index++;
+  return index;
 }
 
 // What a launch is told by value.
@@ -66,7 +67,7 @@ struct Header {
   int32_t masters;     // grad_norm: whether the weights are those
   int32_t n_sums, slot;
   double* partials;  // grad_norm: [n_chunks]
-  double* sums;      // [n_sums], the squared norm in parts; grad_norm writes that in `slot`
+  double* sums;      // [n_sums], the squared norm in parts (for q != 2 norms); grad_norm writes that in `slot`
   double q;          // grad_norm, perturb_: the norm's exponent
   double max_norm;   // grad_norm, where it writes a clip factor
   double* clip;      // [1] or null, as the two below: grad_norm writes it, update_ reads it
@@ -132,11 +133,11 @@ FASTSAM_DEVICE T pair_sum(const T* x) {
 
 // n values as another type, rounded to nearest where that is narrower.
 template <class C, class S, int n>
-FASTSAM_DEVICE Run<C, n> converted(const Run<S, n>& values) {
+FASTSAM_DEVICE Values<C, n> converted(const Values<S, n>& values) {
   if constexpr (std::is_same<C, S>::value) {
     return values;
   } else {
-    Run<C, n> result;
+    Values<C, n> result;
     FASTSAM_UNROLL
     for (int at = 0; at < n; at += 2) {
       const float x[2] = {Pack<S>::get(values, at), Pack<S>::get(values, at + 1)};
@@ -150,7 +151,7 @@ FASTSAM_DEVICE Run<C, n> converted(const Run<S, n>& values) {
 template <class C, class S>
 FASTSAM_DEVICE void copy_part(C* to, const S* from, int n, int t) {
   constexpr int kElements = Pack<S>::kElements, kStride = kThreads * kElements, kUnroll = 4;
-  using Copy = Run<C, kElements>;
+  using Copy = Values<C, kElements>;
   const int full = n - n % kElements, to_width = width_at(to, Copy::kWidth), from_width = width_at(from);
   int i = t * kElements;
   if (to_width == Copy::kWidth && from_width == kVector) {
@@ -187,9 +188,9 @@ FASTSAM_DEVICE uint32_t first_block(const Chunk& chunk, int begin) {
   return static_cast<uint32_t>(chunk.start) * (kUnit / 8) + begin / 8;
 }
 
-// The random numbers of the eight elements from i on, a multiple of 8; none if nothing is drawn.
+// The random numbers of the eight elements from i on, a multiple of 8. Without kDrawn they are not used.
 template <bool kDrawn>
-FASTSAM_DEVICE Random random_at(const Slot<Noise>& noise, uint32_t first, int i, int stream) {
+FASTSAM_DEVICE Random random_at(const Broadcast<Noise>& noise, uint32_t first, int i, int stream) {
   if constexpr (kDrawn) {
     return noise.get()(first + i / 8, stream);
   } else {
@@ -199,7 +200,7 @@ FASTSAM_DEVICE Random random_at(const Slot<Noise>& noise, uint32_t first, int i,
 
 // The bits of element i.
 template <class S, bool kDrawn, class T>
-FASTSAM_DEVICE uint64_t rounded(T x, const Slot<Noise>& noise, uint32_t first, int i, int stream) {
+FASTSAM_DEVICE uint64_t rounded(T x, const Broadcast<Noise>& noise, uint32_t first, int i, int stream) {
   if constexpr (kDrawn) {
     return Pack<S>::drawn(x, number_of(noise.get()(first + i / 8, stream), i % 8));
   } else {
@@ -227,7 +228,7 @@ FASTSAM_DEVICE auto lane_sums(const S* w, const G* g, int n, const Steepest<type
   using T = typename Compute<S>::type;
   constexpr int kGroups = NormShared<G>::kGroups, kElements = Pack<G>::kElements, kStride = kThreads * kElements;
   constexpr int kRows = kChunk / kLanes;
-  using Weights = Run<S, kElements>;
+  using Weights = Values<S, kElements>;
   const int full = n - n % kElements;
   const int w_width = kTimesWeight ? width_at(w, Weights::kWidth) : Weights::kWidth, g_width = width_at(g);
   T acc[kGroups][kElements] = {};
@@ -297,30 +298,47 @@ FASTSAM_DEVICE auto lane_sums(const S* w, const G* g, int n, const Steepest<type
   return sums;
 }
 
-// Before: a sum a thread. After and a barrier: one a warp in `warps`.
-template <class Ctx, class T, int kGroups, class PerThread>
-FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& sums, T (&warps)[kGroups][kWarps]) {
-  ctx.warp_sums(sums);
+struct Plus {
+  template <class T>
+  FASTSAM_DEVICE T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Maximum {
+  template <class T>
+  FASTSAM_DEVICE T operator()(T a, T b) const {
+    return maximum(a, b);
+  }
+};
+
+// Before: a number a thread. After: one a warp in `warps`, the sum, or what else Combine makes of its threads' numbers.
+template <class Combine = Plus, class Ctx, class T, int kGroups, class PerThread>
+FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& numbers, T (&warps)[kGroups][kWarps]) {
+  ctx.fold_warp(numbers, Combine());
   ctx.threads([&](int t) {
     FASTSAM_UNROLL
     for (int j = 0; j < kGroups; j++) {
-      if (t % kWarp == 0) warps[j][t / kWarp] = sums[t].each[j];
+      if (t % kWarp == 0) warps[j][t / kWarp] = numbers[t].each[j];
     }
   });
   ctx.sync();
 }
 
-// Thread 0 knows the block's partial sum; the last block to arrive sees those of all: lane i mod 1024 takes them in
-// order.
+// Write the block's partial sum, which thread 0 knows. True in the last block to arrive, which then sees all blocks'.
 template <class Shared, class Ctx, class A, class Partial>
-FASTSAM_DEVICE void sum_partials(Ctx& ctx, const A& args, Shared& shared, const Partial& partial) {
+FASTSAM_DEVICE bool write_partial(Ctx& ctx, const A& args, Shared& shared, const Partial& partial) {
   ctx.threads([&](int t) {
     if (t != 0) return;
     if (ctx.block() < args.n_chunks) args.partials[ctx.block()] = partial();
     shared.last = ctx.arrive(args.ticket);
   });
   ctx.sync();
-  if (!shared.last) return;
+  return shared.last;
+}
+
+// The last block adds all partial sums: lane i mod 1024 takes them in order.
+template <class Shared, class Ctx, class A>
+FASTSAM_DEVICE void sum_partials(Ctx& ctx, const A& args, Shared& shared) {
   constexpr int kEach = kSlots / kThreads;
   typename Ctx::template PerThread<Several<double, 1>> sums;
   ctx.threads([&](int t) {
@@ -368,12 +386,13 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<typename F::G
       fold_warps(ctx, sums, shared.warps);
     }
   }
-  sum_partials(ctx, args, shared, [&] {
+  const bool last = write_partial(ctx, args, shared, [&] {
     T groups[Shared::kGroups];
     FASTSAM_UNROLL
     for (int j = 0; j < Shared::kGroups; j++) groups[j] = address ? pair_sum<kWarps>(shared.warps[j]) : T(0);
     return static_cast<double>(pair_sum<Shared::kGroups>(groups));
   });
+  if (last) sum_partials(ctx, args, shared);
 }
 
 // ---- perturb_: reads 2n, writes 2n elements, n where a master is the backup; descending: starts on what grad_norm
@@ -381,26 +400,48 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<typename F::G
 
 template <class F>
 struct PerturbShared {
-  Slot<Perturb<typename F::T>> perturb;
-  Slot<Noise> noise;  // where weights are drawn
+  Broadcast<Perturb<typename F::T>> perturb;
+  Broadcast<Noise> noise;  // where weights are drawn
 };
 
 constexpr int kPerturbUnroll = 2;
 
 template <class F>
 struct PerturbTile {
-  Run<typename F::Source, F::kElements> w;
-  Run<typename F::Grad, F::kElements> g;
+  Values<typename F::Source, F::kElements> w;
+  Values<typename F::Grad, F::kElements> g;
 };
 
-// One block of the grid tells whether the norm was finite.
-template <class Ctx, class A>
-FASTSAM_DEVICE void count_overflow(Ctx& ctx, const A& args) {
+// One block of the grid counts a norm that is not finite.
+template <class Ctx, class A, class Total>
+FASTSAM_DEVICE void count_overflow(Ctx& ctx, const A& args, const Total& total) {
   if (!args.overflows || ctx.block() != 0) return;
   ctx.threads([&](int t) {
-    if (t == 0 && !is_finite(ordered_sum(args))) args.overflows[0]++;
+    if (t == 0 && !is_finite(total(args))) args.overflows[0]++;
   });
 }
+
+// Where a block of perturb_ finds its part of a segment.
+template <class F>
+struct PerturbOperands {
+  const Segment* segment;
+  typename F::Weight* w;             // the model's weights
+  typename F::Source* kept;          // where the old weights are kept: the masters, or the backup
+  const typename F::Source* source;  // where the old weights are read: the masters, or the weights
+  const typename F::Grad* g;
+  uint32_t first;  // block of the segment's random numbers
+
+  template <class A>
+  FASTSAM_DEVICE PerturbOperands(const A& args, const Part& part, const Chunk& chunk, int64_t grad)
+      : segment(args.segments + chunk.segment) {
+    w = element_of<typename F::Weight>(segment->weight, chunk, part.begin);
+    kept = element_of<typename F::Source>(F::kMasters ? segment->master : segment->backup, chunk, part.begin);
+    source = kept;
+    if constexpr (!F::kMasters) source = w;
+    g = element_of<const typename F::Grad>(grad, chunk, part.begin);
+    first = first_block(chunk, part.begin);
+  }
+};
 
 template <class F, class Ctx, class A>
 FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& shared) {
@@ -410,37 +451,31 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
   using T = typename F::T;
   constexpr int kElements = F::kElements, kStride = kThreads * kElements, kUnroll = kPerturbUnroll;
   using Tile = PerturbTile<F>;
-  using Sources = Run<S, kElements>;
-  using Direction = Run<G, kElements>;
-  using Weights = Run<C, kElements>;
+  using Sources = Values<S, kElements>;
+  using Direction = Values<G, kElements>;
+  using Weights = Values<C, kElements>;
   const Part part = part_of(ctx.blocks() - 1 - ctx.block(), args.split_bits);
   const Chunk chunk = args.chunks[part.chunk];
-  const int64_t address = args.grad(chunk.segment);
+  const int64_t grad = args.grad(chunk.segment);
   const int n = part_length(part, chunk), full = n - n % kElements;
-  count_overflow(ctx, args);
-  if (!address || n == 0) return;
-  const Segment* const segment = args.segments + chunk.segment;
-  C* const w = element_of<C>(segment->weight, chunk, part.begin);
-  S* const kept = element_of<S>(F::kMasters ? segment->master : segment->backup, chunk, part.begin);
-  const S* source = kept;
-  if constexpr (!F::kMasters) source = w;
-  const G* const g = element_of<const G>(address, chunk, part.begin);
-  const uint32_t first = first_block(chunk, part.begin);
-  const int w_width = width_at(w, Weights::kWidth), g_width = width_at(g, Direction::kWidth);
+  count_overflow(ctx, args, [](const A& a) { return ordered_sum(a); });
+  if (!grad || n == 0) return;
+  const PerturbOperands<F> own(args, part, chunk, grad);
+  const int w_width = width_at(own.w, Weights::kWidth), g_width = width_at(own.g, Direction::kWidth);
   const int source_width = F::kMasters ? Sources::kWidth : w_width;
   const bool aligned = w_width == Weights::kWidth && g_width == Direction::kWidth;
 
   typename Ctx::template PerThread<Several<Tile, kUnroll>> tiles;
   const auto load_tile = [&](Tile& tile, int i, int source_bytes, int g_bytes) {
     if (i >= full) return;
-    tile.w = load_words<Sources, Hint::kOnce>(source + i, source_bytes);
-    tile.g = load_words<Direction, Hint::kOnce>(g + i, g_bytes);
+    tile.w = load_words<Sources, Hint::kOnce>(own.source + i, source_bytes);
+    tile.g = load_words<Direction, Hint::kOnce>(own.g + i, g_bytes);
   };
   ctx.threads([&](int t) {
     if (t == 0) {
-      const Row row = args.row(segment->group);
+      const Row row = args.row(own.segment->group);
       shared.perturb.put(Perturb<T>(row, ordered_sum(args)));
-      if constexpr (F::kDrawsWeights) shared.noise.put(Noise(row, segment->index, *args.rounding));
+      if constexpr (F::kDrawsWeights) shared.noise.put(Noise(row, own.segment->index, *args.rounding));
     }
     FASTSAM_UNROLL
     for (int u = 0; u < kUnroll; u++) {
@@ -450,14 +485,14 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
   ctx.sync();
   ctx.threads([&](int t) {
     const Perturb<T> perturb = shared.perturb.get();
-    if (perturb.scale == 0) {  // the weights stay, those with masters are these, rounded; the backup is written
-      if constexpr (!F::kMasters) copy_part(kept, w, n, t);
+    if (perturb.scale == 0) {  // the weights stay as they are; without masters the backup is written all the same
+      if constexpr (!F::kMasters) copy_part(own.kept, own.w, n, t);
       return;
     }
     const auto climb_and_store = [&](Tile& tile, int i, int width) {
       if (i >= full) return;
-      if constexpr (!F::kMasters) store_words<Hint::kOnce>(kept + i, tile.w);
-      const Random random = random_at<F::kDrawsWeights>(shared.noise, first, i, kClimbStream);
+      if constexpr (!F::kMasters) store_words<Hint::kOnce>(own.kept + i, tile.w);
+      const Random random = random_at<F::kDrawsWeights>(shared.noise, own.first, i, kClimbStream);
       FASTSAM_UNROLL
       for (int at = 0; at < kElements; at += F::kPiece) {  // in place, which spares registers
         T x[F::kPiece];
@@ -467,7 +502,7 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
         }
         put<S, F::kDrawsWeights, F::kPiece>(tile.w, at, x, random);
       }
-      store_words<Hint::kKeep>(w + i, converted<C, S, kElements>(tile.w), width);
+      store_words<Hint::kKeep>(own.w + i, converted<C, S, kElements>(tile.w), width);
     };
     int i = t * kElements;
     if (aligned) {
@@ -491,10 +526,11 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
     }
     if (full + t < n) {
       const int at = full + t;
-      const uint64_t old = load_bits<S, Hint::kOnce>(source + at);
-      const T x = perturb(Pack<S>::widened(old), Pack<G>::widened(load_bits<G, Hint::kOnce>(g + at)));
-      if constexpr (!F::kMasters) store_bits<S, Hint::kOnce>(kept + at, old);
-      store_bits<C, Hint::kKeep>(w + at, rounded<C, F::kDrawsWeights>(x, shared.noise, first, at, kClimbStream));
+      const uint64_t old = load_bits<S, Hint::kOnce>(own.source + at);
+      const T x = perturb(Pack<S>::widened(old), Pack<G>::widened(load_bits<G, Hint::kOnce>(own.g + at)));
+      if constexpr (!F::kMasters) store_bits<S, Hint::kOnce>(own.kept + at, old);
+      const uint64_t bits = rounded<C, F::kDrawsWeights>(x, shared.noise, own.first, at, kClimbStream);
+      store_bits<C, Hint::kKeep>(own.w + at, bits);
     }
   });
 }

@@ -86,12 +86,12 @@ cudaError_t launch_with(void (*kernel)(const Arguments<kWords>), const Header& h
 }
 
 const Variants& variants_of(const Variants* kernels, const gpu::Launch& launch) {
-  return kernels[place_of(launch.format)];
+  return kernels[format_index(launch.format)];
 }
 
 // Run a kernel with what it is told by value, or, where that is too much, from the device's tables.
-cudaError_t run(const Variants* kernels, const gpu::Launch& launch, Header header, uint32_t* ticket,
-                bool whole_chunks) {
+cudaError_t launch_kernel(const Variants* kernels, const gpu::Launch& launch, Header header, uint32_t* ticket,
+                          bool whole_chunks) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaSetDevice(launch.device);
@@ -148,7 +148,8 @@ cudaError_t grad_norm(const gpu::Launch& launch) {
                                                 [](const Row& row) { return needs_weight(row); });
   header.masters = launch.format.masters();
   header.q = launch.q;
-  return run(launch.q == 2 ? norm_kernels : power_norm_kernels, launch, header, &control_of(launch)->norm_ticket, true);
+  const Variants* const kernels = launch.q == 2 ? norm_kernels : power_norm_kernels;
+  return launch_kernel(kernels, launch, header, &control_of(launch)->norm_ticket, true);
 }
 
 cudaError_t perturb(const gpu::Launch& launch) {
@@ -159,7 +160,7 @@ cudaError_t perturb(const gpu::Launch& launch) {
   header.overflows = launch.overflows;
   header.rounding = launch.rounding;
   header.q = launch.q;
-  return run(launch.q == 2 ? perturb_kernels : power_perturb_kernels, launch, header, nullptr, false);
+  return launch_kernel(launch.q == 2 ? perturb_kernels : power_perturb_kernels, launch, header, nullptr, false);
 }
 
 const Variants* update_kernels(const gpu::Launch& launch) {
@@ -176,7 +177,7 @@ cudaError_t update(const gpu::Launch& launch) {
   header.clip = launch.clip;
   header.overflows = launch.overflows;
   header.rounding = launch.rounding;
-  return run(update_kernels(launch), launch, header, &control_of(launch)->update_ticket, false);
+  return launch_kernel(update_kernels(launch), launch, header, &control_of(launch)->update_ticket, false);
 }
 
 // Loads what a step will launch, too: CUDA loads a kernel when it is first asked for, which may not be while capturing.
@@ -202,7 +203,7 @@ namespace fastsam::gpu {
 
 using namespace fastsam::FASTSAM_ISA;
 
-bool has_kernels(const Format& format) { return place_of(format) < kKnownFormats; }
+bool has_kernels(const Format& format) { return format_index(format) < kKnownFormats; }
 const char* grad_norm(const Launch& launch) { return message(FASTSAM_ISA::grad_norm(launch)); }
 const char* perturb(const Launch& launch) { return message(FASTSAM_ISA::perturb(launch)); }
 const char* update(const Launch& launch) { return message(FASTSAM_ISA::update(launch)); }

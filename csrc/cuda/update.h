@@ -2,6 +2,7 @@
 // as grad_norm.
 #pragma once
 
+#include "../math/rules.h"
 #include "kernels.h"
 
 namespace fastsam::FASTSAM_ISA {
@@ -34,7 +35,6 @@ struct KernelRow {
 #define FASTSAM_ROW(name, rule, states) {rule, states},
 constexpr KernelRow kKernels[] = {FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)};
 #undef FASTSAM_ROW
-constexpr int kUpdateKernels = sizeof(kKernels) / sizeof(KernelRow);
 
 inline int kernel_for(Rule rule, const Row* rows, int64_t n_groups) {
   int states = 0;
@@ -47,15 +47,15 @@ inline int kernel_for(Rule rule, const Row* rows, int64_t n_groups) {
 template <Rule kRule, class F>
 struct UpdateShared {
   using T = typename F::T;
-  Slot<Gradient<T>> gradient;
-  Slot<Noise> noise;                                          // where something is drawn
-  Slot<typename RuleOf<kRule>::template Functor<T, 0>> rule;  // of the same members for all sets of states
+  Broadcast<Gradient<T>> gradient;
+  Broadcast<Noise> noise;                                          // where something is drawn
+  Broadcast<typename RuleOf<kRule>::template Functor<T, 0>> rule;  // of the same members for all sets of states
   bool last;
 
   template <class R>
-  FASTSAM_DEVICE Slot<R>& rule_as() {
-    static_assert(sizeof(Slot<R>) == sizeof(rule), "the functor fits");
-    return reinterpret_cast<Slot<R>&>(rule);
+  FASTSAM_DEVICE Broadcast<R>& rule_as() {
+    static_assert(sizeof(Broadcast<R>) == sizeof(rule), "the functor fits");
+    return reinterpret_cast<Broadcast<R>&>(rule);
   }
 };
 template <class F>
@@ -74,9 +74,9 @@ struct UpdatePart {  // of one chunk
 
 template <class F>
 struct UpdateTile {
-  Run<typename F::Source, F::kElements> w;
-  Run<typename F::Grad, F::kElements> g;
-  Run<typename F::State, F::kElements> state[kMaxStates];  // those not used take no registers
+  Values<typename F::Source, F::kElements> w;
+  Values<typename F::Grad, F::kElements> g;
+  Values<typename F::State, F::kElements> state[kMaxStates];  // those not used take no registers
 };
 // Vectors at once: two of few loads.
 template <class F, int kStates>
@@ -96,10 +96,10 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
   using R = typename RuleOf<kRule>::template Functor<T, kStates>;
   using Tile = UpdateTile<F>;
   constexpr int kElements = F::kElements, kStride = kThreads * kElements, kUnroll = kUpdateUnroll<F, kStates>;
-  using Sources = Run<S, kElements>;
-  using Direction = Run<G, kElements>;
-  using Weights = Run<C, kElements>;
-  using States = Run<Q, kElements>;
+  using Sources = Values<S, kElements>;
+  using Direction = Values<G, kElements>;
+  using Weights = Values<C, kElements>;
+  using States = Values<Q, kElements>;
   const int n = part.n, full = n - n % kElements;
   C* const w = element_of<C>(part.segment->weight, part.chunk, part.begin);
   S* const source = element_of<S>(part.source, part.chunk, part.begin);  // a master is written, too

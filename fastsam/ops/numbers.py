@@ -86,6 +86,18 @@ def raised(x: Tensor, exponent: float) -> Tensor:
     return torch.where(x == 0, 0.0, torch.exp2(exponent * torch.log2(x)))
 
 
+def q_norm(x: Tensor, q: float) -> Tensor:
+    """[]: the norm `sum(x^q)^(1/q)` of `x` [n] float64, >= 0, as m sum((x / m)^q)^(1/q) where m is the largest.
+
+    It is m where that is 0, infinite or NaN.
+    """
+    if x.numel() == 0:
+        return x.new_zeros(())
+    largest = x.amax()
+    norm = largest * raised(raised(x / largest, q).sum(), 1 / q)
+    return torch.where((largest > 0) & largest.isfinite(), norm, largest)
+
+
 def round_stochastically(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
     """Round x (float32) to bfloat16 or float16, up or down with the odds that make the result right on average.
 

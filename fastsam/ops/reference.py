@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsam.bases.rules import ADAPTIVE, DECAYS, MAXIMIZE, Row
 from fastsam.ops.formats import LOW_DTYPES
-from fastsam.ops.numbers import fma, philox, raised, round_stochastically, sqrt, widen
+from fastsam.ops.numbers import fma, philox, q_norm, raised, round_stochastically, sqrt, widen
 from fastsam.ops.reference_rules import FORMULAS, columns_of
 from fastsam.ops.tables import Operand, Tables
 
@@ -44,10 +44,13 @@ class Clip(NamedTuple):
 
 
 def grad_norm(tables: Tables, grads: Sequence[Tensor | None], out: Tensor, *, clip: Clip | None = None) -> None:
-    """Write `sum(abs(T g)^q)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM), q = 2 if p = 2.
+    """Write `sum((T g)^2)` over the bucket into its slot; T = 1 (SAM) or abs(w) + eta (ASAM).
 
     The sum of squares is one canonical tree: 2,048 lanes a chunk, folded in adjacent pairs, then float64 over 1,024
     lanes of chunks. The same bits come out of every backend, block size and thread count.
+
+    For another p than 2 the slot gets the norm `sum(abs(T g)^q)^(1/q)` instead, as the norm of the chunks' norms: for
+    p near 1 q is large, and a sum of powers would be 0 or infinite.
 
     Args:
         tables: the bucket.
@@ -58,14 +61,17 @@ def grad_norm(tables: Tables, grads: Sequence[Tensor | None], out: Tensor, *, cl
     Equivalent to:
         out[tables.slot] = sum((T * g).double().square().sum() for g in grads)
     """
+    powers = tables.q != 2 and clip is None
     tables.partials.zero_()
     for segment, grad in zip(tables.segments, grads, strict=True):
         if grad is not None and segment.numel > 0:
             w, g = widen(segment.source(False)), widen(segment.flat(grad))
-            x = g if clip is not None else _steepest(w, g, tables.rows[segment.group])
-            powers = tables.q != 2 and clip is None
-            tables.partials[segment.chunks] = _chunk_power_sums(x, tables.q) if powers else _chunk_sums(x).double()
-    out[tables.slot] = _slot_sum(tables.partials)
+            row = tables.rows[segment.group]
+            if powers:
+                tables.partials[segment.chunks] = _chunk_norms(_power_steepest(w, g, row), tables.q)
+            else:
+                tables.partials[segment.chunks] = _chunk_sums(g if clip is not None else _steepest(w, g, row)).double()
+    out[tables.slot] = q_norm(tables.partials, tables.q) if powers else _slot_sum(tables.partials)
     if clip is not None:
         clip.factor.copy_(clip_factor(clip, out))
 
@@ -93,13 +99,13 @@ def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> No
         tables: the bucket; `tables.perturbed` is set where the backup was written, a norm that is not finite is
             counted in `tables.overflows`.
         grads: one gradient or None a segment; None leaves weight and backup alone.
-        sums: [n_buckets] float64, added in order: the squared norm over all buckets.
+        sums: [n_buckets] float64, added in order: the squared norm over all buckets; for another p than 2 their norm is
+            the norm over all buckets.
 
     Equivalent to:
         backup.copy_(w); w.add_(g * (rho / (norm + 1e-12)))
     """
-    total = _ordered_sum(sums)
-    norm = (sqrt(total) if tables.q == 2 else raised(total, 1 / tables.q)) + NORM_EPS
+    norm = sqrt(_ordered_sum(sums)) + NORM_EPS if tables.q == 2 else q_norm(sums, tables.q)
     if tables.overflows is not None:
         tables.overflows[0] += ~norm.isfinite()
     for i, (segment, grad) in enumerate(zip(tables.segments, grads, strict=True)):
@@ -111,11 +117,14 @@ def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> No
             segment.backup.copy_(source)
         tables.perturbed[i] = True
         w, g = widen(source), widen(segment.flat(grad))
-        scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0).to(w.dtype)
+        if tables.q == 2:
+            scale = torch.where(norm.isfinite(), torch.full_like(norm, row.rho) / norm, 0.0).to(w.dtype)
+        else:
+            scale = _power_scale(norm, tables.q, row)
         if row.flags & MAXIMIZE:
             scale = -scale
         # A zero scale is a branch, never a product: 0 * inf is NaN.
-        e = _climb(w, g, scale, row) if tables.q == 2 else _power_climb(w, g, norm, tables.q, row)
+        e = _climb(w, g, scale, row) if tables.q == 2 else _power_climb(w, g, scale, norm, tables.q, row)
         _store_weights(tables, segment, torch.where(scale != 0, w + e, w), CLIMB)
 
 
@@ -216,17 +225,34 @@ def _climb(w: Tensor, g: Tensor, scale: Tensor, row: Row) -> Tensor:
     return (t * (t * g)) * scale
 
 
-def _power_climb(w: Tensor, g: Tensor, norm: Tensor, q: float, row: Row) -> Tensor:
-    """The perturbation for general p: e = rho T sign(g) (|T g| / norm)^(q - 1), in float64; it maximises <e, g>.
+def _metric(w: Tensor, row: Row) -> Tensor | float:
+    """T for general p, in float64."""
+    return (w.abs() + row.eta).double() if row.flags & ADAPTIVE else 1.0
 
-    For p = inf, q = 1, it is rho T sign(g), and 0 for each element that is not finite.
+
+def _power_steepest(w: Tensor, g: Tensor, row: Row) -> Tensor:
+    """T g for general p, in float64: rounded to less, it might be longer than the norm, and the power shows it."""
+    return _loss_gradient(w, g, row).double() * _metric(w, row)
+
+
+def _power_scale(norm: Tensor, q: float, row: Row) -> Tensor:
+    """The length of the perturbation for general p: rho, shortened by NORM_EPS as for p = 2; 0 for none.
+
+    NORM_EPS is not added to the norm itself, because the power q - 1 would enlarge its share a thousandfold.
     """
-    t = (w.abs() + row.eta).double() if row.flags & ADAPTIVE else 1.0
-    x = _loss_gradient(w, g, row).double() * t
-    e = -row.rho if row.flags & MAXIMIZE else row.rho
+    rho = torch.full_like(norm, row.rho)
+    return rho if q == 1 else torch.where(norm.isfinite(), rho * (norm / (norm + NORM_EPS)), 0.0)
+
+
+def _power_climb(w: Tensor, g: Tensor, scale: Tensor, norm: Tensor, q: float, row: Row) -> Tensor:
+    """The perturbation for general p: e = scale T sign(g) (|T g| / norm)^(q - 1), in float64; it maximises <e, g>.
+
+    For p = inf, q = 1, it is scale T sign(g), and 0 for each element that is not finite.
+    """
+    t, x = _metric(w, row), _power_steepest(w, g, row)
     if q == 1:
-        return torch.where(x.isfinite(), e * t * x.sign(), 0.0).to(w.dtype)
-    return (e * t * (x.sign() * raised(x.abs() / norm, q - 1))).to(w.dtype)
+        return torch.where(x.isfinite(), scale * t * x.sign(), 0.0).to(w.dtype)
+    return (scale * t * (x.sign() * raised(x.abs() / norm, q - 1))).to(w.dtype)
 
 
 def _store_weights(tables: Tables, segment: Operand, w: Tensor, stream: int) -> None:
@@ -267,10 +293,9 @@ def _chunk_sums(x: Tensor) -> Tensor:
     return _fold(acc)
 
 
-def _chunk_power_sums(x: Tensor, q: float) -> Tensor:
-    """[chunks] float64: the sum of abs(x)^q over each 8,192 elements; float32 would underflow for p near 1."""
-    powers = raised(x.double().abs(), q)
-    return torch.stack([part.sum() for part in torch.split(powers, CHUNK)])
+def _chunk_norms(x: Tensor, q: float) -> Tensor:
+    """[chunks] float64: the q-norm of each 8,192 elements of `x` [n] float64."""
+    return torch.stack([q_norm(part, q) for part in torch.split(x.abs(), CHUNK)])
 
 
 def _slot_sum(partials: Tensor) -> Tensor:

@@ -284,22 +284,101 @@ def _raise(x, exponent):
 
 
 @triton.jit
-def _chunk_power_sum(
+def _larger(a, b):
+    # torch.maximum: a NaN on either side stays.
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def _largest(lanes):
+    # The largest of numbers >= 0; a NaN or an infinity stays, also where `tl.max` passes over a NaN.
+    finite = lanes - lanes == 0
+    return tl.max(tl.where(finite, lanes, 0.0)) + tl.sum(tl.where(finite, 0.0, lanes))
+
+
+@triton.jit
+def _term(x, largest, q):
+    # What a number adds to the sum in a norm, (x / m)^q.
+    return _raise(x / largest, q)
+
+
+@triton.jit
+def _norm_of(largest, total, q):
+    # The q-norm m sum((x / m)^q)^(1/q), where m is the largest; m where that is 0, infinite or NaN.
+    return tl.where((largest > 0) & (largest < float("inf")), largest * _raise(total, 1.0 / q), largest)
+
+
+@triton.jit
+def _power_steepest(w, g, metric):
+    # T and T g for general p, in float64: rounded to less, T g might exceed the norm, and the power would show it.
+    eta, adaptive, _ = metric
+    t = tl.where(adaptive, (tl.abs(w) + eta).to(tl.float64), 1.0)
+    return t, _loss_gradient(w, g, metric, True).to(tl.float64) * t
+
+
+@triton.jit
+def _sizes(w, g, o, length, metric, WIDE: tl.constexpr):
+    # [COUNTED]: |T g| from element `o` on; beyond the chunk's end the gradient is 0, and so is T g.
+    at = o + tl.arange(0, COUNTED)
+    wide, direction = _widen(_load(w, at, length, 0)), _widen(_load(g, at, length, 0)).to(WIDE)
+    return tl.abs(_power_steepest(wide, direction, metric)[1])
+
+
+@triton.jit
+def _chunk_norm(
     source, grad, start, length, row, q,
     SOURCE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    # The sum of |T g|^q, in no order that is promised.
+    # The q-norm of a chunk's T g.
     w, g = _pointer(source, start, SOURCE, 0), _pointer(grad, start, GRAD, 0)
     metric = _metric(row, WIDE)
+    lanes = tl.zeros([COUNTED], tl.float64)
+    o = 0
+    while o < length:
+        lanes = _larger(lanes, _sizes(w, g, o, length, metric, WIDE))
+        o += COUNTED
+    largest = _largest(lanes)
     total = tl.zeros([COUNTED], tl.float64)
     o = 0
     while o < length:
-        at = o + tl.arange(0, COUNTED)
-        wide, direction = _widen(_load(w, at, length, 0)), _widen(_load(g, at, length, 0)).to(WIDE)
-        x = _steepest(wide, direction, metric, True)
-        total += _raise(tl.abs(x).to(tl.float64), q)
+        total += _term(_sizes(w, g, o, length, metric, WIDE), largest, q)
         o += COUNTED
-    return tl.sum(total)
+    return _norm_of(largest, tl.sum(total), q)
+
+
+@triton.jit
+def _partials_norm(partials, n_chunks, q):
+    # The q-norm of the chunks' norms.
+    lanes = tl.zeros([COUNTED], tl.float64)
+    i = 0
+    while i < n_chunks:
+        at = i + tl.arange(0, COUNTED)
+        lanes = _larger(lanes, tl.load(partials + at, mask=at < n_chunks, other=0.0, cache_modifier=".cg"))
+        i += COUNTED
+    largest = _largest(lanes)
+    total = tl.zeros([COUNTED], tl.float64)
+    i = 0
+    while i < n_chunks:
+        at = i + tl.arange(0, COUNTED)
+        total += _term(tl.load(partials + at, mask=at < n_chunks, other=0.0, cache_modifier=".cg"), largest, q)
+        i += COUNTED
+    return _norm_of(largest, tl.sum(total), q)
+
+
+@triton.jit
+def _total_norm(sums, n_sums, q):
+    # The q-norm over all buckets.
+    largest = tl.load(sums)
+    i = 1
+    while i < n_sums:
+        largest = _larger(largest, tl.load(sums + i))
+        i += 1
+    total = tl.full([], 0.0, tl.float64)
+    i = 0
+    while i < n_sums:
+        total += _term(tl.load(sums + i), largest, q)
+        i += 1
+    return _norm_of(largest, total, q)
 
 
 @triton.jit
@@ -350,10 +429,10 @@ def _grad_norm_kernel(
     STORAGE: tl.constexpr, GRAD: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr,
     POWER: tl.constexpr,
 ):  # fmt: skip
-    """Write `sum(abs(T g)^q)` into `out[slot]`; T = 1 (SAM) or abs(w) + eta (ASAM), q = 2. One program a chunk.
+    """Write `sum((T g)^2)` into `out[slot]`; T = 1 (SAM) or abs(w) + eta (ASAM). One program a chunk.
 
     Reads n (2n adaptive) elements, writes one partial sum a chunk; the last program adds these up. With `clips` T = 1,
-    and the last program writes the clip factor. POWER: q is numbers[0].
+    and the last program writes the clip factor. POWER: norms instead of sums, for the exponent q = numbers[0].
     """
     chunk = tl.program_id(0)
     segment, start, length = _chunk(chunks, chunk, n_chunks)
@@ -363,20 +442,23 @@ def _grad_norm_kernel(
         source = tl.load(segments + SEGMENT_COLUMNS * segment + (MASTER if SOURCE != STORAGE else WEIGHT))
         row = _row(rows, tl.load(segments + SEGMENT_COLUMNS * segment + PLACE))
         if POWER:
-            total = _chunk_power_sum(source, grad, start, length, row, tl.load(numbers), SOURCE, GRAD, WIDE)
+            total = _chunk_norm(source, grad, start, length, row, tl.load(numbers), SOURCE, GRAD, WIDE)
         elif ((source | grad) % 16 == 0) & (length == CHUNK):
             total = _chunk_sum(source, grad, start, length, row, clips, SOURCE, GRAD, WIDE, IN_LOSS, 16).to(tl.float64)
         else:
             total = _chunk_sum(source, grad, start, length, row, clips, SOURCE, GRAD, WIDE, IN_LOSS, 0).to(tl.float64)
     tl.store(partials + chunk, total, mask=chunk < n_chunks)
     if _arrive(ticket):
-        lanes = tl.arange(0, SLOTS)
-        acc = tl.zeros([SLOTS], tl.float64)
-        i = 0
-        while i < n_chunks:
-            acc += tl.load(partials + i + lanes, mask=i + lanes < n_chunks, other=0.0, cache_modifier=".cg")
-            i += SLOTS
-        tl.store(out + slot, _fold(acc, 10))
+        if POWER:
+            tl.store(out + slot, _partials_norm(partials, n_chunks, tl.load(numbers)))
+        else:
+            lanes = tl.arange(0, SLOTS)
+            acc = tl.zeros([SLOTS], tl.float64)
+            i = 0
+            while i < n_chunks:
+                acc += tl.load(partials + i + lanes, mask=i + lanes < n_chunks, other=0.0, cache_modifier=".cg")
+                i += SLOTS
+            tl.store(out + slot, _fold(acc, 10))
         if clips != 0:
             tl.debug_barrier()  # what one warp stored is read by all
             scale = tl.load(grad_scale).to(tl.float64)
@@ -423,23 +505,24 @@ def _perturbation_scale(row, sums, n_sums, WIDE: tl.constexpr):
 
 @triton.jit
 def _power_scale(row, sums, n_sums, q):
-    # rho, 0 where the norm is not finite, and the norm; for p = inf, q = 1, there is none.
-    norm = _ordered_sum(sums, n_sums) * 0.0 + 1.0
+    # The length of the perturbation, and the norm; for p = inf, q = 1, there is none. The length is rho, shortened by
+    # NORM_EPS as for p = 2, and 0 (no perturbation) where the norm is 0 or not finite. NORM_EPS is not added to the
+    # norm itself, because the power q - 1 would enlarge its share a thousandfold.
+    rho = tl.load(row + RHO)
+    norm = tl.full([], 1.0, tl.float64)
     if q != 1:
-        norm = _raise(_ordered_sum(sums, n_sums), 1.0 / q) + NORM_EPS
-    rho = tl.where(norm < float("inf"), tl.load(row + RHO), 0.0)
+        norm = _total_norm(sums, n_sums, q)
+        rho = tl.where(norm < float("inf"), rho * (norm / (norm + NORM_EPS)), 0.0)
     return tl.where(_flag(row, MAXIMIZE), -rho, rho), norm
 
 
 @triton.jit
 def _power_climb(w, g, climb, metric, q):
-    # The perturbation for general p: e = rho T sign(g) (|T g| / norm)^(q - 1); 0 for an element that is not finite.
-    rho, norm = climb
-    eta, adaptive, _ = metric
-    t = tl.where(adaptive, (tl.abs(w) + eta).to(tl.float64), 1.0)
-    x = _loss_gradient(w, g, metric, True).to(tl.float64) * t
+    # The perturbation for general p: e = scale T sign(g) (|T g| / norm)^(q - 1); 0 for an element that is not finite.
+    scale, norm = climb
+    t, x = _power_steepest(w, g, metric)
     length = tl.where(q == 1, tl.where(x != 0, 1.0, 0.0), _raise(tl.abs(x) / norm, q - 1))
-    return tl.where(x - x == 0, rho * t * tl.where(x < 0, -length, length), 0.0).to(w.dtype)
+    return tl.where(x - x == 0, scale * t * tl.where(x < 0, -length, length), 0.0).to(w.dtype)
 
 
 @triton.jit
@@ -514,7 +597,7 @@ def _perturb_kernel(
     start, tile, full, end, length = span
     grad = tl.load(grads + index)
     if tl.program_id(0) == 0:
-        total = _ordered_sum(sums, n_sums)
+        total = _total_norm(sums, n_sums, tl.load(numbers)) if POWER else _ordered_sum(sums, n_sums)
         tl.store(overflows, tl.load(overflows) + 1, mask=total - total != 0)
     if (grad != 0) & (tile < end):
         segment = segments + SEGMENT_COLUMNS * index

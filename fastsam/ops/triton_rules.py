@@ -1,6 +1,6 @@
 """The base optimizers' formulas in Triton, and the arithmetic they are written in; twins of `reference.py`.
 
-Every line is one rounding, as in `csrc/math.h`: `tl.fma` stands where a product and a sum are rounded once, and nothing
+Every line is one rounding, as in `csrc/math/`: `tl.fma` stands where a product and a sum are rounded once, and nothing
 else is fused (`enable_fp_fusion=False`). Scalars are float64 until one final cast to the type the kernel computes in
 (WIDE: float64 for float64, else float32).
 """
