@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "bound.h"
 #include "tables.h"
 
 namespace fastsam {
@@ -82,6 +83,18 @@ T* scalar(const char* operation, const char* name, const std::optional<Tensor>& 
 inline int64_t* counters(const char* operation, const std::optional<Tensor>& tensor, Place place) {
   return tensor ? static_cast<int64_t*>(checked(operation, "overflows", *tensor, place, ScalarType::Long, 2, 0))
                 : nullptr;
+}
+
+// The buckets' sums, of which `slot` is this bucket's.
+inline double* checked_slots(const char* operation, const Tensor& sums, int64_t slot, Place place) {
+  double* const slots = static_cast<double*>(checked(operation, "sums", sums, place, ScalarType::Double, -1, 0));
+  STD_TORCH_CHECK(0 <= slot && slot < sums.size(0), operation, ": slot must be in [0, ", sums.size(0), "), got ", slot);
+  return slots;
+}
+
+// Where bound operands are kept.
+inline Bound& checked_bound(const char* operation, const Tensor& bound) {
+  return *static_cast<Bound*>(checked(operation, "bound", bound, Place::kCpu, ScalarType::Byte, sizeof(Bound), 0));
 }
 
 }  // namespace fastsam

@@ -2,6 +2,7 @@
 //
 // The operations write through addresses in tables, which no schema can show: they are private to fastsam.ops.native
 // and never traced.
+#include "bound.h"
 #include "checks.h"
 #include "cpu/launch.h"
 #include "math/norm.h"
@@ -33,6 +34,17 @@ int64_t* step_of(const char* operation, const Format& format, const std::optiona
   return scalar<int64_t>(operation, "rounding", rounding, Place::kCpu, ScalarType::Long);
 }
 
+// Of all buckets: the squared norm, for q != 2 the norm.
+double total_of(const double* sums, int64_t n, double q) {
+  const auto each_slot = [&](const auto& f) {
+    for (int64_t i = 0; i < n; i++) f(sums[i]);
+  };
+  if (q != 2) return baseline::q_norm(q, each_slot);
+  double total = 0;
+  each_slot([&](double sum) { total += sum; });
+  return total;
+}
+
 void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
                int64_t slot, double q, double max_norm, std::optional<Tensor> clip, std::optional<Tensor> grad_scale) {
   cpu::Launch launch = tables("grad_norm", format, segments, chunks, grads, rows);
@@ -58,14 +70,7 @@ void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tens
       checked("perturb_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
   const double* const slots =
       static_cast<const double*>(checked("perturb_", "sums", sums, Place::kCpu, ScalarType::Double, -1, 0));
-  const auto each_slot = [&](const auto& f) {
-    for (int64_t i = 0; i < sums.size(0); i++) f(slots[i]);
-  };
-  if (q == 2) {
-    each_slot([&](double sum) { launch.total += sum; });
-  } else {
-    launch.total = baseline::q_norm(q, each_slot);
-  }
+  launch.total = total_of(slots, sums.size(0), q);
   launch.overflows = counters("perturb_", overflows, Place::kCpu);
   launch.rounding = step_of("perturb_", launch.format, rounding);
   launch.q = q;
@@ -87,6 +92,51 @@ void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tenso
   cpu::update(launch);
 }
 
+struct Operands {
+  cpu::Launch launch;
+  double* sums;
+  int64_t n_sums, slot;
+};
+
+const char* run_grad_norm(Bound& bound) {
+  Operands& own = bound.as<Operands>();
+  own.sums[own.slot] = cpu::grad_norm(own.launch);
+  return nullptr;
+}
+
+const char* run_perturb(Bound& bound) {
+  Operands& own = bound.as<Operands>();
+  own.launch.total = total_of(own.sums, own.n_sums, own.launch.q);
+  cpu::perturb(own.launch);
+  return nullptr;
+}
+
+const char* run_update(Bound& bound) {
+  cpu::update(bound.as<Operands>().launch);
+  return nullptr;
+}
+
+// What the three operations above are told, without loss scale, overflow flag and clipping.
+void bind_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials,
+           Tensor perturbed, Tensor sums, int64_t slot, double q, std::optional<Tensor> overflows,
+           std::optional<Tensor> rounding, Tensor bound) {
+  Operands own{tables("bind_", format, segments, chunks, grads, rows), nullptr, sums.size(0), slot};
+  own.launch.rule = checked_rule("bind_", rule);
+  own.launch.partials = static_cast<double*>(
+      checked("bind_", "partials", partials, Place::kCpu, ScalarType::Double, own.launch.n_chunks, 0));
+  own.launch.perturbed = static_cast<bool*>(
+      checked("bind_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, own.launch.n_segments, 0));
+  own.sums = checked_slots("bind_", sums, slot, Place::kCpu);
+  own.launch.q = q;
+  own.launch.overflows = counters("bind_", overflows, Place::kCpu);
+  own.launch.rounding = step_of("bind_", own.launch.format, rounding);
+  Bound& result = checked_bound("bind_", bound);
+  result.grad_norm = run_grad_norm;
+  result.perturb = run_perturb;
+  result.update = run_update;
+  result.as<Operands>() = own;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastsam, m) {
@@ -101,12 +151,16 @@ STABLE_TORCH_LIBRARY(fastsam, m) {
       "update_(int format, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, "
       "Tensor(a!) perturbed, Tensor? grad_scale, Tensor? found_inf, Tensor? clip, "
       "Tensor(b!)? overflows, Tensor(c!)? rounding) -> ()");
+  m.def(
+      "bind_(int format, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, "
+      "Tensor perturbed, Tensor sums, int slot, float q, Tensor? overflows, Tensor? rounding, Tensor(a!) bound) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
   m.impl("perturb_", TORCH_BOX(&perturb_));
   m.impl("update_", TORCH_BOX(&update_));
+  m.impl("bind_", TORCH_BOX(&bind_));
 }
 
 }  // namespace fastsam

@@ -5,6 +5,9 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <initializer_list>
 #include <utility>
 
 #if defined(__linux__)
@@ -13,6 +16,7 @@
 
 #include <ATen/dlpack.h>
 
+#include "bound.h"
 #include "cpu/launch.h"
 #include "reader.h"
 #include "tables.h"
@@ -30,6 +34,8 @@ const DLPackExchangeAPI* table = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyObject* grad_name = nullptr;
 PyObject* params_name = nullptr;
+PyObject* is_conj_name = nullptr;
+PyObject* is_neg_name = nullptr;
 
 // Owns one reference.
 class Ref {
@@ -165,6 +171,34 @@ PyObject* same_params(PyObject*, PyObject* args) {
   return PyBool_FromLong(seen == expected);
 }
 
+PyObject* same_groups(PyObject*, PyObject* args) {
+  PyObject *groups, *params, *entries;
+  if (!PyArg_ParseTuple(args, "OOO", &groups, &params, &entries)) return nullptr;
+  for (PyObject* const list : {groups, params, entries}) {
+    if (!is_list(list, "same_groups", "each argument")) return nullptr;
+  }
+  const Py_ssize_t n_params = PyList_Size(params), n_entries = PyList_Size(entries) / 2;
+  Py_ssize_t seen = 0, entry = 0;
+  for (Py_ssize_t i = 0; i < PyList_Size(groups); i++) {
+    PyObject* const group = PyList_GetItem(groups, i);
+    if (!PyDict_Check(group)) Py_RETURN_FALSE;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    for (; PyDict_Next(group, &position, &key, &value); entry++) {
+      if (entry == n_entries || key != PyList_GetItem(entries, 2 * entry) ||
+          value != PyList_GetItem(entries, 2 * entry + 1)) {
+        Py_RETURN_FALSE;
+      }
+      if (key != params_name) continue;
+      if (!PyList_Check(value)) Py_RETURN_FALSE;
+      for (Py_ssize_t j = 0; j < PyList_Size(value); j++, seen++) {
+        if (seen == n_params || PyList_GetItem(value, j) != PyList_GetItem(params, seen)) Py_RETURN_FALSE;
+      }
+    }
+  }
+  return PyBool_FromLong(seen == n_params && entry == n_entries);
+}
+
 PyObject* describe(PyObject*, PyObject* object) {
   DLTensor tensor{};
   if (!read(object, tensor, "describe")) return nullptr;
@@ -180,58 +214,159 @@ class Indices {
     const Ref number(PyLong_FromSsize_t(index));
     return list_.get() && number.get() && PyList_Append(list_.get(), number.get()) == 0;
   }
+  bool empty() const { return !list_.get(); }
   PyObject* release() { return list_.get() ? list_.release() : Py_NewRef(Py_None); }
 
  private:
   Ref list_{nullptr};
 };
 
-PyObject* gather(PyObject*, PyObject* args) {
-  PyObject* params;
-  unsigned long long segment_address, signature_address, skip_address, grad_address;
-  unsigned dtype;
-  if (!PyArg_ParseTuple(args, "OKKKKI", &params, &segment_address, &signature_address, &skip_address, &grad_address,
-                        &dtype)) {
-    return nullptr;
-  }
-  if (!is_list(params, "gather", "params")) return nullptr;
-  const auto* const segments = at<const Segment>(segment_address);
-  const auto* const signatures = at<const int64_t>(signature_address);
-  const auto* const skip = at<const uint8_t>(skip_address);
-  auto* const addresses = at<int64_t>(grad_address);
-  const Py_ssize_t n = PyList_Size(params);
-  Ref grads(PyList_New(n));
-  if (!grads.get()) return nullptr;
-  Indices moved, foreign;
-  for (Py_ssize_t i = 0; i < n; i++) {
-    const Ref param(Py_XNewRef(PyList_GetItem(params, i)));  // .grad of a subclass may run code that changes the list
-    if (!param.get()) return nullptr;
-    DLTensor own{};
-    bool in_place = read(param.get(), own, "gather");
-    if (!in_place) {
-      if (PyErr_ExceptionMatches(PyExc_TypeError)) return nullptr;
-      PyErr_Clear();  // describe() will say what is wrong with it
+// Whether a gradient of a layout that kernels take is lazily conjugated or negated, so that its memory holds other
+// values. A real one is negated only as the imaginary part of a conjugate, whose strides betray it but for one element.
+bool is_lazy(PyObject* grad, const DLTensor& tensor, bool& error) {
+  int64_t elements = 1;
+  for (int32_t i = 0; i < tensor.ndim; i++) elements *= tensor.shape[i];
+  if (tensor.dtype.code != kDLComplex && elements != 1) return false;
+  for (PyObject* const name : {is_conj_name, is_neg_name}) {
+    const Ref answer(PyObject_CallMethodObjArgs(grad, name, nullptr));
+    const int yes = answer.get() ? PyObject_IsTrue(answer.get()) : -1;
+    if (yes != 0) {
+      error = yes < 0;
+      return true;
     }
-    in_place =
-        in_place && signature_of(own) == signatures[i] && (is_empty(own) || address_of(own) == segments[i].weight);
-    if (!in_place && !moved.append(i)) return nullptr;
+  }
+  return false;
+}
 
-    PyObject* const grad = skip && skip[i] ? Py_NewRef(Py_None) : PyObject_GetAttr(param.get(), grad_name);
-    if (!grad) return nullptr;
-    const bool present = grad != Py_None;
-    if (PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;  // the list owns it now
-    addresses[i] = 0;
-    if (!present) continue;
-    DLTensor tensor{};
-    const bool readable = read(grad, tensor, "gather");
-    if (readable) {
-      addresses[i] = address_of_grad(tensor);
-    } else {
-      PyErr_Clear();
+// A bucket, as Python tells of it: see fastsam/memory/gradients.py.
+struct Reading {
+  PyObject* params;  // borrowed
+  const Segment* segments;
+  const int64_t* signatures;
+  const uint8_t* skip;
+  int64_t* addresses;
+  unsigned dtype;
+  const uint8_t* perturbed;  // this and the next for whole passes only
+  Bound* bound;
+
+  bool parse(PyObject* args) {
+    unsigned long long segment_address, signature_address, skip_address, grad_address, perturbed_address = 0,
+                                                                                       bound_address = 0;
+    if (!PyArg_ParseTuple(args, "OKKKKI|KK", &params, &segment_address, &signature_address, &skip_address,
+                          &grad_address, &dtype, &perturbed_address, &bound_address)) {
+      return false;
     }
-    if ((!addresses[i] || !same_layout(tensor, own, dtype)) && !foreign.append(i)) return nullptr;
+    perturbed = at<const uint8_t>(perturbed_address);
+    segments = at<const Segment>(segment_address);
+    signatures = at<const int64_t>(signature_address);
+    skip = at<const uint8_t>(skip_address);
+    addresses = at<int64_t>(grad_address);
+    bound = at<Bound>(bound_address);
+    return is_list(params, "gather", "params");
   }
-  return Py_BuildValue("(NNN)", grads.release(), moved.release(), foreign.release());
+
+  // (gradients, moved, foreign); null with a Python error. `in_place`: whether there are none of the latter two.
+  PyObject* gather(bool& in_place) const {
+    const Py_ssize_t n = PyList_Size(params);
+    Ref grads(PyList_New(n));
+    if (!grads.get()) return nullptr;
+    Indices moved, foreign;
+    for (Py_ssize_t i = 0; i < n; i++) {
+      const Ref param(Py_XNewRef(PyList_GetItem(params, i)));  // .grad of a subclass may run code that changes the list
+      if (!param.get()) return nullptr;
+      DLTensor own{};
+      bool there = read(param.get(), own, "gather");
+      if (!there) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) return nullptr;
+        PyErr_Clear();  // describe() will say what is wrong with it
+      }
+      there = there && signature_of(own) == signatures[i] && (is_empty(own) || address_of(own) == segments[i].weight);
+      if (!there && !moved.append(i)) return nullptr;
+
+      PyObject* const grad = skip && skip[i] ? Py_NewRef(Py_None) : PyObject_GetAttr(param.get(), grad_name);
+      if (!grad) return nullptr;
+      const bool present = grad != Py_None;
+      if (PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;  // the list owns it now
+      addresses[i] = 0;
+      if (!present) continue;
+      DLTensor tensor{};
+      if (read(grad, tensor, "gather")) {
+        addresses[i] = address_of_grad(tensor);
+      } else {
+        PyErr_Clear();
+      }
+      bool error = false;
+      const bool taken = addresses[i] && same_layout(tensor, own, dtype) && !is_lazy(grad, tensor, error);
+      if (error || (!taken && !foreign.append(i))) return nullptr;
+    }
+    in_place = moved.empty() && foreign.empty();
+    return Py_BuildValue("(NNN)", grads.release(), moved.release(), foreign.release());
+  }
+};
+
+// The parameters that an operation writes to; new reference, null with a Python error.
+PyObject* written_by(const Reading& reading, bool ascent) {
+  const Py_ssize_t n = PyList_Size(reading.params);
+  const auto is_written = [&](Py_ssize_t i) { return reading.addresses[i] || (!ascent && reading.perturbed[i]); };
+  Py_ssize_t count = 0;
+  for (Py_ssize_t i = 0; i < n; i++) count += is_written(i);
+  if (count == n) return Py_NewRef(reading.params);
+  Ref written(PyList_New(0));
+  for (Py_ssize_t i = 0; written.get() && i < n; i++) {
+    if (is_written(i) && PyList_Append(written.get(), PyList_GetItem(reading.params, i)) != 0) return nullptr;
+  }
+  return written.release();
+}
+
+PyObject* gather(PyObject*, PyObject* args) {
+  Reading reading{};
+  bool in_place;
+  return reading.parse(args) ? reading.gather(in_place) : nullptr;
+}
+
+// Runs the operations of all buckets, without Python's lock.
+const char* run_operations(const Reading* readings, Py_ssize_t n, bool norm, bool ascent) {
+  const char* error = nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    for (Py_ssize_t i = 0; norm && !error && i < n; i++) error = readings[i].bound->grad_norm(*readings[i].bound);
+    for (Py_ssize_t i = 0; !error && i < n; i++) {
+      error = (ascent ? readings[i].bound->perturb : readings[i].bound->update)(*readings[i].bound);
+    }
+  } catch (const std::exception& thrown) {
+    static thread_local char text[512];
+    std::snprintf(text, sizeof text, "%s", thrown.what());
+    error = text;
+  }
+  Py_END_ALLOW_THREADS;
+  return error;
+}
+
+PyObject* run_pass(PyObject*, PyObject* args) {
+  constexpr Py_ssize_t kMostBuckets = 32;
+  PyObject* buckets;
+  int norm, ascent;
+  if (!PyArg_ParseTuple(args, "Opp", &buckets, &norm, &ascent)) return nullptr;
+  if (!is_list(buckets, "run_pass", "buckets")) return nullptr;
+  const Py_ssize_t n = PyList_Size(buckets);
+  if (n > kMostBuckets) return PyErr_Format(PyExc_ValueError, "run_pass: at most %zd buckets, got %zd", kMostBuckets, n);
+  Reading readings[kMostBuckets];
+  Ref found(PyList_New(n));
+  if (!found.get()) return nullptr;
+  for (Py_ssize_t i = 0; i < n; i++) {
+    bool in_place = false;
+    if (!readings[i].parse(PyList_GetItem(buckets, i))) return nullptr;
+    const Ref result(readings[i].gather(in_place));
+    if (!result.get()) return nullptr;
+    if (!in_place) Py_RETURN_NONE;
+    PyObject* const written = written_by(readings[i], ascent);
+    PyObject* const pair = written ? Py_BuildValue("(ON)", PyTuple_GetItem(result.get(), 0), written) : nullptr;
+    if (!pair || PyList_SetItem(found.get(), i, pair) != 0) return nullptr;
+  }
+  if (const char* const error = run_operations(readings, n, norm, ascent)) {
+    return PyErr_Format(PyExc_RuntimeError, "%s: %s", ascent ? "perturb_" : "update_", error);
+  }
+  return found.release();
 }
 
 PyObject* fill(PyObject*, PyObject* args) {
@@ -338,6 +473,11 @@ PyMethodDef methods[] = {
     {"describe", describe, METH_O, "describe(tensor) -> (address, signature of dtype, device, shape and strides)."},
     {"gather", gather, METH_VARARGS,
      "gather(params, segments, signatures, skip, grads, dtype) -> (gradients, moved, foreign)."},
+    {"run_pass", run_pass, METH_VARARGS,
+     "run_pass(buckets, norm, ascent) -> [(gradients, written)], each bucket what gather takes, then perturbed, bound; "
+     "None, and nothing was run, where a parameter or gradient is not what the tables say."},
+    {"same_groups", same_groups, METH_VARARGS,
+     "same_groups(param_groups, params, entries) -> bool: the same parameters, keys and values."},
     {"fill", fill, METH_VARARGS, "fill(grads, table): write the gradients' addresses."},
     {"same_state", same_state, METH_VARARGS,
      "same_state(state, inner_dicts, entries, sizes, addresses) -> bool: the same dicts, keys, values and memory."},
@@ -369,8 +509,10 @@ bool work_stream(int device, void** stream) {
 
 PyMODINIT_FUNC PyInit__C() {
   using namespace fastsam;
-  if (!(grad_name = PyUnicode_InternFromString("grad")) || !(params_name = PyUnicode_InternFromString("params")))
+  if (!(grad_name = PyUnicode_InternFromString("grad")) || !(params_name = PyUnicode_InternFromString("params")) ||
+      !(is_conj_name = PyUnicode_InternFromString("is_conj")) || !(is_neg_name = PyUnicode_InternFromString("is_neg"))) {
     return nullptr;
+  }
   PyObject* const module = PyModule_Create(&definition);
   if (module && PyModule_AddStringConstant(module, "source_hash", FASTSAM_QUOTE(FASTSAM_SOURCE_HASH)) != 0) {
     Py_DECREF(module);

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import ops
@@ -319,15 +320,19 @@ class FusedSAM(SavedOptimizer):
 
     def _sync(self) -> Buckets:
         """The buckets, caught up with the parameter groups."""
+        buckets, shared = self._sam.buckets, self._sam.buckets.shared
         self._share_state_with_base()
+        q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
+        options = q, self.perturb_with_weight_decay, self.flatten
+        if options == (shared.q, shared.decays, buckets.flat.wanted) and buckets.same_groups(
+            self.param_groups, self.state
+        ):
+            return buckets
+        shared.q, shared.decays, buckets.flat.wanted = options
         for group in self.param_groups:
             for key in OWN_KEYS:  # a group that came in through the base optimizer
                 if key not in group and key in self.defaults:
                     group[key] = self.defaults[key]
-        buckets = self._sam.buckets
-        buckets.shared.q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
-        buckets.shared.decays = self.perturb_with_weight_decay
-        buckets.flat.wanted = self.flatten
         buckets.sync_with_groups(self.param_groups, self.state)
         return buckets
 
@@ -335,35 +340,36 @@ class FusedSAM(SavedOptimizer):
         sam = self._sam
         sam.require_running()
         buckets = self._sync()
-        grads = buckets.gather(ascent=True)
-        buckets.sync_values()
-        buckets.refresh_masters()
         sam.phase = PERTURBED
-        buckets.perturb(grads)
+        buckets.perturb()
         torch.clear_autocast_cache()
 
     def _update(self) -> None:
-        sam, base = self._sam, self.base_optimizer
+        sam = self._sam
         sam.require_running()
         buckets = self._sync()
-        grads = buckets.gather(ascent=False)
-        buckets.sync_values()
         if sam.phase == CLEAN:
             buckets.refresh_masters()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if buckets.shared.rule is not None:
+            grads = buckets.update(grad_scale, found_inf, self.max_grad_norm)
             self._warn_without_gradients(grads)
-            buckets.update(grads, grad_scale, found_inf, self.max_grad_norm)
         else:
-            factors = {} if self.max_grad_norm is None else buckets.clip(grads, self.max_grad_norm, grad_scale)
-            buckets.restore()
-            overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
-            if not overflow:
-                step_base(base, buckets.masters(), grad_scale, factors)
-            buckets.finish_base_step(overflow)
+            self._update_by_base(buckets, grad_scale, found_inf)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
-        base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
+
+    def _update_by_base(self, buckets: Buckets, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Restore, and let the base optimizer that is not fused take its own step."""
+        grads = buckets.gather(ascent=False)
+        buckets.sync_values()
+        factors = {} if self.max_grad_norm is None else buckets.clip(grads, self.max_grad_norm, grad_scale)
+        buckets.restore()
+        overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
+        if not overflow:
+            step_base(self.base_optimizer, buckets.masters(), grad_scale, factors)
+        buckets.finish_base_step(overflow)
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:

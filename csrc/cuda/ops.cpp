@@ -1,4 +1,5 @@
 // torch.ops.fastsam on CUDA: argument checks, device and stream. The schemas are in ../ops.cpp.
+#include "../bound.h"
 #include "../checks.h"
 
 #include <algorithm>
@@ -61,6 +62,21 @@ void expect_success(const char* operation, const char* error, int device) {
                   "and later; errors of earlier work may show here)");
 }
 
+// A backup is valid only where its kernel was launched: one that was refused has written nothing.
+const char* perturb_and_mark(const gpu::Launch& launch, bool* marks) {
+  const char* const error = gpu::perturb(launch);
+  for (int64_t i = 0; !error && i < launch.n_segments; i++) {
+    if (launch.grads[i]) marks[i] = true;
+  }
+  return error;
+}
+
+const char* update_and_clear(const gpu::Launch& launch, bool* marks) {
+  const char* const error = gpu::update(launch);
+  if (!error) std::fill(marks, marks + launch.n_segments, false);
+  return error;
+}
+
 void grad_norm(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, Tensor out,
                int64_t slot, double q, double max_norm, std::optional<Tensor> clip, std::optional<Tensor> grad_scale) {
   gpu::Launch launch = tables("grad_norm", format, segments, chunks, grads, rows);
@@ -95,10 +111,7 @@ void perturb_(int64_t format, Tensor segments, Tensor chunks, Tensor grads, Tens
   if (overflows) expect_device("perturb_", "overflows", *overflows, launch.device);
   expect_device("perturb_", "sums", sums, launch.device);
   const DeviceGuard guard(launch.device);
-  for (int64_t i = 0; i < launch.n_segments; i++) {  // before the launch: whatever happens, restore() knows
-    if (launch.grads[i]) marks[i] = true;
-  }
-  expect_success("perturb_", gpu::perturb(launch), launch.device);
+  expect_success("perturb_", perturb_and_mark(launch, marks), launch.device);
 }
 
 void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor perturbed,
@@ -123,8 +136,59 @@ void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tenso
                     i);
   }
   const DeviceGuard guard(launch.device);
-  expect_success("update_", gpu::update(launch), launch.device);
-  std::fill(marks, marks + launch.n_segments, false);
+  expect_success("update_", update_and_clear(launch, marks), launch.device);
+}
+
+struct Operands {
+  gpu::Launch launch;
+  bool* marks;
+};
+
+template <class F>
+const char* run_on_stream(Bound& bound, const F& operation) {
+  Operands& own = bound.as<Operands>();
+  if (!work_stream(own.launch.device, &own.launch.stream)) return "torch gives no current stream";
+  const DeviceGuard guard(own.launch.device);
+  return operation(own);
+}
+
+const char* run_grad_norm(Bound& bound) {
+  return run_on_stream(bound, [](Operands& own) { return gpu::grad_norm(own.launch); });
+}
+
+const char* run_perturb(Bound& bound) {
+  return run_on_stream(bound, [](Operands& own) { return perturb_and_mark(own.launch, own.marks); });
+}
+
+const char* run_update(Bound& bound) {
+  return run_on_stream(bound, [](Operands& own) { return update_and_clear(own.launch, own.marks); });
+}
+
+// What the three operations above are told, without loss scale, overflow flag and clipping.
+void bind_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials,
+           Tensor perturbed, Tensor sums, int64_t slot, double q, std::optional<Tensor> overflows,
+           std::optional<Tensor> rounding, Tensor bound) {
+  Operands own{tables("bind_", format, segments, chunks, grads, rows), nullptr};
+  gpu::Launch& launch = own.launch;
+  launch.rule = checked_rule("bind_", rule);
+  launch.partials = static_cast<double*>(
+      checked("bind_", "partials", partials, Place::kCuda, ScalarType::Double, launch.n_chunks, 0));
+  own.marks = static_cast<bool*>(
+      checked("bind_", "perturbed", perturbed, Place::kCpu, ScalarType::Bool, launch.n_segments, 0));
+  launch.perturbed = own.marks;
+  launch.sums = checked_slots("bind_", sums, slot, Place::kCuda);
+  expect_device("bind_", "sums", sums, launch.device);
+  launch.n_sums = sums.size(0);
+  launch.slot = slot;
+  launch.q = q;
+  launch.overflows = counters("bind_", overflows, Place::kCuda);
+  if (overflows) expect_device("bind_", "overflows", *overflows, launch.device);
+  launch.rounding = random_step("bind_", launch, rounding);
+  Bound& result = checked_bound("bind_", bound);
+  result.grad_norm = run_grad_norm;
+  result.perturb = run_perturb;
+  result.update = run_update;
+  result.as<Operands>() = own;
 }
 
 // Captured graphs read the groups' values from the device's table; this writes it, outside the graph, and loads the
@@ -157,6 +221,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
   m.impl("perturb_", TORCH_BOX(&perturb_));
   m.impl("update_", TORCH_BOX(&update_));
+  m.impl("bind_", TORCH_BOX(&bind_));
   m.impl("upload_rows", TORCH_BOX(&upload_rows));
 }
 

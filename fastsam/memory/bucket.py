@@ -8,7 +8,7 @@ a parameter that is thawed later gets a page of its own. With `flatten=True` the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,10 +52,14 @@ class Bucket:
         self.segments: list[Segment] = []
         self.params: list[Tensor] = []
         tables.segments = self.segments  # type: ignore[assignment]  # a list of a subclass, which nobody adds to
+        self._told: tuple[Any, ...] = (None,) * 8  # what `_calls` were made of
+        self._bound: Tensor | None = None
+        self._calls: tuple[tuple[Any, ...], ...] = ()
         self.gradients = GradientReader(tables, self.segments, shared, self.backend.by_address)
         self.published = PublishedState(tables, self.segments, shared)
         self.segment_table_current = False  # whether it knows all states
-        self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
+        self.few: tuple[int, ...] = ()  # indices of a few parameters
+        self.watched: list[tuple[Tensor, int]] = []  # those of them that are perturbed, and their versions
         self.versions: list[int] = []  # of all parameters when their masters were last what they are rounded from
         self.swapped_out: dict[int, Tensor] = {}  # perturbed weights with masters while the old ones are in their place
         self.captured_gradients: Gradients | None = None  # what the last captured update reads, kept for its replays
@@ -92,7 +96,8 @@ class Bucket:
             del self.segments[before:]
             raise
         self.params = self.gradients.params = [segment.param for segment in self.segments]
-        self.largest = max(range(len(self.segments)), key=lambda i: self.segments[i].numel)
+        largest = max(range(len(self.segments)), key=lambda i: self.segments[i].numel)
+        self.few = tuple(dict.fromkeys((0, largest, len(self.params) - 1)))
         self.published.load_state(state, self.segments[before:])
         self.versions = []
 
@@ -179,6 +184,30 @@ class Bucket:
         tables.rows, tables.row_table, tables.counts = shared.rows, shared.row_table, shared.counts
         tables.q = shared.q
 
+    def native_call(self, sums: Tensor, *, ascent: bool) -> tuple[Any, ...] | None:
+        """What `reader.run_pass` is told of the bucket; None where its backend has no such call."""
+        bind, tables, gradients = self.backend.bind, self.tables, self.gradients
+        if bind is None or gradients.reader is None:
+            return None
+        told = self._told
+        if (
+            tables.segment_table is not told[0]
+            or tables.chunk_table is not told[1]
+            or tables.row_table is not told[2]
+            or tables.format is not told[3]
+            or tables.q is not told[4]
+            or gradients.params is not told[5]
+            or gradients.skipped is not told[6]
+            or sums is not told[7]
+        ):
+            bound = bind(tables, sums)
+            more = tables.perturbed.data_ptr(), bound.data_ptr()
+            self._calls = tuple((*gradients.addresses(ascent=which), *more) for which in (False, True))
+            places = tables.segment_table, tables.chunk_table, tables.row_table
+            self._told = *places, tables.format, tables.q, gradients.params, gradients.skipped, sums
+            self._bound = bound
+        return self._calls[ascent]
+
     # CUDA graphs.
 
     def prepare_capture(self) -> None:
@@ -229,20 +258,27 @@ class Bucket:
     # between a write to the weights and the note of it.
 
     def perturb(self, grads: Gradients, sums: Tensor) -> None:
-        """Back up and climb, and remember a few parameters' versions to notice when somebody else writes weights."""
+        """Back up and climb."""
         self.backend.operations.perturb_(self.tables, grads, sums)
-        torch.autograd.graph.increment_version(self._written(grads))
-        few = dict.fromkeys((0, self.largest, len(self.params) - 1))
-        self.watched = [(self.params[i], self.params[i]._version) for i in few if grads[i] is not None]
+        self.note_perturbation(grads, self._written(grads))
+
+    def note_perturbation(self, grads: Gradients, written: list[Tensor]) -> None:
+        """Let autograd notice stale graphs, and remember a few versions to notice when somebody else writes weights."""
+        torch.autograd.graph.increment_version(written)
+        self.watched = [(self.params[i], self.params[i]._version) for i in self.few if grads[i] is not None]
 
     def update(
         self, grads: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None
     ) -> None:
-        """Restore and take the base step. Bumped version counters let autograd notice stale graphs."""
+        """Restore and take the base step."""
         written = self._written(grads)
-        self.watched = []
         scale, overflow = self.on_device(grad_scale), self.on_device(found_inf)
         self.backend.operations.update_(self.tables, grads, grad_scale=scale, found_inf=overflow, clip=clip)
+        self.note_update(grads, written)
+
+    def note_update(self, grads: Gradients, written: list[Tensor]) -> None:
+        """Let autograd notice stale graphs, and keep what the replays of a captured graph read."""
+        self.watched = []
         if graphs.capturing(self.tables.device):
             self.captured_gradients = grads
         torch.autograd.graph.increment_version(written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class Buckets:
         self.factors: dict[torch.device, Tensor] = {}
         self.flat = FlatWeights()
         self.watch = StateWatch()
+        self.known_entries: list[Any] | None = None  # keys and values of all groups in turn, if they are what was read
         self.last_rounding_step = 0  # that of the random numbers when buckets were last built anew
 
     def segments(self) -> Iterator[Segment]:
@@ -62,8 +64,24 @@ class Buckets:
 
     # Before a pass.
 
+    def same_groups(self, groups: Sequence[Group], state: State) -> bool:
+        """Whether parameters, groups and their values are those of the last pass, so that nothing need be caught up."""
+        known = self.known_entries
+        if known is None or reader is None or state is not self.state or groups is not self.shared.groups:
+            return False
+        if self.frozen and any(param.grad is not None for param, _ in self.frozen):
+            return False
+        return bool(reader.same_groups(groups, self.params, known))
+
+    def _remember_groups(self) -> None:
+        """Keep keys and values of all groups, unless there is one that can change without being another object."""
+        pairs = [pair for group in self.shared.groups for pair in group.items()]
+        fixed = all(key in ("params", "param_names") or _is_fixed(value) for key, value in pairs)
+        self.known_entries = [item for pair in pairs for item in pair] if fixed else None
+
     def sync_with_groups(self, groups: Sequence[Group], state: State) -> None:
         """Catch up with other parameters or groups, and with thawed parameters."""
+        self.known_entries = None
         self.shared.groups = groups
         if not self._same_params():
             self.state = state
@@ -84,6 +102,7 @@ class Buckets:
         self.sync_state()
         for bucket in self.items:
             bucket.prepare_capture()
+        self._remember_groups()
 
     def sync_state(self) -> None:
         """Take over what somebody else wrote to `optimizer.state`; torch.optim would use it in its next step."""
@@ -94,7 +113,10 @@ class Buckets:
 
     def _watches_state(self) -> bool:
         """Whether anything of `optimizer.state` is ours; without a rule or masters all of it is the base's."""
-        return self.shared.rule is not None or any(bucket.tables.format.masters for bucket in self.items)
+        return self.shared.rule is not None or self._has_masters()
+
+    def _has_masters(self) -> bool:
+        return self.shared.precision.master_weights
 
     def _read_values(self) -> None:
         shared, device = self.shared, self._kernels_device()
@@ -119,7 +141,7 @@ class Buckets:
 
     def refresh_masters(self) -> None:
         """Before a step, bring masters up to date with weights that somebody else wrote since the last one."""
-        for bucket in self.items:
+        for bucket in self.items if self._has_masters() else ():
             bucket.refresh_masters()
 
     def refresh(self) -> None:
@@ -185,14 +207,74 @@ class Buckets:
 
     # The passes.
 
-    def perturb(self, grads: Sequence[Gradients]) -> None:
+    def run_pass(self, *, ascent: bool) -> list[tuple[Bucket, Gradients, list[Tensor]]] | None:
+        """Read all gradients and run the operations of all buckets in one native call, where nothing is in its way.
+
+        Returns:
+            Each bucket with its gradients and the parameters that were written; None if nothing was run.
+        """
+        if reader is None or self.known_entries is None or len(self.sums) != 1:
+            return None
+        (sums,) = self.sums.values()
+        calls = []
+        for bucket in self.items:
+            call = bucket.native_call(sums, ascent=ascent)
+            if call is None:
+                return None
+            calls.append(call)
+            bucket.prepare_capture()
+        found = reader.run_pass(calls, self.shared.q != 1 and ascent, ascent)
+        if found is None:
+            return None
+        return [
+            (bucket, bucket.gradients.found(grads), written)
+            for bucket, (grads, written) in zip(self.items, found, strict=True)
+        ]
+
+    def perturb(self) -> None:
         """Norm over all buckets, then backup and perturbation; for p = inf there is no norm."""
-        for bucket, g in zip(self.items, grads, strict=True):
+        if self.known_entries is not None and self._has_masters():
+            self.sync_state()
+        self.refresh_masters()
+        if (ran := self.run_pass(ascent=True)) is not None:
+            for bucket, grads, written in ran:
+                bucket.note_perturbation(grads, written)
+            return
+        read = self.gather(ascent=True)
+        self.sync_values()
+        for bucket, grads in zip(self.items, read, strict=True):
             if self.shared.q != 1:
-                bucket.backend.operations.grad_norm(bucket.tables, g, self.sums[bucket.tables.device])
+                bucket.backend.operations.grad_norm(bucket.tables, grads, self.sums[bucket.tables.device])
         self._share_sums(self.sums)
-        for bucket, g in zip(self.items, grads, strict=True):
-            bucket.perturb(g, self.sums[bucket.tables.device])
+        for bucket, grads in zip(self.items, read, strict=True):
+            bucket.perturb(grads, self.sums[bucket.tables.device])
+
+    def update(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float | None = None
+    ) -> list[Gradients]:
+        """Restore and take the base optimizer's step; the gradients it was taken with.
+
+        Args:
+            grad_scale: [] or [1] float32, the loss scale of the gradients.
+            found_inf: [] or [1] float32, not 0 where they overflowed.
+            max_norm: what the gradients are clipped to.
+        """
+        self.sync_state()
+        plain = grad_scale is None and found_inf is None and max_norm is None
+        if plain and (ran := self.run_pass(ascent=False)) is not None:
+            for bucket, grads, written in ran:
+                bucket.note_update(grads, written)
+            read = [grads for _, grads, _ in ran]
+        else:
+            read = self.gather(ascent=False)
+            self.sync_values()
+            factors = {} if max_norm is None else self.clip(read, max_norm, grad_scale)
+            for bucket, grads in zip(self.items, read, strict=True):
+                bucket.update(grads, grad_scale, found_inf, factors.get(bucket.tables.device))
+        published = [bucket.published.publish(g, self.state) for bucket, g in zip(self.items, read, strict=True)]
+        if any(published):
+            self.watch.remember(self.state, self.segments())
+        return read
 
     def clip(
         self, grads: Sequence[Gradients], max_norm: float, grad_scale: Tensor | None
@@ -208,22 +290,6 @@ class Buckets:
                 scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
                 factor.copy_(clip_factor(Clip(max_norm, factor, scale), self.second_sums[device]))
         return self.factors
-
-    def update(
-        self,
-        grads: Sequence[Gradients],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        max_norm: float | None = None,
-    ) -> None:
-        """Restore and take the base optimizer's step, with the gradients clipped to `max_norm` if it is given."""
-        factors = {} if max_norm is None else self.clip(grads, max_norm, grad_scale)
-        published = False
-        for bucket, g in zip(self.items, grads, strict=True):
-            bucket.update(g, grad_scale, found_inf, factors.get(bucket.tables.device))
-            published |= bucket.published.publish(g, self.state)
-        if published:
-            self.watch.remember(self.state, self.segments())
 
     def masters(self) -> dict[Tensor, Tensor]:
         """The float32 master of each parameter that has one, as `optimizer.state` shows it."""
@@ -364,3 +430,12 @@ class Buckets:
                 f"FusedSAM: flatten=True leaves {len(reasons)} of {len(members)} parameters where they are, the first "
                 f"is {self.shared.name_of(reasons[0][0])}: {reasons[0][1]}"
             )
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value cannot change without being another object."""
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, tuple) and all(map(_is_fixed, value)))
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,24 @@ class GradientReader:
         skipped = [not self.shared.groups[segment.group]["perturb"] for segment in self.segments]
         self.skipped, self.skips_any = torch.tensor(skipped, dtype=torch.bool, device="cpu"), any(skipped)
 
+    def addresses(self, *, ascent: bool) -> tuple[Any, ...]:
+        """What the native reader is told of the bucket."""
+        tables = self.tables
+        return (
+            self.params,
+            self.host_segment_table.data_ptr(),
+            self.signatures.data_ptr(),
+            self.skipped.data_ptr() if ascent and self.skips_any else 0,
+            tables.grad_table.data_ptr(),
+            0 if tables.format.grad == tables.dtype else DLPACK_CODES[tables.format.grad],
+        )
+
+    def found(self, grads: list[Tensor | None]) -> Gradients:
+        """Gradients whose addresses the native reader wrote down."""
+        result = Gradients(grads)
+        result.table = self.tables.grad_table
+        return result
+
     def gather(self, *, ascent: bool) -> tuple[Gradients, list[int]]:
         """Read every `.grad`; also the indices of parameters that are no longer where the tables say.
 
@@ -55,16 +74,8 @@ class GradientReader:
         """
         tables = self.tables
         if self.reader is not None:
-            found, moved, foreign = self.reader.gather(
-                self.params,
-                self.host_segment_table.data_ptr(),
-                self.signatures.data_ptr(),
-                self.skipped.data_ptr() if ascent and self.skips_any else 0,
-                tables.grad_table.data_ptr(),
-                0 if tables.format.grad == tables.dtype else DLPACK_CODES[tables.format.grad],
-            )
-            grads = Gradients(found)
-            grads.table = tables.grad_table
+            found, moved, foreign = self.reader.gather(*self.addresses(ascent=ascent))
+            grads = self.found(found)
         else:
             skipped = self.skipped.tolist() if ascent else [False] * len(self.params)
             grads = Gradients([None if skip else p.grad for p, skip in zip(self.params, skipped, strict=True)])

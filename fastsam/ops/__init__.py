@@ -133,12 +133,14 @@ class Backend(NamedTuple):
         operations: the three operations.
         graphs: how CUDA graphs find the groups' values; None for a backend that cannot be captured.
         by_address: whether it reaches tensors by their addresses.
+        bind: what lets a whole pass be one native call; None where it cannot.
     """
 
     name: str
     operations: Operations
     graphs: GraphSupport | None
     by_address: bool
+    bind: Callable[[Tables, Tensor], Tensor] | None = None
 
 
 @cache
@@ -149,6 +151,6 @@ def backend_named(name: str) -> Backend:
         return Backend(name, cast(Operations, kernels), cast(GraphSupport, kernels), by_address=True)
     return {
         "reference": Backend("reference", reference, None, by_address=False),
-        "cpu": Backend("cpu", native, None, by_address=True),
-        "cuda": Backend("cuda", native, graphs, by_address=True),
+        "cpu": Backend("cpu", native, None, by_address=True, bind=native.bind),
+        "cuda": Backend("cuda", native, graphs, by_address=True, bind=native.bind),
     }[name]

@@ -24,6 +24,7 @@ from fastsam.ops.tables import ALIGN, Tables
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_RULE = -1
+BOUND_BYTES = 416  # of csrc/bound.h
 
 
 def reason() -> str | None:
@@ -110,6 +111,31 @@ def update_(
         tables.overflows,
         tables.rounding,
     )
+
+
+def bind(tables: Tables, sums: Tensor) -> Tensor:
+    """What `reader.run_pass` needs to run the operations over a bucket: its operands, checked once.
+
+    It is valid as long as the tensors of `tables`, and `sums`, are the same.
+    """
+    bound = torch.empty(BOUND_BYTES, dtype=torch.uint8, device="cpu")
+    torch.ops.fastsam.bind_(
+        _format_code(tables.format),
+        _rule_code(tables),
+        tables.segment_table,
+        tables.chunk_table,
+        tables.grad_table,
+        tables.row_table,
+        tables.partials,
+        tables.perturbed,
+        sums,
+        tables.slot,
+        tables.q,
+        tables.overflows,
+        tables.rounding,
+        bound,
+    )
+    return bound
 
 
 def upload_rows(tables: Tables) -> None:
