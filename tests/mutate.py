@@ -284,7 +284,11 @@ MUTANTS = [
     Mutant(REFERENCE, "(largest > 0) & largest.isfinite()", "largest.isfinite()"),
     Mutant(REFERENCE, "q_norm(bucket.partials, bucket.q) if powers", "bucket.partials.sum() if powers"),
     Mutant(REFERENCE, "else q_norm(sums, bucket.q)", "else sums.sum()"),
-    Mutant(REFERENCE, "_loss_gradient(w, g, row).double() * _metric(w, row)", "_steepest(w, g, row).double()"),
+    Mutant(
+        REFERENCE,
+        "return _loss_gradient(w, g, row).double() * _metric(w, row)",
+        "return (_loss_gradient(w, g, row).double() * _metric(w, row)).to(w.dtype).double()",
+    ),
     Mutant(REFERENCE, "rho * (norm / (norm + NORM_EPS))", "rho"),
     Mutant(REFERENCE, "rho * (norm / (norm + NORM_EPS))", "rho * (norm / (norm - NORM_EPS))"),
     Mutant(NORM, "return largest * power(sum_of", "return power(sum_of"),
