@@ -17,7 +17,7 @@ from fastsam import ops
 from fastsam.memory.flat import FlatWeights
 from fastsam.memory.gradients import GradientReader
 from fastsam.memory.pages import page
-from fastsam.memory.segments import Segment, is_dense, layout, real_numel
+from fastsam.memory.segments import Segment, address_of, is_dense, layout, real_numel
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import PublishedState
 from fastsam.ops import graphs
@@ -154,7 +154,7 @@ class Bucket:
         for segment in self.segments:
             owned = (segment.backup, *segment.states, segment.master, segment.progress)
             addresses = (0 if t is None else t.data_ptr() for t in owned)
-            rows.append([segment.param.data_ptr(), *addresses, segment.group | segment.index << 32])
+            rows.append([address_of(segment.param), *addresses, segment.group | segment.index << 32])
         return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 8)
 
     def write_segment_table(self) -> None:

@@ -39,8 +39,8 @@ class GradientReader:
     def set_places(self, host_segment_table: Tensor) -> None:
         """Take over where the parameters are now."""
         self.host_segment_table = host_segment_table
-        if reader is not None:
-            signatures = [reader.describe(segment.param)[1] for segment in self.segments]
+        if self.reader is not None:
+            signatures = [self.reader.describe(segment.param)[1] for segment in self.segments]
             self.signatures = torch.tensor(signatures, dtype=torch.int64, device="cpu")
 
     def set_skipped(self) -> None:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fastsam import ops
 from fastsam.bases.rules import Group
-from fastsam.memory.segments import is_dense, name_of, real_dtype
+from fastsam.memory.segments import address_of, is_dense, name_of, real_dtype
 
 
 def backend_of(param: Tensor, asked: str) -> str:
-    """The name of the backend that serves a parameter; kernels walk dense storage only."""
+    """The name of the backend that serves a parameter; kernels walk dense storage only, and by its address."""
     chosen = ops.choose(asked, param.device, real_dtype(param))
-    return "reference" if chosen is None or not is_dense(param) else chosen
+    readable = is_dense(param) and (address_of(param) != 0 or param.numel() == 0)
+    return chosen if chosen is not None and readable else "reference"
 
 
 def check_param(param: Tensor, group: int, groups: Sequence[Group], asked: str) -> None:
@@ -58,7 +59,7 @@ def overlapping(params: Iterable[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Two parameters that share memory (the same one twice if it overlaps itself), or None."""
     extents: list[tuple[int, int, Tensor]] = []
     for param in params:
-        if param.numel() > 0:
+        if param.numel() > 0 and address_of(param) != 0:
             reach = sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True))
             start = param.data_ptr()
             extents.append((start, start + (reach + 1) * param.element_size(), param))

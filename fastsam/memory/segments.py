@@ -22,6 +22,7 @@ class Layout(NamedTuple):
     device: torch.device
     shape: torch.Size
     stride: tuple[int, ...]
+    lazy: bool
 
     def moved_only(self, other: Layout) -> bool:
         """Whether nothing but the address differs."""
@@ -30,7 +31,20 @@ class Layout(NamedTuple):
 
 def layout(tensor: Tensor) -> Layout:
     """Describe a strided tensor."""
-    return Layout(tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+    return Layout(address_of(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), is_lazy(tensor))
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where the first element lies; 0 for a tensor whose memory cannot be read by address (some subclasses)."""
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a tensor is conjugated or negated only when it is read: its memory holds other values."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 @dataclass(eq=False)
@@ -73,7 +87,7 @@ class Segment(Operand):
 
     def accepts(self, grad: Tensor, dtype: torch.dtype) -> bool:
         """Whether a gradient has this dtype and the strides of the parameter (dimensions of size 1 may have any)."""
-        if grad.layout != torch.strided or grad.dtype != dtype or grad.is_conj() or grad.is_neg():
+        if grad.layout != torch.strided or grad.dtype != dtype or is_lazy(grad):
             return False
         strides = zip(grad.shape, grad.stride(), self.layout.stride, strict=True)
         return not self.dense or grad.numel() == 0 or all(n == 1 or a == b for n, a, b in strides)
@@ -96,7 +110,9 @@ def real_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their storage without gaps or overlap, in any order of dimensions."""
+    """Whether the values fill their storage without gaps or overlap, in any order of dimensions."""
+    if is_lazy(tensor):
+        return False
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1):
         if stride != expected and tensor.numel() > 0:

@@ -23,7 +23,7 @@ class Operand:
         param: the parameter itself.
         group: index of its parameter group.
         numel: number of elements, a complex one counted as two.
-        dense: whether its storage has no gaps, so that a kernel can walk it.
+        dense: whether its storage has no gaps and holds the very values, so that a kernel can walk it.
         index: its place among all parameters of the optimizer, which selects its stream of random numbers.
         chunks: its rows of the bucket's chunk table.
         backup: [numel], the weights before the perturbation, in storage order; None where there is a master.
@@ -53,6 +53,8 @@ class Operand:
 
     def flat(self, tensor: Tensor) -> Tensor:
         """[numel]: a tensor of the parameter's layout in storage order; a view of it where the parameter is dense."""
+        if not self.dense:
+            tensor = tensor.resolve_conj().resolve_neg()
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         return real.as_strided((self.numel,), (1,)) if self.dense else real.reshape(-1)
 
@@ -70,9 +72,10 @@ class Operand:
         """Write [numel] values into the parameter, rounded once if it is of lower precision."""
         if self.dense:
             self.flat(self.param).copy_(values)
+        elif self.param.is_complex():
+            self.param.copy_(torch.view_as_complex(values.view(*self.param.shape, 2)))
         else:
-            real = torch.view_as_real(self.param) if self.param.is_complex() else self.param
-            real.copy_(values.view(real.shape))
+            self.param.copy_(values.view(self.param.shape))
 
 
 class Gradients(list["Tensor | None"]):
