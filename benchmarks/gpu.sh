@@ -8,6 +8,10 @@
 # far. The exit status is 0 if nothing failed and nothing is missing. With --device cpu the same sections run on the C++
 # backend and give the same keys; only the shapes are fewer, and the sanitizers' place is taken by the tests that prove
 # the same of the CUDA kernels' bodies: guard pages, ThreadSanitizer, memory full of NaN.
+#
+# A library that is there is used if it was built from these sources and, as fastsam/_build.txt says, for this GPU. So
+# that a lease is not spent on compiling, build where there is no GPU and carry fastsam/_C.abi3.so and
+# fastsam/_build.txt along: TORCH_CUDA_ARCH_LIST="9.0+PTX" pip install -e . for an H200.
 set -u
 cd "$(dirname "$0")/.." || exit
 out=${1:?usage: benchmarks/gpu.sh OUT [--device cpu]}
@@ -62,15 +66,32 @@ sweep() {
 }
 
 pytest=("$python" -m pytest -q)
+# A step with the backend of that name; fails, and says why, where the library is not there or not of these sources.
+usable=("$python" -c 'import sys, torch, fastsam
+p = torch.nn.Parameter(torch.ones(8, device=sys.argv[1]))
+p.grad = torch.ones_like(p)
+optimizer = fastsam.FusedSAM([p], "sgd", lr=0.1, backend=sys.argv[1])
+optimizer.first_step()
+optimizer.second_step()
+print("the library works: a step gives", p.tolist()[0])' "$device")
+# Without pip, which may want an index, and a setuptools that is new enough.
+build=("$python" -c 'import setup; setup.build_and_record(setup.ROOT / "fastsam" / "_C.abi3.so")')
+
 if [ "$device" = cuda ]; then
+  export PATH=$PATH:/usr/local/cuda/bin
+  export FASTSAM_NATIVE=1 FASTSAM_CUDA=1 # what cannot be built is an error
   large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 check=40 train=(--device cuda --budget 60)
   # For this card alone, which is faster.
-  TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || {
+    echo "there is nothing to measure: torch can use no GPU here" >&2
+    exit 1
+  }
   export TORCH_CUDA_ARCH_LIST
+  built_for=sm_${TORCH_CUDA_ARCH_LIST/./} # PTX would do for a step, but is not what is to be measured
   tests=(-m cuda --continue-on-collection-errors --tb=short -p no:benchmark)
   "$python" -c "import xdist.plugin" && tests+=(-n 8) # every test that takes a backend runs on two: thousands
   toolkit=$(dirname "$(readlink -f "$(command -v nvcc)")")
-  sanitizer=$(PATH=$PATH:$toolkit:/usr/local/cuda/bin command -v compute-sanitizer)
+  sanitizer=$(PATH=$PATH:$toolkit command -v compute-sanitizer)
   run=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" --error-exitcode 9)
   memcheck=("${run[@]}" --tool memcheck --kernel-name kns=fastsam "$python" benchmarks/sanitize.py)
   racecheck=("${run[@]}" --tool racecheck --kernel-name kns=fastsam "$python" benchmarks/sanitize.py)
@@ -78,16 +99,27 @@ if [ "$device" = cuda ]; then
 else
   large="resnet18" small="" rounds=3 check=80 train=(--device cpu --quick) # these checks are compiled first
   export OMP_NUM_THREADS=1 # two threads on a busy machine wait for each other, a time slice in every operation
-  export FASTSAM_CUDA=0 # nothing here could run the CUDA kernels; tests/test_machine_code.py compiles and reads them
+  export FASTSAM_NATIVE=1 FASTSAM_CUDA=0 # nothing here could run the CUDA kernels; tests/test_machine_code.py reads them
+  built_for=
   tests=(tests/test_native.py)
   memcheck=("${pytest[@]}" tests/test_cuda_core.py -k test_no_access_beyond)
   racecheck=("${pytest[@]}" tests/test_cuda_core.py -k test_blocks_on_several_threads)
   initcheck=("${pytest[@]}" tests/test_cuda_core.py -k test_three_sam_steps)
 fi
 
+if grep -qsw -e "$built_for" fastsam/_build.txt && "${usable[@]}" >"$out/build.log" 2>&1; then
+  section build 10 build.log echo "nothing to build: $(tail -n 1 fastsam/_build.txt)"
+else
+  section build 200 build.log "${build[@]}"
+  "${usable[@]}" >>"$out/build.log" 2>&1 || {
+    echo "there is nothing to measure: backend='$device' does not work here; $out/build.log ends with" >&2
+    tail -n 20 "$out/build.log" >&2
+    exit 1
+  }
+fi
+
 # shellcheck disable=SC2046 # cases are words
 {
-  section build 150 build.log "$python" -m pip install --no-build-isolation --no-deps -e .
   section tests 100 tests.log "${pytest[@]}" "${tests[@]}"
   sweep step-float32 90 $(cases "$large" float32)
   section launches 50 benchmarks.log "$python" benchmarks/launches.py --device "$device" --json "$parts/launches.json"

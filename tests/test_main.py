@@ -110,6 +110,47 @@ def test_a_wish_that_can_be_met_is_named_as_the_reason(monkeypatch, capsys):
     assert "FASTSAM_BACKEND=reference" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "record, capability, expected",
+    [
+        ("sm_80 sm_90 compute_80", (9, 0), "served by machine code, sm_90"),
+        ("sm_80 sm_86 compute_80", (8, 9), "served by machine code, sm_86; to have its own: "),
+        ("sm_90 compute_80", (8, 0), "served through PTX, compute_80: "),
+        ("compute_75", (12, 1), "served through PTX, compute_75: "),
+        ("sm_120 compute_80 compute_120", (11, 0), "served through PTX, compute_80: "),
+        ("sm_90", (8, 0), "not served, "),
+        ("sm_90", (10, 0), "not served, "),
+        ("sm_86", (8, 0), "not served, "),
+        ("sm_90a compute_90a", (9, 0), "served by machine code, sm_90a"),
+        ("sm_100a compute_90a", (10, 3), "not served, "),
+        ("compute_75", (7, 0), "not served: the kernels need compute capability 7.5"),
+    ],
+)
+def test_the_diagnosis_says_what_a_gpu_gets(record, capability, expected):
+    found = diagnosis.served(f"built with gcc\nCUDA kernels: nvcc 13.0, {record} (TORCH_CUDA_ARCH_LIST=x)", capability)
+    assert found.startswith(expected)
+    best = expected.endswith(record.split()[-1]) or "machine code, sm_90" in expected or capability == (7, 0)
+    assert best == ("TORCH_CUDA_ARCH_LIST" not in found)
+    assert best or f'TORCH_CUDA_ARCH_LIST="{capability[0]}.{capability[1]}" pip install -e .' in found
+
+
+def test_the_diagnosis_has_a_line_for_each_gpu_and_one_without(monkeypatch):
+    record = "CUDA kernels: nvcc 13.0, sm_80 compute_80 (TORCH_CUDA_ARCH_LIST=8.0+PTX)"
+    monkeypatch.setattr(diagnosis, "devices", lambda: [torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(8, 0), (9, 0)][device.index])
+    first, second = diagnosis._served(record)
+    assert first == "GPU 0 (compute capability 8.0): served by machine code, sm_80"
+    assert second.startswith("GPU 1 (compute capability 9.0): served through PTX")
+    monkeypatch.setattr(diagnosis, "devices", lambda: [torch.device("cpu")])
+    monkeypatch.setattr(diagnosis, "_output", lambda command: "8.6\n")  # a GPU that this torch cannot use
+    assert diagnosis._served(record)[0].startswith("GPU 0 (compute capability 8.6): served by machine code, sm_80; ")
+    monkeypatch.setattr(diagnosis, "_output", lambda command: "")
+    (line,) = diagnosis._served(record)
+    assert "machine code is there for compute capability 8.0; any other of compute capability 8.0 or newer" in line
+    assert "about 6 s" in line
+    assert diagnosis._served("CUDA kernels: none") == []
+
+
 # --- demo ------------------------------------------------------------------------------------------------------------
 
 

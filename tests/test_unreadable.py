@@ -52,8 +52,8 @@ def assert_same_run(found, expected):
     torch.testing.assert_close(found[1], expected[1])
 
 
-# torch makes a negated tensor as the imaginary part of a conjugate only, which is dense only with one element; the first
-# of these is by a private function, and as a gradient no kernel could tell it from others.
+# torch makes a negated tensor only as the imaginary part of a conjugate, which is dense with one element alone. The
+# first of these is made by a private function: as a gradient, no kernel can tell it from others.
 PRIVATE = "negated"
 
 

@@ -24,6 +24,12 @@ STEPS = 3
 # Tails of every kind, more than a chunk of 8,192 elements, nothing at all; two layouts that are not row-major.
 SHAPES = ((), (0,), (1,), (63,), (65, 3), (8193,), (4, 1, 5000), (2, 3, 5, 7), (31, 9))
 CHANNELS_LAST, TRANSPOSED = 7, 8
+# What ptxas takes for the kernels of SAM around SGD or AdamW, from PTX of 7.5 for an H200, in seconds on one core.
+COMPILED_BY_DRIVER = 6
+_WAIT = (
+    "the driver, which must be no older than the nvcc, compiles a kernel when it is first used and keeps the result; "
+    f"the first step waits about {COMPILED_BY_DRIVER} s"
+)
 
 
 class Case(NamedTuple):
@@ -53,7 +59,7 @@ def main() -> int:
     _print_section(f"fastsam {__version__}", _versions())
     _print_section("Machine", _machine())
     if (record := build_record()) is not None:
-        print("Build\n" + "".join(f"  {line}\n" for line in record.splitlines()))
+        print("\n".join(["Build", *("  " + line for line in [*record.splitlines(), *_served(record)]), ""]))
     _print_section("Backends", _backends())
     try:
         asked = ops.resolve("auto")
@@ -148,6 +154,52 @@ def build_record() -> str | None:
     """What the installation wrote about its build, None if it wrote nothing."""
     path = Path(__file__).parents[1] / "_build.txt"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _served(record: str) -> list[str]:
+    """One line for each GPU here, of this machine's driver: what the library has for it; for any, if there is none."""
+    if not re.search(r"\b(sm|compute)_\d", record):
+        return []
+    gpus = [torch.cuda.get_device_capability(device) for device in devices()[1:]]
+    if not gpus:
+        seen = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+        gpus = [(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", seen, re.MULTILINE)]
+    lines = [f"GPU {i} (compute capability {a}.{b}): {served(record, (a, b))}" for i, (a, b) in enumerate(gpus)]
+    return lines or [f"no GPU here; what one would need: {'; '.join(_needed(record))}"]
+
+
+def _needed(record: str) -> list[str]:
+    code, ptx = ([int(n) for n in re.findall(rf"\b{kind}_(\d+)\b", record)] for kind in ("sm", "compute"))
+    found = []
+    if code:
+        found.append(f"machine code is there for compute capability {', '.join(f'{n // 10}.{n % 10}' for n in code)}")
+    if ptx:
+        least = f"{min(ptx) // 10}.{min(ptx) % 10}"
+        other = "any other of compute capability" if code else "compute capability"
+        found.append(f"{other} {least} or newer is served through PTX: {_WAIT}")
+    return found
+
+
+def served(record: str, capability: tuple[int, int]) -> str:
+    """What a library with this record has for a GPU, and what to do if that is not the best.
+
+    Machine code runs on GPUs of its own generation that are as new or newer, PTX is compiled by the driver of any that
+    is as new or newer; with the letter a, both are for that architecture alone.
+    """
+    number = 10 * capability[0] + capability[1]
+    if capability < ops.LEAST_CAPABILITY:
+        return "not served: the kernels need compute capability 7.5 or newer"
+    rebuild = f'TORCH_CUDA_ARCH_LIST="{capability[0]}.{capability[1]}" pip install -e .'
+    names = re.findall(r"\b(sm|compute)_(\d+)([af]?)\b", record)
+    fits = [(kind, int(n), n + a) for kind, n, a in names if int(n) == number or (int(n) < number and not a)]
+    code = [found for found in fits if found[0] == "sm" and found[1] // 10 == capability[0]]
+    if code:
+        _, best, name = max(code)
+        return f"served by machine code, sm_{name}" + ("" if best == number else f"; to have its own: {rebuild}")
+    ptx = [found for found in fits if found[0] == "compute"]
+    if ptx:
+        return f"served through PTX, compute_{max(ptx)[2]}: {_WAIT}; to have machine code: {rebuild}"
+    return f"not served, the library was built for others; rebuild: {rebuild}"
 
 
 def _backends() -> list[list[str]]:
