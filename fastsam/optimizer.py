@@ -74,13 +74,13 @@ class FusedSAM(SavedOptimizer):
         state_dtype: torch.bfloat16 for states of float32 parameters and of masters, rounded stochastically, as rounding
             to nearest would never let `exp_avg_sq` decay.
         flatten: move the weights into flat buffers, one a device and dtype, at the first step or `prepare`, for who
-            wants them in one piece (`flat_weights`). No step is faster by it, and what needs parameters with a storage
-            of their own needs `unflatten` first: `safetensors.save_model` refuses them, `torch.save` of one writes the
-            whole buffer, `pickle` does so for each. The move takes their memory twice for a moment; tensors that shared
-            it (`p.detach()` from before) no longer follow. Complex parameters and those that have gaps or share a
-            storage with others already (cuDNN's RNNs) stay where they are, with a warning. Those that leave later
-            (`p.data = ...`, `model.cpu().cuda()`) stay out, with a warning; after `.to()` another dtype or device all
-            are moved again, without one.
+            wants them in one piece (`flat_weights`). No step is faster by it. Each weight keeps a storage of its own,
+            over its part of the buffer, so that saving and copying a model are as ever; that storage cannot be resized,
+            nor sent to another process on a GPU, before `unflatten`. The move takes the weights' memory twice for a
+            moment; tensors that shared it (`p.detach()` from before) no longer follow. Complex parameters and those
+            that have gaps or share a storage with others already (cuDNN's RNNs) stay where they are, with a warning.
+            Those that leave later (`p.data = ...`, `model.cpu().cuda()`, `share_memory_()`) stay out, with a warning;
+            after `.to()` another dtype or device all are moved again, without one.
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".

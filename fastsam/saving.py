@@ -86,7 +86,7 @@ class SavedOptimizer(Optimizer):
 
     @entry
     def unflatten(self) -> None:
-        """Give every weight a storage of its own again, for good, as what saves or shares a model may ask for.
+        """Give every weight memory of its own again, for good, as what resizes or sends its storage may ask for.
 
         The buffers are freed with the last view of them; CUDA graphs must be captured again.
 
@@ -160,18 +160,14 @@ class SavedOptimizer(Optimizer):
         self._sam.buckets.sync_state()
         self._note_rounding_step()
         copied = {name: getattr(self, name) for name in COPIED}
-        buckets = self._sam.buckets
-        in_buffer = [i for i, param in enumerate(self._params()) if buckets.flat.buffer_of(param) is not None]
-        return {**super().__getstate__(), **copied, "_backend": buckets.backend, "_in_buffer": in_buffer}
+        return {**super().__getstate__(), **copied, "_backend": self._sam.buckets.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a deep copy, or take over what `load_state_dict` loaded."""
-        backend, in_buffer = state.pop("_backend", None), state.pop("_in_buffer", ())
+        backend = state.pop("_backend", None)
         super().__setstate__(state)
         if backend is not None:
             self._sam = self._new_progress(backend)
-            params = self._params()
-            self._sam.buckets.flat.recognise_copies(params[i] for i in in_buffer)
         type(self.base_optimizer).__setstate__(
             self.base_optimizer, {"state": self.state, "param_groups": self.param_groups}
         )

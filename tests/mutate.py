@@ -75,7 +75,7 @@ MUTANTS = [
     Mutant(REFERENCE, "((w * w) * g) * scale", "(w.abs() * g) * scale"),
     Mutant(REFERENCE, "(t * (t * g)) * scale", "((t * t) * g) * scale"),
     Mutant(REFERENCE_RULES, "fma(1 - dampening, g, buf * momentum)", "fma(1.0, g, buf * momentum)"),
-    Mutant(REFERENCE_RULES, "torch.where(first != 0, g, fma", "torch.where(first > 1, g, _fma"),
+    Mutant(REFERENCE_RULES, "torch.where(first != 0, g, fma", "torch.where(first > 1, g, fma"),
     Mutant(REFERENCE_RULES, "fma(momentum, buf, g) if", "fma(momentum, buf, buf) if"),
     Mutant(REFERENCE_RULES, "return fma(-lr, g, w), [buf", "return w - lr * g, [buf"),
     Mutant(REFERENCE_RULES, "-(c.lr / correction1)", "-c.lr"),
@@ -309,7 +309,9 @@ MUTANTS = [
     Mutant(KERNELS, "f(abs(steepest(wt[i], gt[i])))", "f(steepest(wt[i], gt[i]))"),
     Mutant(LAUNCH, "f(launch.partials[i]);", "f(launch.partials[0]);"),
     Mutant(
-        OPERATIONS, "launch.total = baseline::q_norm(q, each_slot);", "each_slot([&](double n) { launch.total += n; });"
+        OPERATIONS,
+        "if (q != 2) return baseline::q_norm(q, each_slot);",
+        "if (q < 0) return baseline::q_norm(q, each_slot);",
     ),
 ]
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 from cases import NAMES
 from oracle import bits
+from safetensors.torch import load_file, load_model, save_file, save_model
 from test_lost_nothing import NoMemory, closure_of_ones
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW
 
 from fastsam import FusedSAM
+from fastsam.memory import flat
 from fastsam.ops.tables import ALIGN
 
 pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
@@ -30,6 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PRECISIONS = [dict(master_weights=True), dict(stochastic_rounding=True, rounding_seed=7)]
 STAYS = "flatten=True leaves"
 LEFT = "no longer in the flat buffer"
+MADE: list[weakref.ref[torch.Tensor]] = []  # filled by `memory`
 
 
 def picture(opt, params) -> list[bytes]:
@@ -38,23 +41,51 @@ def picture(opt, params) -> list[bytes]:
     return [bits(t) for t in [*params, *state]]
 
 
-def storage(t) -> int:
-    return t.untyped_storage().data_ptr()
+def pages_of(opt, param) -> list[int]:
+    """Where the optimizer's buffers that hold a parameter begin."""
+    start, end = param.data_ptr(), param.data_ptr() + param.nbytes
+    return [b.data_ptr() for b in opt.flat_weights() if b.data_ptr() <= start and end <= b.data_ptr() + b.nbytes]
+
+
+def own_storages(params) -> bool:
+    """Whether each storage holds its parameter alone."""
+    storages = [p.untyped_storage() for p in params if p.numel()]
+    alone = all(s.nbytes() == p.nbytes for s, p in zip(storages, (p for p in params if p.numel()), strict=True))
+    return alone and len({s.data_ptr() for s in storages}) == len(storages)
 
 
 def is_flat(opt, params) -> bool:
-    """Whether these parameters, and nothing else, are in the optimizer's buffers."""
-    pages = {storage(page) for page in opt.flat_weights()}
-    return bool(pages) and {storage(p) for p in params if p.numel()} == pages
+    """Whether the optimizer's buffers hold these parameters, none is without any, and each has a storage of its own."""
+    pages = [pages_of(opt, p) for p in params if p.numel()]
+    used, all_pages = {page for found in pages for page in found}, [b.data_ptr() for b in opt.flat_weights()]
+    return all(len(found) == 1 for found in pages) and bool(used) and used == {*all_pages} and own_storages(params)
 
 
 def stands_alone(params) -> bool:
-    return all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in params)
+    """Whether each parameter has memory of its own: a storage that holds it alone, and not over any buffer."""
+    params, buffers = list(params), [buffer for ref in MADE if (buffer := ref()) is not None]
+    starts = [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in buffers]
+    return own_storages(params) and not any(a <= p.data_ptr() < b for p in params if p.numel() for a, b in starts)
 
 
 def fused(params, backend, flatten=True, **options):
     options = dict(dict(rho=0.3, lr=0.1, momentum=0.9), **options)
     return FusedSAM(params, options.pop("base", SGD), backend=backend, flatten=flatten, **options)
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    """Weak references to the tensors whose memory the buffers are; torch keeps these as long as the memory."""
+    page = flat.page
+
+    def noting(*args):
+        whole, pieces = page(*args)
+        MADE.append(weakref.ref(whole))
+        return whole, pieces
+
+    monkeypatch.setattr(flat, "page", noting)
+    MADE.clear()
+    return MADE
 
 
 @pytest.fixture
@@ -161,7 +192,9 @@ def test_one_buffer_for_each_dtype(backend, device, options):
         members = [p for p in params if p.dtype == page.dtype and p.numel()]
         starts = [-(-p.numel() // ALIGN) * ALIGN for p in members]
         assert page.is_contiguous() and page.dim() == 1 and page.numel() == sum(starts)
-        assert [p.storage_offset() for p in members] == [sum(starts[:i]) for i in range(len(starts))]
+        offsets = [(p.data_ptr() - page.data_ptr()) // p.element_size() for p in members]
+        assert offsets == [sum(starts[:i]) for i in range(len(starts))]
+        assert [(p.storage_offset(), p._base) for p in members] == [(0, None)] * len(members)
         assert int(page.count_nonzero()) == sum(int(p.count_nonzero()) for p in members), "zeros between"
     assert [bits(p) for p in params] == values and [p.stride() for p in params] == strides
     assert [p._version for p in params] == versions and not any(p._is_view() for p in params)
@@ -170,7 +203,7 @@ def test_one_buffer_for_each_dtype(backend, device, options):
     assert [id(p) for p in held] == ids and [p.grad for p in params] == [None] * len(params)
 
 
-def test_a_write_to_the_buffer_is_one_to_the_weights(trained):
+def test_a_write_to_the_buffer_is_one_to_the_weights_and_back(trained):
     model, opt, _ = trained
     with torch.no_grad():
         opt.flat_weights()[0].mul_(0.5)
@@ -178,6 +211,63 @@ def test_a_write_to_the_buffer_is_one_to_the_weights(trained):
     opt.flat_weights()[0].mul_(2.0)
     for p, half in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, 2 * half)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(3.0)
+    (page,) = opt.flat_weights()
+    assert page.unique().tolist() == [0.0, 3.0] and int(page.count_nonzero()) == sum(
+        p.numel() for p in model.parameters()
+    )
+
+
+def test_the_memory_lives_as_long_as_a_weight_in_it(memory, backend, device):
+    model = cases.small_model().to(device)
+    opt = fused(model.parameters(), backend)
+    opt.prepare()
+    before = [bits(p) for p in model.parameters()]
+    del opt
+    gc.collect()
+    (page,) = memory
+    assert page() is not None and [bits(p) for p in model.parameters()] == before
+    opt = fused(model.parameters(), backend)  # nobody else needs that buffer any more
+    opt.prepare()
+    gc.collect()
+    assert page() is None and is_flat(opt, list(model.parameters()))
+    assert [bits(p) for p in model.parameters()] == before
+    last = model[2].bias
+    del model, opt
+    gc.collect()
+    assert memory[1]() is not None and bits(last) == before[-1]
+    del last
+    gc.collect()
+    assert memory[1]() is None
+
+
+def test_nobody_can_resize_the_memory_of_all(trained):
+    model, opt, step = trained
+    for t in (next(model.parameters()), opt.flat_weights()[0]):
+        with pytest.raises(RuntimeError, match="not resizable"):
+            t.untyped_storage().resize_(0)
+    step()
+    assert is_flat(opt, list(model.parameters()))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # torch's own deprecations while it traces
+def test_a_compiled_model_follows_its_weights_into_the_buffer(backend, device, compiler):
+    def run(flatten):
+        torch._dynamo.reset()
+        model = cases.small_model().to(device)
+        compiled = torch.compile(model, backend=compiler)
+        opt = fused(model.parameters(), backend, flatten)
+        losses = [opt.step(model_closure(compiled, opt)).item() for _ in range(3)]
+        opt.zero_grad()
+        before = model_closure(compiled, opt)().item()
+        for page in opt.flat_weights() if flatten else model.parameters():
+            page.data.mul_(0.5)
+        return [*losses, before, model_closure(compiled, opt)().item()], picture(opt, list(model.parameters()))
+
+    assert run(True) == run(False)
 
 
 def test_gradients_and_graphs_of_before_stay(backend, device):
@@ -228,6 +318,7 @@ def test_a_second_optimizer_leaves_the_buffer_to_the_first(trained, backend):
     with pytest.warns(UserWarning, match=rf"{STAYS} 4 of 4 .*another FusedSAM, whose unflatten\(\)"):
         second.step(model_closure(model, second))
     assert [p.data_ptr() for p in model.parameters()] == places and second.flat_weights() == []
+    assert is_flat(opt, list(model.parameters()))
     opt.unflatten()
     third = fused(model.parameters(), backend)
     third.step(model_closure(model, third))
@@ -273,32 +364,71 @@ def test_the_model_s_load_state_dict_writes_into_the_buffer(backend, device, opt
     assert run(True) == run(False)
 
 
+def test_safetensors_writes_and_loads_every_weight(trained, tmp_path):
+    model, opt, step = trained
+    plain = copy.deepcopy(model)
+    expected = {name: bits(t) for name, t in plain.state_dict().items()}
+    for name, source in (("flat", model), ("plain", plain)):
+        save_model(source, tmp_path / f"{name} model")
+        save_file(source.state_dict(), tmp_path / f"{name} dict")
+    for kind in ("model", "dict"):
+        assert (tmp_path / f"flat {kind}").read_bytes() == (tmp_path / f"plain {kind}").read_bytes()
+        assert {name: bits(t) for name, t in load_file(tmp_path / f"flat {kind}").items()} == expected
+    places = [p.data_ptr() for p in model.parameters()]
+    step()
+    assert {name: bits(t) for name, t in model.state_dict().items()} != expected
+    load_model(model, tmp_path / "flat model")
+    assert {name: bits(t) for name, t in model.state_dict().items()} == expected
+    assert [p.data_ptr() for p in model.parameters()] == places and is_flat(opt, list(model.parameters()))
+
+
+def test_nothing_takes_two_weights_for_one(trained):
+    """Accelerate and transformers leave out all but one of the tensors that are alike in this."""
+    model, opt, _ = trained
+    storages = [t.untyped_storage() for t in model.state_dict().values()]
+    assert is_flat(opt, list(model.parameters()))
+    assert len({(s.device, s.data_ptr(), s.nbytes()) for s in storages}) == len(storages) == 4
+
+
+@pytest.mark.parametrize("dump", [pickle.dumps, lambda value: written(value).getbuffer()], ids=["pickle", "torch.save"])
+def test_what_is_saved_takes_no_other_weight_along(trained, dump):
+    model, _, _ = trained
+    plain = copy.deepcopy(model)
+    for ours, theirs in ((model[2].bias, plain[2].bias), (model[2], plain[2]), (model, plain)):
+        assert len(dump(ours)) <= 1.1 * len(dump(theirs))
+
+
 def through_pickle(both):
     return pickle.loads(pickle.dumps(both))
 
 
-def through_torch_save(both):
+def written(value) -> io.BytesIO:
     file = io.BytesIO()
-    torch.save(both, file)
+    torch.save(value, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return file
+
+
+def through_torch_save(both):
+    return torch.load(written(both), weights_only=False)
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, through_pickle, through_torch_save])
 def test_copies_flatten_again(trained, way):
     model, opt, step = trained
     model[2].bias.requires_grad_(False)
-    model[2].bias.grad = None  # a copy gives it no memory before it is thawed, but it came from a buffer
+    model[2].bias.grad = None  # a copy gives it no memory before it is thawed
     places = [p.data_ptr() for p in model.parameters()]
     model2, opt2 = way((model, opt))
     params = list(model2.parameters())
+    assert stands_alone(params) and opt2.flat_weights() == []
     assert {id(p) for p in params} == {id(p) for g in opt2.param_groups for p in g["params"]}
     for frozen in (True, False):
         for m in (model, model2):
             m[2].bias.requires_grad_(not frozen)
         step(), step(opt2, model2)
         assert picture(opt, list(model.parameters())) == picture(opt2, params)
-        assert is_flat(opt2, params[:-1] if frozen else params)
+        assert is_flat(opt2, params[:-1] if frozen else params) and stands_alone(params[-1:]) == frozen
     assert len(opt2.flat_weights()) == 2
     assert [p.data_ptr() for p in model.parameters()] == places
     opt2.unflatten()
@@ -377,6 +507,47 @@ def test_one_that_leaves_alone(trained):
     step()
     opt.unflatten()
     step()
+
+
+@pytest.mark.parametrize("phase", ["clean", "perturbed"])
+def test_one_that_is_shared_leaves_alone(backend, phase):
+    if cases.device_of(backend) != "cpu":
+        pytest.skip("only memory of the CPU is shared between processes this way")
+
+    def run(flatten):
+        model = cases.small_model()
+        opt = fused(model.parameters(), backend, flatten)
+        closure = model_closure(model, opt)
+        opt.step(closure)
+        closure()
+        if phase == "perturbed":
+            opt.first_step()
+        if flatten:
+            model[0].weight.share_memory_()
+            assert [p.is_shared() for p in model.parameters()] == [True, False, False, False]
+            with pytest.warns(UserWarning, match=rf"params'\]\[0\] is {LEFT}"):
+                opt.second_step() if phase == "perturbed" else opt.step(closure)
+            shared, *inside = model.parameters()
+            assert is_flat(opt, inside) and pages_of(opt, shared) == [] and shared.is_shared()
+        else:
+            opt.second_step() if phase == "perturbed" else opt.step(closure)
+        opt.step(closure)
+        return picture(opt, list(model.parameters()))
+
+    assert run(True) == run(False)
+
+
+def test_a_buffer_that_is_shared_leaves_the_weights_behind(memory, trained):
+    model, opt, step = trained
+    if next(model.parameters()).device.type != "cpu":
+        pytest.skip("only memory of the CPU is shared between processes this way")
+    before = [bits(p) for p in model.parameters()]
+    opt.flat_weights()[0].share_memory_()
+    gc.collect()
+    assert [bits(p) for p in model.parameters()] == before and not any(p.is_shared() for p in model.parameters())
+    assert opt.flat_weights() == []
+    step()
+    assert [bits(p) for p in model.parameters()] != before
 
 
 @pytest.mark.parametrize("leave", ["second_step", "restore"])
@@ -544,7 +715,7 @@ def test_a_frozen_parameter_keeps_its_right_to_the_buffer(trained):
     opt.zero_grad()
     model[0].weight.data = model[0].weight.data.t().contiguous().t()
     step()
-    assert storage(bias) not in {storage(page) for page in opt.flat_weights()}
+    assert pages_of(opt, bias) == [] and not stands_alone([bias])
     bias.requires_grad_()
     step()
     assert is_flat(opt, list(model.parameters()))
@@ -554,7 +725,7 @@ def test_a_frozen_parameter_keeps_its_right_to_the_buffer(trained):
 
 
 @pytest.mark.parametrize("options", [{}, *PRECISIONS], ids=["plain", "masters", "stochastic"])
-def test_unflatten(backend, device, options):
+def test_unflatten(memory, backend, device, options):
     params, plain = (cases.make_params(torch.bfloat16, device=device) for _ in range(2))
     opt, other = (
         FusedSAM(p, AdamW, 0.3, lr=0.01, backend=backend, flatten=flatten, **options)
@@ -563,8 +734,9 @@ def test_unflatten(backend, device, options):
     strides = [p.stride() for p in params]
     for step in range(cases.STEPS):
         if step == 4:
-            before, versions, page = [bits(p) for p in params], [p._version for p in params], opt.flat_weights()[0]
-            page, grads = weakref.ref(page), [p.grad for p in params]
+            before, versions = [bits(p) for p in params], [p._version for p in params]
+            (page,), grads = memory, [p.grad for p in params]
+            assert page() is not None
             opt.unflatten()
             assert stands_alone(params) and opt.flat_weights() == [] and [bits(p) for p in params] == before
             assert [p.stride() for p in params] == strides and [p._version for p in params] == versions

@@ -191,9 +191,9 @@ class Buckets:
         if self.flat.wanted:
             self.shared.warn_once(
                 f"FusedSAM: {self.shared.name_of(left[0].param)} is no longer in the flat buffer of flatten=True, "
-                "because something gave it another storage (p.data = ..., .to(), .cpu()). The step follows it there. "
-                "Write weights in place to keep them in the buffer; to have them in one again, build a new FusedSAM "
-                "and load this one's state_dict()",
+                "because something gave it other memory (p.data = ..., .to(), share_memory_()). The step follows it "
+                "there. Write weights in place to keep them in the buffer; to have them in one again, unflatten() this "
+                "optimizer and load its state_dict() into a new FusedSAM",
                 topic="left the flat buffer",
             )
 

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from fastsam.memory.pages import page
-from fastsam.memory.segments import Segment, is_dense
+from fastsam.memory.segments import Segment, is_dense, own_storage
 
 
 class FlatWeights:
     """The flat buffers that the weights of an optimizer live in.
 
+    Each weight has a storage of its own over its part of a buffer, and so has each tensor in `buffers`: nobody can
+    save, resize or share the memory of all by one of them. The memory itself lives as long as any of these does.
+
     Attributes:
         wanted: whether weights of new segments are moved into one.
-        buffers: they outlive the buckets that made them, as long as a parameter lives in them: that tells
-            our own buffers from somebody else's when buckets are built anew.
+        buffers: they outlive the buckets that made them, as long as a parameter lives in them.
+        living: those of all optimizers, by which one does not take weights out of another's buffer.
     """
+
+    living: ClassVar[WeakSet[FlatWeights]] = WeakSet()
 
     def __init__(self) -> None:
         """No buffer yet, and none asked for."""
         self.wanted = False
         self.buffers: list[Tensor] = []
+        self.living.add(self)
 
     def buffer_of(self, param: Tensor) -> Tensor | None:
-        """The buffer that a parameter lives in."""
+        """The buffer that a parameter lives in: that all of the parameter's storage lies in."""
         if not self.buffers or param.numel() == 0:
             return None
-        start = param.untyped_storage().data_ptr()
-        return next((buffer for buffer in self.buffers if buffer.untyped_storage().data_ptr() == start), None)
+        storage = param.untyped_storage()
+        start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        for buffer in self.buffers:
+            if buffer.data_ptr() <= start and end <= buffer.data_ptr() + buffer.nbytes:
+                return buffer
+        return None
 
     def reason_not_flattened(self, param: Tensor) -> str | None:
         """Why a parameter must not be moved, None if it may be."""
@@ -41,11 +53,14 @@ class FlatWeights:
             return f"its storage has gaps (strides {list(param.stride())})"
         if param.device.type == "cpu" and param.is_shared():  # type: ignore[no-untyped-call]
             return "it is in memory shared between processes"
-        if self.buffer_of(param) is None and not _fills_storage(param):
+        if self.buffer_of(param) is not None:
+            return None
+        if param.untyped_storage().nbytes() > param.numel() * param.element_size():
             return (
-                "it is a part of a larger storage, which others may use: the flat buffer of cuDNN's RNNs, of a library "
-                "or of another FusedSAM, whose unflatten() would let it go"
+                "it is a part of a larger storage, which others may use: the flat buffer of cuDNN's RNNs or a library"
             )
+        if any(other.buffer_of(param) is not None for other in self.living):
+            return "it is in the flat buffer of another FusedSAM, whose unflatten() would let it go"
         return None
 
     @contextmanager
@@ -64,35 +79,24 @@ class FlatWeights:
         try:
             for segment, piece in zip(movable, pieces, strict=True):
                 piece.copy_(segment.flat(segment.param))
-                segment.param.data = segment.shaped(piece)
+                segment.param.data = segment.shown(piece)
                 segment.flattened = True
             yield
         except BaseException:
             for segment, data in zip(movable, before, strict=True):
                 segment.param.data = data
             raise
-        self.buffers.append(buffer)
+        self.buffers.append(own_storage(buffer))
 
     def prune(self, params: Iterable[Tensor]) -> None:
         """Let go of buffers that none of these parameters lives in."""
         used = {id(self.buffer_of(param)) for param in params}
         self.buffers = [buffer for buffer in self.buffers if id(buffer) in used]
 
-    def recognise_copies(self, params: Iterable[Tensor]) -> None:
-        """Take over the storages of parameters that are copies of ones in our buffers."""
-        for param in params:
-            if self.buffer_of(param) is None and not _fills_storage(param):
-                whole = torch.empty(0, dtype=param.dtype, device=param.device)
-                self.buffers.append(whole.set_(param.untyped_storage()))
-
     def move_out(self, params: Iterable[Tensor]) -> None:
-        """Give parameters storage of their own, with the same strides; if memory runs out none has moved."""
+        """Give parameters memory of their own, with the same strides; if memory runs out none has moved."""
         members = [param for param in params if self.buffer_of(param) is not None]
         own = [torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=p.device).copy_(p) for p in members]
         for param, data in zip(members, own, strict=True):
             param.data = data
         self.buffers = []
-
-
-def _fills_storage(param: Tensor) -> bool:
-    return param.untyped_storage().nbytes() <= param.numel() * param.element_size()
