@@ -4,7 +4,8 @@
 // The files of this folder hold all arithmetic of the native backends, one functor a formula. Every operation is one
 // rounding, in the order of torch.optim's for-loop; `fma` stands where ATen rounds a product and a sum once. The
 // compilers must not contract: -ffp-contract=off, -fmad=false. Scalars are float64 until one final cast. T is float for
-// float32, bfloat16 and float16, double for float64. Twin of fastsam/ops/reference.py: a formula changes in both.
+// float32, bfloat16 and float16, double for float64. Twin of fastsam/ops/numbers.py and
+// the reference: a formula changes in both.
 //
 // Each instruction set has its own namespace. Otherwise the linker might keep one set's copy of an inline function for
 // all of them.

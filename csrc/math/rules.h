@@ -235,7 +235,7 @@ struct Radam : CountsAll {
   static FASTSAM_HD int states(const Row&) { return 3; }
 };
 
-// Lion (Chen et al., arXiv 2302.06675); fastsam/lion.py. State: the momentum.
+// Lion (Chen et al., arXiv 2302.06675); fastsam/bases/lion.py. State: the momentum.
 template <class T, int kStates>
 struct Lion : CountsAll {
   T neg_lr, decay_factor, one_minus_beta1, one_minus_beta2;

@@ -1,4 +1,4 @@
-"""The base optimizers' formulas in Triton, and the arithmetic they are written in; twins of `reference.py`.
+"""The base optimizers' formulas in Triton, and the arithmetic they are written in; twins of `reference_rules.py`.
 
 Every line is one rounding, as in `csrc/math/`: `tl.fma` stands where a product and a sum are rounded once, and nothing
 else is fused (`enable_fp_fusion=False`). Scalars are float64 until one final cast to the type the kernel computes in
