@@ -304,8 +304,14 @@ class FusedSAM(SavedOptimizer):
 
     @entry
     def prepare(self) -> None:
-        """Allocate everything a step needs without taking one."""
-        self._sync().sync_values()
+        """Allocate everything that a step in which every parameter has a gradient needs, without taking one.
+
+        Otherwise a parameter gets memory when it has its first gradients.
+        """
+        buckets = self._sync()
+        for ascent in (True, False):
+            buckets.require_memory(None, ascent=ascent)
+        buckets.sync_values()
 
     @entry
     def refresh(self) -> None:
@@ -374,6 +380,7 @@ class FusedSAM(SavedOptimizer):
         sam.require_running()
         buckets = self._sync()
         grads = buckets.gather(ascent=True)
+        buckets.require_memory(grads, ascent=True)
         buckets.sync_values()
         buckets.refresh_masters()
         sam.phase = PERTURBED
@@ -385,6 +392,7 @@ class FusedSAM(SavedOptimizer):
         sam.require_running()
         buckets = self._sync()
         grads = buckets.gather(ascent=False)
+        buckets.require_memory(grads, ascent=False)
         buckets.sync_values()
         if sam.phase == CLEAN:
             buckets.refresh_masters()

@@ -1,8 +1,9 @@
 """A bucket: the parameters of one (device, dtype) as one flat index space, and the flat tensors that belong to it.
 
 Parameters and gradients stay where they are and are reached through tables of addresses. What the optimizer owns (the
-backup of the weights or their masters, the base optimizer's state, the step counts) is flat, in pages that never move:
-a parameter that is thawed later gets a page of its own. With `flatten=True` the weights have such pages, too.
+backup of the weights or their masters, the base optimizer's state, the step counts) is flat, in pages that never move.
+A parameter gets a backup before it is perturbed for the first time, and states before its first update; those that show
+up later share a page of their own. With `flatten=True` the weights have such pages, too.
 """
 
 from __future__ import annotations
@@ -57,13 +58,15 @@ class Bucket:
         self.segment_table_current = False  # whether it knows all states
         self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
         self.versions: list[int] = []  # of all parameters when their masters were last what they are rounded from
+        self.without_backup: list[int] = []  # segments that a first pass may perturb, but has not yet
+        self.without_states: list[int] = []  # segments that had no update yet
         self.swapped_out: dict[int, Tensor] = {}  # perturbed weights with masters while the old ones are in their place
         self.captured_gradients: Gradients | None = None  # what the last captured update reads, kept for its replays
 
     # Pages and tables.
 
     def append(self, members: Sequence[Member], index: dict[int, int], flat: FlatWeights, state: State) -> None:
-        """Give the bucket a page for more parameters; existing pages stay where they are.
+        """Give the bucket more parameters; existing pages stay where they are.
 
         Args:
             members: the parameters and their groups.
@@ -74,16 +77,17 @@ class Bucket:
         self._refuse_capture()
         tables = self.tables
         sizes = [real_numel(param) for param, _ in members]
-        _, saved = page(sizes, tables.format.source, tables.device)
-        nothing: list[Tensor | None] = [None] * len(sizes)
-        backups, masters = (nothing, saved) if tables.format.masters else (saved, nothing)
+        masters: list[Tensor | None] = [None] * len(sizes)
+        if tables.format.masters:
+            masters = list(page(sizes, tables.format.source, tables.device)[1])
         progress = torch.zeros(len(members), 2, dtype=torch.float32, device=tables.device)
         before = len(self.segments)
         chunk = self.segments[-1].chunks.stop if self.segments else 0
         for i, (param, group) in enumerate(members):
             chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
             place = group, sizes[i], is_dense(param), index[id(param)], chunks
-            self.segments.append(Segment(param, *place, backups[i], masters[i], progress[i]))
+            self.segments.append(Segment(param, *place, None, masters[i], progress[i]))
+        self.published.note_published(state, self.segments[before:])
         try:
             with flat.moving_in(tables.dtype, tables.device, self.segments[before:]):
                 self._allocate_states()
@@ -96,6 +100,25 @@ class Bucket:
         self.published.load_state(state, self.segments[before:])
         self.versions = []
 
+    def require_memory(self, grads: Gradients | None, state: State, *, ascent: bool) -> None:
+        """Before a pass: have a backup of what the first one perturbs, or the states of what the second one updates.
+
+        Args:
+            grads: this pass's gradients; None stands for one of every parameter.
+            state: `optimizer.state`.
+            ascent: whether it is the first pass.
+        """
+        lacking = self.without_backup if ascent else self.without_states
+        found = [i for i in lacking if grads is None or grads[i] is not None] if lacking else lacking
+        if found and ascent:
+            self._allocate_backups(found)
+        elif found:
+            for i in found:
+                self.segments[i].updated = True
+        if found or not self.segment_table_current:
+            self.require_states(state)
+            self._note_lacking()
+
     def require_states(self, state: State) -> None:
         """Have the states that the groups' values ask for; momentum or amsgrad may be switched on late."""
         self._allocate_states()
@@ -105,7 +128,10 @@ class Bucket:
 
     def load_state(self, state: State) -> None:
         """Take over what `state` holds, and where it lies."""
+        self.published.note_published(state, self.segments)
+        self._allocate_states()
         self.published.load_state(state, self.segments)
+        self._note_lacking()
         self.versions = []  # the model's weights may be loaded after these
         if not self._host_segment_table().equal(self.gradients.host_segment_table):
             self.write_segment_table()
@@ -116,13 +142,34 @@ class Bucket:
             return
         used = [rule.used(group) for group in self.shared.groups]
         for slot, name in enumerate(rule.states):
-            bare = [s for s in self.segments if name in used[s.group] and s.states[slot] is None]
-            if bare:
-                self._refuse_capture()
-                self.segment_table_current = False
+            bare = [s for s in self.segments if s.updated and name in used[s.group] and s.states[slot] is None]
+            if not bare:
+                continue
+            self._refuse_capture()
+            self.segment_table_current = False
             _, pieces = page([s.numel for s in bare], self.tables.format.state, self.tables.device)
             for segment, piece in zip(bare, pieces, strict=True):
                 segment.states[slot] = piece.fill_(rule.initial(self.shared.defaults))
+
+    def _allocate_backups(self, indices: Sequence[int]) -> None:
+        self._refuse_capture()
+        self.segment_table_current = False
+        bare = [self.segments[i] for i in indices]
+        _, pieces = page([segment.numel for segment in bare], self.tables.format.source, self.tables.device)
+        for segment, piece in zip(bare, pieces, strict=True):
+            segment.backup = piece
+
+    def sync_skipped(self) -> None:
+        """Take over which groups have `perturb=False`."""
+        self.gradients.set_skipped()
+        self._note_lacking()
+
+    def _note_lacking(self) -> None:
+        """Note which segments have no backup and no states yet; usually none."""
+        bare = [] if self.tables.format.masters else [i for i, s in enumerate(self.segments) if s.backup is None]
+        skipped = self.gradients.skipped.tolist()
+        self.without_backup = [i for i in bare if not skipped[i]]
+        self.without_states = [i for i, segment in enumerate(self.segments) if not segment.updated]
 
     def _build_tables(self) -> None:
         tables = self.tables
@@ -142,7 +189,7 @@ class Bucket:
         perturbed = torch.zeros(len(self.segments), dtype=torch.bool, device="cpu")
         perturbed[: len(tables.perturbed)] = tables.perturbed
         tables.perturbed = perturbed
-        self.gradients.set_skipped()
+        self.sync_skipped()
 
     def _host_segment_table(self) -> Tensor:
         rows = []

@@ -76,7 +76,7 @@ class Buckets:
         if perturbs != self.perturbs:
             self.perturbs = perturbs
             for bucket in self.items:
-                bucket.gradients.set_skipped()
+                bucket.sync_skipped()
 
     def sync_values(self) -> None:
         """Catch up with the groups' values, which schedulers change, and with what somebody wrote to the state."""
@@ -148,6 +148,11 @@ class Buckets:
                         f"{layout(bucket.params[moved[0]])}"
                     )
         return [grads for grads, _ in read]
+
+    def require_memory(self, grads: Sequence[Gradients] | None, *, ascent: bool) -> None:
+        """Before a pass: have what it needs of memory for these gradients, or for one of every parameter."""
+        for i, bucket in enumerate(self.items):
+            bucket.require_memory(None if grads is None else grads[i], self.state, ascent=ascent)
 
     def _follow_moves(self, moved: Sequence[Sequence[int]]) -> None:
         """Bring the tables up to date; build all buckets anew where a dtype, device or shape changed."""
