@@ -228,6 +228,12 @@ class FusedSAM(SavedOptimizer):
         Under a GradScaler the gradients may stay scaled: only their direction counts. If their norm is not finite there
         is no perturbation, and this step is the base optimizer's.
 
+        The next call is `step` or `restore`. If it is `first_step` again, or an exception leaves the closure, the old
+        weights come back, also where a forward pass wrote to the perturbed ones (`Embedding(max_norm)`, masks, forced
+        normalisation). Only weights that were loaded in between are kept: `model.load_state_dict` writes all
+        parameters, a forward pass the same as in the last step. So a model that is loaded in part, or whose forward
+        writes all parameters, is given its old weights; `restore` always does so, and should come before loading.
+
         Args:
             zero_grad: set the gradients to None afterwards.
         """
@@ -396,6 +402,7 @@ class FusedSAM(SavedOptimizer):
         buckets.sync_values()
         if sam.phase == CLEAN:
             buckets.refresh_masters()
+        written = buckets.weight_watch.written() if sam.phase == PERTURBED else None
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if buckets.shared.rule is not None:
             self._warn_without_gradients(grads)
@@ -407,6 +414,8 @@ class FusedSAM(SavedOptimizer):
             if not overflow:
                 step_base(base, buckets.masters(), grad_scale, factors)
             buckets.finish_base_step(overflow)
+        if written is not None:
+            buckets.weight_watch.learn(written)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
         base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
@@ -421,15 +430,15 @@ class FusedSAM(SavedOptimizer):
             raise
 
     def _abandon(self) -> None:
-        """End the perturbed phase by another door than `step`: weights that somebody wrote in the meantime are kept."""
+        """End the perturbed phase by another door than `step`: weights that were loaded in the meantime are kept."""
         buckets = self._sam.buckets
-        if buckets.weights_untouched():
+        if not buckets.weight_watch.loaded():
             self.restore()
             return
         buckets.drop_perturbation()
         self._sam.phase = CLEAN
         buckets.shared.warn_once(
-            "FusedSAM: the weights were written between the two passes (load_state_dict?); they are kept, and the "
+            "FusedSAM: all weights were written between the two passes (load_state_dict?); they are kept, and the "
             "perturbation is dropped"
         )
 

@@ -56,7 +56,6 @@ class Bucket:
         self.gradients = GradientReader(tables, self.segments, shared, self.backend.by_address)
         self.published = PublishedState(tables, self.segments, shared)
         self.segment_table_current = False  # whether it knows all states
-        self.watched: list[tuple[Tensor, int]] = []  # a few perturbed parameters and their versions
         self.versions: list[int] = []  # of all parameters when their masters were last what they are rounded from
         self.without_backup: list[int] = []  # segments that a first pass may perturb, but has not yet
         self.without_states: list[int] = []  # segments that had no update yet
@@ -96,7 +95,6 @@ class Bucket:
             del self.segments[before:]
             raise
         self.params = self.gradients.params = [segment.param for segment in self.segments]
-        self.largest = max(range(len(self.segments)), key=lambda i: self.segments[i].numel)
         self.published.load_state(state, self.segments[before:])
         self.versions = []
 
@@ -276,18 +274,15 @@ class Bucket:
     # between a write to the weights and the note of it.
 
     def perturb(self, grads: Gradients, sums: Tensor) -> None:
-        """Back up and climb, and remember a few parameters' versions to notice when somebody else writes weights."""
+        """Back up and climb."""
         self.backend.operations.perturb_(self.tables, grads, sums)
         torch.autograd.graph.increment_version(self._written(grads))
-        few = dict.fromkeys((0, self.largest, len(self.params) - 1))
-        self.watched = [(self.params[i], self.params[i]._version) for i in few if grads[i] is not None]
 
     def update(
         self, grads: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None
     ) -> None:
         """Restore and take the base step. Bumped version counters let autograd notice stale graphs."""
         written = self._written(grads)
-        self.watched = []
         scale, overflow = self.on_device(grad_scale), self.on_device(found_inf)
         self.backend.operations.update_(self.tables, grads, grad_scale=scale, found_inf=overflow, clip=clip)
         if graphs.capturing(self.tables.device):
@@ -328,10 +323,6 @@ class Bucket:
         """Let go of the perturbation without touching the weights."""
         self.tables.perturbed.zero_()
 
-    def weights_untouched(self) -> bool:
-        """Whether nobody else wrote to the perturbed weights since `perturb`."""
-        return all(param._version == version for param, version in self.watched)
-
     def swap(self) -> None:
         """Exchange perturbed and old weights, one parameter at a time."""
         for i, (segment, perturbed) in enumerate(zip(self.segments, self.tables.perturbed.tolist(), strict=True)):
@@ -347,7 +338,6 @@ class Bucket:
             else:
                 self.swapped_out[i] = segment.param.clone()
                 segment.store(segment.saved_weights())
-        self.watched = [(param, param._version) for param, _ in self.watched]
 
     # Masters.
 

@@ -15,6 +15,7 @@ from fastsam.memory.placing import backend_of, check_overlaps, check_param
 from fastsam.memory.segments import Segment, layout, real_dtype
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import StateWatch
+from fastsam.memory.writes import WeightWatch
 from fastsam.ops.formats import Precision
 from fastsam.ops.native import reader
 from fastsam.ops.reference import Clip, clip_factor
@@ -31,6 +32,7 @@ class Buckets:
         second_sums: the same for the gradients of the second pass, where they are clipped.
         factors: [] float64 on each device, by which they are clipped.
         flat: the buffers that the weights live in with `flatten=True`.
+        weight_watch: who writes to the perturbed weights.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Buckets:
         self.factors: dict[torch.device, Tensor] = {}
         self.flat = FlatWeights()
         self.watch = StateWatch()
+        self.weight_watch = WeightWatch(param for group in groups for param in group["params"])
         self.last_rounding_step = 0  # that of the random numbers when buckets were last built anew
 
     def segments(self) -> Iterator[Segment]:
@@ -196,8 +199,10 @@ class Buckets:
             if self.shared.q != 1:
                 bucket.backend.operations.grad_norm(bucket.tables, g, self.sums[bucket.tables.device])
         self._share_sums(self.sums)
+        self.weight_watch.begin()
         for bucket, g in zip(self.items, grads, strict=True):
             bucket.perturb(g, self.sums[bucket.tables.device])
+        self.weight_watch.remember()
 
     def clip(
         self, grads: Sequence[Gradients], max_norm: float, grad_scale: Tensor | None
@@ -265,14 +270,12 @@ class Buckets:
         for bucket in self.items:
             bucket.drop_perturbation()
 
-    def weights_untouched(self) -> bool:
-        """Whether nobody else wrote to the perturbed weights since `perturb`."""
-        return all(bucket.weights_untouched() for bucket in self.items)
-
     def swap(self) -> None:
         """Exchange perturbed and old weights."""
+        written = self.weight_watch.written()
         for bucket in self.items:
             bucket.swap()
+        self.weight_watch.mark(written)
 
     # What is counted on the devices.
 
@@ -357,6 +360,7 @@ class Buckets:
         )
         self.factors = {d: torch.ones((), dtype=torch.float64, device=d) for d in devices}
         self._prune_flat()
+        self.weight_watch.choose([segment.param for segment in self.segments()])
         self.watch.remember(self.state, self.segments())
 
     def _warn_of_weights_not_flattened(self, members: Sequence[Member]) -> None:
