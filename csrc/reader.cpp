@@ -246,17 +246,19 @@ struct Reading {
   const uint8_t* skip;
   int64_t* addresses;
   unsigned dtype;
-  const uint8_t* perturbed;  // this and the next for whole passes only
+  const uint8_t* perturbed;  // this and the next two for whole passes only
+  const uint8_t* ready;      // whether a segment has the memory that the pass needs
   Bound* bound;
 
   bool parse(PyObject* args) {
-    unsigned long long segment_address, signature_address, skip_address, grad_address, perturbed_address = 0,
-                                                                                       bound_address = 0;
-    if (!PyArg_ParseTuple(args, "OKKKKI|KK", &params, &segment_address, &signature_address, &skip_address,
-                          &grad_address, &dtype, &perturbed_address, &bound_address)) {
+    unsigned long long segment_address, signature_address, skip_address, grad_address;
+    unsigned long long perturbed_address = 0, ready_address = 0, bound_address = 0;
+    if (!PyArg_ParseTuple(args, "OKKKKI|KKK", &params, &segment_address, &signature_address, &skip_address,
+                          &grad_address, &dtype, &perturbed_address, &ready_address, &bound_address)) {
       return false;
     }
     perturbed = at<const uint8_t>(perturbed_address);
+    ready = at<const uint8_t>(ready_address);
     segments = at<const Segment>(segment_address);
     signatures = at<const int64_t>(signature_address);
     skip = at<const uint8_t>(skip_address);
@@ -318,6 +320,14 @@ PyObject* written_by(const Reading& reading, bool ascent) {
   return written.release();
 }
 
+// Whether a parameter has a gradient, but no backup or states yet.
+bool lacks_memory(const Reading& reading) {
+  for (Py_ssize_t i = 0; i < PyList_Size(reading.params); i++) {
+    if (reading.addresses[i] && !reading.ready[i]) return true;
+  }
+  return false;
+}
+
 PyObject* gather(PyObject*, PyObject* args) {
   Reading reading{};
   bool in_place;
@@ -358,7 +368,7 @@ PyObject* run_pass(PyObject*, PyObject* args) {
     if (!readings[i].parse(PyList_GetItem(buckets, i))) return nullptr;
     const Ref result(readings[i].gather(in_place));
     if (!result.get()) return nullptr;
-    if (!in_place) Py_RETURN_NONE;
+    if (!in_place || lacks_memory(readings[i])) Py_RETURN_NONE;
     PyObject* const written = written_by(readings[i], ascent);
     PyObject* const pair = written ? Py_BuildValue("(ON)", PyTuple_GetItem(result.get(), 0), written) : nullptr;
     if (!pair || PyList_SetItem(found.get(), i, pair) != 0) return nullptr;
@@ -474,7 +484,7 @@ PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
      "gather(params, segments, signatures, skip, grads, dtype) -> (gradients, moved, foreign)."},
     {"run_pass", run_pass, METH_VARARGS,
-     "run_pass(buckets, norm, ascent) -> [(gradients, written)], each bucket what gather takes, then perturbed, bound; "
+     "run_pass(buckets, norm, ascent) -> [(gradients, written)], each bucket what gather takes, then perturbed, ready, bound; "
      "None, and nothing was run, where a parameter or gradient is not what the tables say."},
     {"same_groups", same_groups, METH_VARARGS,
      "same_groups(param_groups, params, entries) -> bool: the same parameters, keys and values."},

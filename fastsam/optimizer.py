@@ -228,6 +228,12 @@ class FusedSAM(SavedOptimizer):
         Under a GradScaler the gradients may stay scaled: only their direction counts. If their norm is not finite there
         is no perturbation, and this step is the base optimizer's.
 
+        The next call is `step` or `restore`. If it is `first_step` again, or an exception leaves the closure, the old
+        weights come back, also where a forward pass wrote to the perturbed ones (`Embedding(max_norm)`, masks, forced
+        normalisation). Only weights that were loaded in between are kept: `model.load_state_dict` writes all
+        parameters, a forward pass the same as in the last step. So a model that is loaded in part, or whose forward
+        writes all parameters, is given its old weights; `restore` always does so, and should come before loading.
+
         Args:
             zero_grad: set the gradients to None afterwards.
         """
@@ -294,8 +300,14 @@ class FusedSAM(SavedOptimizer):
 
     @entry
     def prepare(self) -> None:
-        """Allocate everything a step needs without taking one."""
-        self._sync().sync_values()
+        """Allocate everything that a step in which every parameter has a gradient needs, without taking one.
+
+        Otherwise a parameter gets memory when it has its first gradients.
+        """
+        buckets = self._sync()
+        for ascent in (True, False):
+            buckets.require_memory(None, ascent=ascent)
+        buckets.sync_values()
 
     @entry
     def refresh(self) -> None:
@@ -350,12 +362,15 @@ class FusedSAM(SavedOptimizer):
         buckets = self._sync()
         if sam.phase == CLEAN:
             buckets.refresh_masters()
+        written = buckets.weight_watch.written() if sam.phase == PERTURBED else None
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if buckets.shared.rule is not None:
             grads = buckets.update(grad_scale, found_inf, self.max_grad_norm)
             self._warn_without_gradients(grads)
         else:
             self._update_by_base(buckets, grad_scale, found_inf)
+        if written is not None:
+            buckets.weight_watch.learn(written)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
@@ -363,6 +378,7 @@ class FusedSAM(SavedOptimizer):
     def _update_by_base(self, buckets: Buckets, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore, and let the base optimizer that is not fused take its own step."""
         grads = buckets.gather(ascent=False)
+        buckets.require_memory(grads, ascent=False)
         buckets.sync_values()
         factors = {} if self.max_grad_norm is None else buckets.clip(grads, self.max_grad_norm, grad_scale)
         buckets.restore()
@@ -381,15 +397,15 @@ class FusedSAM(SavedOptimizer):
             raise
 
     def _abandon(self) -> None:
-        """End the perturbed phase by another door than `step`: weights that somebody wrote in the meantime are kept."""
+        """End the perturbed phase by another door than `step`: weights that were loaded in the meantime are kept."""
         buckets = self._sam.buckets
-        if buckets.weights_untouched():
+        if not buckets.weights_loaded():
             self.restore()
             return
         buckets.drop_perturbation()
         self._sam.phase = CLEAN
         buckets.shared.warn_once(
-            "FusedSAM: the weights were written between the two passes (load_state_dict?); they are kept, and the "
+            "FusedSAM: all weights were written between the two passes (load_state_dict?); they are kept, and the "
             "perturbation is dropped"
         )
 

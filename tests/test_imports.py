@@ -27,7 +27,8 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         "",  # the package's own file: names and choice of the backends
     ),
     "memory": (
-        *("segments", "shared", "pages", "placing", "gradients", "state", "flat", "bucket", "buckets", "checkpoint"),
+        *("segments", "shared", "pages", "placing", "gradients", "state", "writes", "flat", "bucket"),
+        *("buckets", "checkpoint"),
     ),
     "": ("checks", "closures", "stats", "progress", "saving", "optimizer", "training"),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo"),

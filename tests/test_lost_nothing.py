@@ -272,6 +272,8 @@ LATE = {
     "momentum": dict(momentum=0.9),
     "thawed": dict(thaw=True),
     "another dtype": dict(double=True),
+    "first gradient": dict(shows=True),
+    "perturb": dict(perturb=True),
 }
 
 
@@ -282,11 +284,13 @@ def test_running_out_of_memory_in_any_allocation_can_be_survived(monkeypatch, ba
     def run(fails_at):
         params = [Parameter(torch.full((n,), 0.5, device=device)) for n in (5, 8200)]
         params[1].requires_grad_("thaw" not in late)
-        opt = FusedSAM(params, torch.optim.SGD, rho=0.3, lr=0.1, backend=backend)
+        options = dict(perturb="perturb" not in late, momentum=0.9 if "shows" in late else 0.0)
+        opt = FusedSAM(params, torch.optim.SGD, rho=0.3, lr=0.1, backend=backend, **options)
         failed = False
         for step in range(3):
+            silent = params[1:] if "shows" in late and step == 0 else []
             if late and step == 1:
-                opt.param_groups[0].update({k: v for k, v in late.items() if k == "momentum"})
+                opt.param_groups[0].update({k: v for k, v in late.items() if k in ("momentum", "perturb")})
                 params[1].requires_grad_()
                 for p in params if "double" in late else ():
                     p.grad, p.data = None, p.data.double()
@@ -295,7 +299,7 @@ def test_running_out_of_memory_in_any_allocation_can_be_survived(monkeypatch, ba
                 with monkeypatch.context() as patch:
                     memory = NoMemory(patch, fails_at if step == bool(late) and attempt == 0 else 0)
                     try:
-                        opt.step(closure_of_ones(params, opt))
+                        opt.step(closure_of_ones(params, opt, silent))
                         break
                     except torch.OutOfMemoryError:
                         failed = True
@@ -312,11 +316,12 @@ def test_running_out_of_memory_in_any_allocation_can_be_survived(monkeypatch, ba
     assert fails_at > 2
 
 
-def closure_of_ones(params, opt):
+def closure_of_ones(params, opt, silent=()):
     def closure():
         opt.zero_grad()
         for i, p in enumerate(params):
-            p.grad = torch.full_like(p, 1.0 + i) if p.requires_grad else None
+            wanted = p.requires_grad and not any(p is other for other in silent)
+            p.grad = torch.full_like(p, 1.0 + i) if wanted else None
         return torch.ones(())
 
     return closure

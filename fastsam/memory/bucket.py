@@ -1,8 +1,9 @@
 """A bucket: the parameters of one (device, dtype) as one flat index space, and the flat tensors that belong to it.
 
 Parameters and gradients stay where they are and are reached through tables of addresses. What the optimizer owns (the
-backup of the weights or their masters, the base optimizer's state, the step counts) is flat, in pages that never move:
-a parameter that is thawed later gets a page of its own. With `flatten=True` the weights have such pages, too.
+backup of the weights or their masters, the base optimizer's state, the step counts) is flat, in pages that never move.
+A parameter gets a backup before it is perturbed for the first time, and states before its first update; those that show
+up later share a page of their own. With `flatten=True` the weights have such pages, too.
 """
 
 from __future__ import annotations
@@ -52,22 +53,23 @@ class Bucket:
         self.segments: list[Segment] = []
         self.params: list[Tensor] = []
         tables.segments = self.segments  # type: ignore[assignment]  # a list of a subclass, which nobody adds to
-        self._told: tuple[Any, ...] = (None,) * 8  # what `_calls` were made of
+        self._told: tuple[Any, ...] = (None,) * 9  # what `_calls` were made of
         self._bound: Tensor | None = None
         self._calls: tuple[tuple[Any, ...], ...] = ()
         self.gradients = GradientReader(tables, self.segments, shared, self.backend.by_address)
         self.published = PublishedState(tables, self.segments, shared)
         self.segment_table_current = False  # whether it knows all states
-        self.few: tuple[int, ...] = ()  # indices of a few parameters
-        self.watched: list[tuple[Tensor, int]] = []  # those of them that are perturbed, and their versions
         self.versions: list[int] = []  # of all parameters when their masters were last what they are rounded from
+        self.without_backup: list[int] = []  # segments that a first pass may perturb, but has not yet
+        self.without_states: list[int] = []  # segments that had no update yet
+        self.has_backup = self.has_states = torch.zeros(0, dtype=torch.bool, device="cpu")  # the others
         self.swapped_out: dict[int, Tensor] = {}  # perturbed weights with masters while the old ones are in their place
         self.captured_gradients: Gradients | None = None  # what the last captured update reads, kept for its replays
 
     # Pages and tables.
 
     def append(self, members: Sequence[Member], index: dict[int, int], flat: FlatWeights, state: State) -> None:
-        """Give the bucket a page for more parameters; existing pages stay where they are.
+        """Give the bucket more parameters; existing pages stay where they are.
 
         Args:
             members: the parameters and their groups.
@@ -78,16 +80,17 @@ class Bucket:
         self._refuse_capture()
         tables = self.tables
         sizes = [real_numel(param) for param, _ in members]
-        _, saved = page(sizes, tables.format.source, tables.device)
-        nothing: list[Tensor | None] = [None] * len(sizes)
-        backups, masters = (nothing, saved) if tables.format.masters else (saved, nothing)
+        masters: list[Tensor | None] = [None] * len(sizes)
+        if tables.format.masters:
+            masters = list(page(sizes, tables.format.source, tables.device)[1])
         progress = torch.zeros(len(members), 2, dtype=torch.float32, device=tables.device)
         before = len(self.segments)
         chunk = self.segments[-1].chunks.stop if self.segments else 0
         for i, (param, group) in enumerate(members):
             chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
             place = group, sizes[i], is_dense(param), index[id(param)], chunks
-            self.segments.append(Segment(param, *place, backups[i], masters[i], progress[i]))
+            self.segments.append(Segment(param, *place, None, masters[i], progress[i]))
+        self.published.note_published(state, self.segments[before:])
         try:
             with flat.moving_in(tables.dtype, tables.device, self.segments[before:]):
                 self._allocate_states()
@@ -96,10 +99,27 @@ class Bucket:
             del self.segments[before:]
             raise
         self.params = self.gradients.params = [segment.param for segment in self.segments]
-        largest = max(range(len(self.segments)), key=lambda i: self.segments[i].numel)
-        self.few = tuple(dict.fromkeys((0, largest, len(self.params) - 1)))
         self.published.load_state(state, self.segments[before:])
         self.versions = []
+
+    def require_memory(self, grads: Gradients | None, state: State, *, ascent: bool) -> None:
+        """Before a pass: have a backup of what the first one perturbs, or the states of what the second one updates.
+
+        Args:
+            grads: this pass's gradients; None stands for one of every parameter.
+            state: `optimizer.state`.
+            ascent: whether it is the first pass.
+        """
+        lacking = self.without_backup if ascent else self.without_states
+        found = [i for i in lacking if grads is None or grads[i] is not None] if lacking else lacking
+        if found and ascent:
+            self._allocate_backups(found)
+        elif found:
+            for i in found:
+                self.segments[i].updated = True
+        if found or not self.segment_table_current:
+            self.require_states(state)
+            self._note_lacking()
 
     def require_states(self, state: State) -> None:
         """Have the states that the groups' values ask for; momentum or amsgrad may be switched on late."""
@@ -110,7 +130,10 @@ class Bucket:
 
     def load_state(self, state: State) -> None:
         """Take over what `state` holds, and where it lies."""
+        self.published.note_published(state, self.segments)
+        self._allocate_states()
         self.published.load_state(state, self.segments)
+        self._note_lacking()
         self.versions = []  # the model's weights may be loaded after these
         if not self._host_segment_table().equal(self.gradients.host_segment_table):
             self.write_segment_table()
@@ -121,13 +144,37 @@ class Bucket:
             return
         used = [rule.used(group) for group in self.shared.groups]
         for slot, name in enumerate(rule.states):
-            bare = [s for s in self.segments if name in used[s.group] and s.states[slot] is None]
-            if bare:
-                self._refuse_capture()
-                self.segment_table_current = False
+            bare = [s for s in self.segments if s.updated and name in used[s.group] and s.states[slot] is None]
+            if not bare:
+                continue
+            self._refuse_capture()
+            self.segment_table_current = False
             _, pieces = page([s.numel for s in bare], self.tables.format.state, self.tables.device)
             for segment, piece in zip(bare, pieces, strict=True):
                 segment.states[slot] = piece.fill_(rule.initial(self.shared.defaults))
+
+    def _allocate_backups(self, indices: Sequence[int]) -> None:
+        self._refuse_capture()
+        self.segment_table_current = False
+        bare = [self.segments[i] for i in indices]
+        _, pieces = page([segment.numel for segment in bare], self.tables.format.source, self.tables.device)
+        for segment, piece in zip(bare, pieces, strict=True):
+            segment.backup = piece
+
+    def sync_skipped(self) -> None:
+        """Take over which groups have `perturb=False`."""
+        self.gradients.set_skipped()
+        self._note_lacking()
+
+    def _note_lacking(self) -> None:
+        """Note which segments have no backup and no states yet; usually none."""
+        bare = [] if self.tables.format.masters else [i for i, s in enumerate(self.segments) if s.backup is None]
+        skipped = self.gradients.skipped.tolist()
+        self.without_backup = [i for i in bare if not skipped[i]]
+        self.without_states = [i for i, segment in enumerate(self.segments) if not segment.updated]
+        self.has_backup, self.has_states = (torch.ones(len(skipped), dtype=torch.bool, device="cpu") for _ in range(2))
+        self.has_backup[self.without_backup] = False
+        self.has_states[self.without_states] = False
 
     def _build_tables(self) -> None:
         tables = self.tables
@@ -147,7 +194,7 @@ class Bucket:
         perturbed = torch.zeros(len(self.segments), dtype=torch.bool, device="cpu")
         perturbed[: len(tables.perturbed)] = tables.perturbed
         tables.perturbed = perturbed
-        self.gradients.set_skipped()
+        self.sync_skipped()
 
     def _host_segment_table(self) -> Tensor:
         rows = []
@@ -198,13 +245,19 @@ class Bucket:
             or tables.q is not told[4]
             or gradients.params is not told[5]
             or gradients.skipped is not told[6]
-            or sums is not told[7]
+            or self.has_states is not told[7]
+            or sums is not told[8]
         ):
             bound = bind(tables, sums)
-            more = tables.perturbed.data_ptr(), bound.data_ptr()
-            self._calls = tuple((*gradients.addresses(ascent=which), *more) for which in (False, True))
+            self._calls = tuple(
+                (*gradients.addresses(ascent=ascent), tables.perturbed.data_ptr(), ready.data_ptr(), bound.data_ptr())
+                for ascent, ready in ((False, self.has_states), (True, self.has_backup))
+            )
             places = tables.segment_table, tables.chunk_table, tables.row_table
-            self._told = *places, tables.format, tables.q, gradients.params, gradients.skipped, sums
+            self._told = (
+                *places,
+                *(tables.format, tables.q, gradients.params, gradients.skipped, self.has_states, sums),
+            )
             self._bound = bound
         return self._calls[ascent]
 
@@ -260,12 +313,11 @@ class Bucket:
     def perturb(self, grads: Gradients, sums: Tensor) -> None:
         """Back up and climb."""
         self.backend.operations.perturb_(self.tables, grads, sums)
-        self.note_perturbation(grads, self._written(grads))
+        self.note_perturbation(self._written(grads))
 
-    def note_perturbation(self, grads: Gradients, written: list[Tensor]) -> None:
-        """Let autograd notice stale graphs, and remember a few versions to notice when somebody else writes weights."""
+    def note_perturbation(self, written: list[Tensor]) -> None:
+        """Let autograd notice stale graphs."""
         torch.autograd.graph.increment_version(written)
-        self.watched = [(self.params[i], self.params[i]._version) for i in self.few if grads[i] is not None]
 
     def update(
         self, grads: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None
@@ -278,7 +330,6 @@ class Bucket:
 
     def note_update(self, grads: Gradients, written: list[Tensor]) -> None:
         """Let autograd notice stale graphs, and keep what the replays of a captured graph read."""
-        self.watched = []
         if graphs.capturing(self.tables.device):
             self.captured_gradients = grads
         torch.autograd.graph.increment_version(written)
@@ -317,10 +368,6 @@ class Bucket:
         """Let go of the perturbation without touching the weights."""
         self.tables.perturbed.zero_()
 
-    def weights_untouched(self) -> bool:
-        """Whether nobody else wrote to the perturbed weights since `perturb`."""
-        return all(param._version == version for param, version in self.watched)
-
     def swap(self) -> None:
         """Exchange perturbed and old weights, one parameter at a time."""
         for i, (segment, perturbed) in enumerate(zip(self.segments, self.tables.perturbed.tolist(), strict=True)):
@@ -336,7 +383,6 @@ class Bucket:
             else:
                 self.swapped_out[i] = segment.param.clone()
                 segment.store(segment.saved_weights())
-        self.watched = [(param, param._version) for param, _ in self.watched]
 
     # Masters.
 

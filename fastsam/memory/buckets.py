@@ -16,6 +16,7 @@ from fastsam.memory.placing import backend_of, check_overlaps, check_param
 from fastsam.memory.segments import Segment, layout, real_dtype
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import StateWatch
+from fastsam.memory.writes import WeightWatch
 from fastsam.ops.formats import Precision
 from fastsam.ops.native import reader
 from fastsam.ops.reference import Clip, clip_factor
@@ -32,6 +33,7 @@ class Buckets:
         second_sums: the same for the gradients of the second pass, where they are clipped.
         factors: [] float64 on each device, by which they are clipped.
         flat: the buffers that the weights live in with `flatten=True`.
+        weight_watch: who writes to the perturbed weights.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Buckets:
         self.flat = FlatWeights()
         self.watch = StateWatch()
         self.known_entries: list[Any] | None = None  # keys and values of all groups in turn, if they are what was read
+        self.weight_watch = WeightWatch(param for group in groups for param in group["params"])
         self.last_rounding_step = 0  # that of the random numbers when buckets were last built anew
 
     def segments(self) -> Iterator[Segment]:
@@ -94,7 +97,7 @@ class Buckets:
         if perturbs != self.perturbs:
             self.perturbs = perturbs
             for bucket in self.items:
-                bucket.gradients.set_skipped()
+                bucket.sync_skipped()
 
     def sync_values(self) -> None:
         """Catch up with the groups' values, which schedulers change, and with what somebody wrote to the state."""
@@ -159,6 +162,7 @@ class Buckets:
         Args:
             ascent: leave out the groups with `perturb=False`.
         """
+        self.known_entries = None  # until `sync_values` has read them, whatever fails before
         read = [bucket.gradients.gather(ascent=ascent) for bucket in self.items]
         if any(moved for _, moved in read):
             self._follow_moves([moved for _, moved in read])
@@ -170,6 +174,11 @@ class Buckets:
                         f"{layout(bucket.params[moved[0]])}"
                     )
         return [grads for grads, _ in read]
+
+    def require_memory(self, grads: Sequence[Gradients] | None, *, ascent: bool) -> None:
+        """Before a pass: have what it needs of memory for these gradients, or for one of every parameter."""
+        for i, bucket in enumerate(self.items):
+            bucket.require_memory(None if grads is None else grads[i], self.state, ascent=ascent)
 
     def _follow_moves(self, moved: Sequence[Sequence[int]]) -> None:
         """Bring the tables up to date; build all buckets anew where a dtype, device or shape changed."""
@@ -236,18 +245,24 @@ class Buckets:
         if self.known_entries is not None and self._has_masters():
             self.sync_state()
         self.refresh_masters()
+        self.weight_watch.begin()
         if (ran := self.run_pass(ascent=True)) is not None:
-            for bucket, grads, written in ran:
-                bucket.note_perturbation(grads, written)
+            for bucket, _, written in ran:
+                bucket.note_perturbation(written)
+            self.weight_watch.remember()
             return
         read = self.gather(ascent=True)
+        self.require_memory(read, ascent=True)
         self.sync_values()
         for bucket, grads in zip(self.items, read, strict=True):
             if self.shared.q != 1:
                 bucket.backend.operations.grad_norm(bucket.tables, grads, self.sums[bucket.tables.device])
         self._share_sums(self.sums)
-        for bucket, grads in zip(self.items, read, strict=True):
-            bucket.perturb(grads, self.sums[bucket.tables.device])
+        try:
+            for bucket, grads in zip(self.items, read, strict=True):
+                bucket.perturb(grads, self.sums[bucket.tables.device])
+        finally:  # if one fails, the others' writes are still ours
+            self.weight_watch.remember()
 
     def update(
         self, grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float | None = None
@@ -267,6 +282,7 @@ class Buckets:
             read = [grads for _, grads, _ in ran]
         else:
             read = self.gather(ascent=False)
+            self.require_memory(read, ascent=False)
             self.sync_values()
             factors = {} if max_norm is None else self.clip(read, max_norm, grad_scale)
             for bucket, grads in zip(self.items, read, strict=True):
@@ -326,14 +342,16 @@ class Buckets:
         for bucket in self.items:
             bucket.drop_perturbation()
 
-    def weights_untouched(self) -> bool:
-        """Whether nobody else wrote to the perturbed weights since `perturb`."""
-        return all(bucket.weights_untouched() for bucket in self.items)
+    def weights_loaded(self) -> bool:
+        """Whether weights were perturbed and somebody loaded others since."""
+        return any(bool(bucket.tables.perturbed.any()) for bucket in self.items) and self.weight_watch.loaded()
 
     def swap(self) -> None:
         """Exchange perturbed and old weights."""
+        written = self.weight_watch.written()
         for bucket in self.items:
             bucket.swap()
+        self.weight_watch.mark(written)
 
     # What is counted on the devices.
 
@@ -418,6 +436,7 @@ class Buckets:
         )
         self.factors = {d: torch.ones((), dtype=torch.float64, device=d) for d in devices}
         self._prune_flat()
+        self.weight_watch.choose([segment.param for segment in self.segments()])
         self.watch.remember(self.state, self.segments())
 
     def _warn_of_weights_not_flattened(self, members: Sequence[Member]) -> None:

@@ -54,12 +54,14 @@ class Segment(Operand):
     Attributes:
         layout: how the parameter lay in memory when the tables were written; set by `Bucket.write_segment_table`.
         views: what `optimizer.state[param]` shows: torch's names, the parameter's shape and strides.
+        updated: whether it has its states, as an update is to have them, or had one.
         published: whether it shows them already.
         flattened: whether the parameter was moved into a flat buffer.
     """
 
     layout: Layout = field(init=False)
     views: dict[str, Tensor] = field(default_factory=dict)
+    updated: bool = False
     published: bool = False
     flattened: bool = False
 

@@ -28,8 +28,17 @@ class PublishedState:
         self.tables, self.segments, self.shared = tables, segments, shared
         self.unpublished: list[int] = []
 
+    def note_published(self, state: State, segments: Iterable[Segment]) -> None:
+        """Note which segments have state in `state`; they need memory for it."""
+        for segment in segments:
+            held = state[segment.param] if segment.param in state else {}
+            segment.published = any(held.get(name) is not None for name in self._all_names(segment))
+            segment.updated |= segment.published
+
     def load_state(self, state: State, segments: Iterable[Segment]) -> None:
         """Take over what `state` holds, as torch.optim would use it; where it holds nothing, begin afresh.
+
+        `note_published` comes first, and memory for what it finds.
 
         Values are copied into the flat tensors, and views of these put back. A view of ours that somebody gave other
         memory (`share_memory_()`, `.data = ...`) is followed there instead: the segment table must be written anew.
@@ -41,7 +50,6 @@ class PublishedState:
         perturbed = {id(s) for s, hit in zip(self.segments, self.tables.perturbed.tolist(), strict=True) if hit}
         for segment in segments:
             held = state[segment.param] if segment.param in state else {}
-            segment.published = any(held.get(name) is not None for name in self._all_names(segment))
             if self.tables.rule is not None:
                 self._load_counters(segment, held)
                 self._load_states(segment, held)

@@ -26,7 +26,8 @@ class Operand:
         dense: whether its storage has no gaps and holds the very values, so that a kernel can walk it.
         index: its place among all parameters of the optimizer, which selects its stream of random numbers.
         chunks: its rows of the bucket's chunk table.
-        backup: [numel], the weights before the perturbation, in storage order; None where there is a master.
+        backup: [numel], the weights before the perturbation, in storage order; None where there is a master, and before
+            the first perturbation.
         master: [numel] float32, what the weights are rounded from, or None.
         progress: [2] float32, the two numbers below.
         step: [] float32, how many steps the rule has counted.
