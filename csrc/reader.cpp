@@ -32,6 +32,9 @@ constexpr int64_t kNoMemory = 64;  // stands for the address of an empty gradien
 
 const DLPackExchangeAPI* table = nullptr;
 PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
+PyObject* grad_property = nullptr;  // torch.Tensor.grad, and how its value is taken
+descrgetfunc get_property = nullptr;
 PyObject* grad_name = nullptr;
 PyObject* params_name = nullptr;
 PyObject* is_conj_name = nullptr;
@@ -145,9 +148,15 @@ PyObject* init(PyObject*, PyObject* capsule) {
   }
   const Ref torch(PyImport_ImportModule("torch"));
   if (!torch.get()) return nullptr;
-  PyObject* const type = PyObject_GetAttrString(torch.get(), "Tensor");
-  if (!type) return nullptr;
-  tensor_type = reinterpret_cast<PyTypeObject*>(type);  // kept for good
+  const Ref nn(PyImport_ImportModule("torch.nn"));
+  if (!nn.get()) return nullptr;
+  PyObject* const type = PyObject_GetAttrString(torch.get(), "Tensor");  // these are kept for good
+  PyObject* const parameter = type ? PyObject_GetAttrString(nn.get(), "Parameter") : nullptr;
+  grad_property = parameter ? PyObject_GetAttr(type, grad_name) : nullptr;
+  if (!grad_property) return nullptr;
+  get_property = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(grad_property), Py_tp_descr_get));
+  tensor_type = reinterpret_cast<PyTypeObject*>(type);
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter);
   table = found;
   return Py_BuildValue("(II)", version.major, version.minor);
 }
@@ -221,6 +230,15 @@ class Indices {
   Ref list_{nullptr};
 };
 
+// param.grad; without the search for the attribute where the class is torch's own.
+PyObject* grad_of(PyObject* param) {
+  PyTypeObject* const type = Py_TYPE(param);
+  if (get_property && (type == parameter_type || type == tensor_type)) {
+    return get_property(grad_property, param, reinterpret_cast<PyObject*>(type));
+  }
+  return PyObject_GetAttr(param, grad_name);
+}
+
 // Whether a gradient of a layout that kernels take is lazily conjugated or negated, so that its memory holds other
 // values. A real one is negated only as the imaginary part of a conjugate, whose strides betray it but for one element.
 bool is_lazy(PyObject* grad, const DLTensor& tensor, bool& error) {
@@ -285,7 +303,7 @@ struct Reading {
       there = there && signature_of(own) == signatures[i] && (is_empty(own) || address_of(own) == segments[i].weight);
       if (!there && !moved.append(i)) return nullptr;
 
-      PyObject* const grad = skip && skip[i] ? Py_NewRef(Py_None) : PyObject_GetAttr(param.get(), grad_name);
+      PyObject* const grad = skip && skip[i] ? Py_NewRef(Py_None) : grad_of(param.get());
       if (!grad) return nullptr;
       const bool present = grad != Py_None;
       if (PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;  // the list owns it now
@@ -398,29 +416,27 @@ PyObject* fill(PyObject*, PyObject* args) {
 }
 
 PyObject* same_state(PyObject*, PyObject* args) {
-  PyObject *state, *inner_dicts, *entries;
-  unsigned long long size_address, address_address;
-  if (!PyArg_ParseTuple(args, "OOOKK", &state, &inner_dicts, &entries, &size_address, &address_address)) return nullptr;
+  PyObject* state;
+  unsigned long long table_address;
+  long long n, n_entries;
+  if (!PyArg_ParseTuple(args, "OKLL", &state, &table_address, &n, &n_entries)) return nullptr;
   if (!PyDict_Check(state)) return PyErr_Format(PyExc_TypeError, "same_state: state must be a dict");
-  if (!is_list(inner_dicts, "same_state", "inner_dicts") || !is_list(entries, "same_state", "entries")) return nullptr;
-  const auto* const sizes = at<const int64_t>(size_address);
-  const auto* const addresses = at<const int64_t>(address_address);
-  const Py_ssize_t n = PyList_Size(inner_dicts), n_entries = PyList_Size(entries) / 2;
+  const auto* known = at<const int64_t>(table_address);
+  const auto* const known_entries = known + 2 * n;
+  const auto same = [](PyObject* object, int64_t id) { return reinterpret_cast<int64_t>(object) == id; };
   Py_ssize_t outer = 0, seen = 0, entry = 0;
   PyObject *param, *inner, *name, *value;
-  while (PyDict_Next(state, &outer, &param, &inner)) {
-    if (seen == n || inner != PyList_GetItem(inner_dicts, seen) || PyDict_Size(inner) != sizes[seen]) Py_RETURN_FALSE;
-    seen++;
+  for (; PyDict_Next(state, &outer, &param, &inner); seen++) {
+    if (seen == n || !same(inner, known[2 * seen]) || PyDict_Size(inner) != known[2 * seen + 1]) Py_RETURN_FALSE;
     Py_ssize_t position = 0;
     for (; PyDict_Next(inner, &position, &name, &value); entry++) {
-      if (entry == n_entries || name != PyList_GetItem(entries, 2 * entry) ||
-          value != PyList_GetItem(entries, 2 * entry + 1)) {
-        Py_RETURN_FALSE;
-      }
-      if (!addresses[entry]) continue;
+      if (entry == n_entries) Py_RETURN_FALSE;
+      const int64_t* const expected = known_entries + 3 * entry;
+      if (!same(name, expected[0]) || !same(value, expected[1])) Py_RETURN_FALSE;
+      if (!expected[2]) continue;
       DLTensor tensor{};
       if (!read(value, tensor, "same_state")) return nullptr;
-      if (address_of(tensor) != addresses[entry]) Py_RETURN_FALSE;
+      if (address_of(tensor) != expected[2]) Py_RETURN_FALSE;
     }
   }
   return PyBool_FromLong(seen == n && entry == n_entries);
@@ -490,7 +506,8 @@ PyMethodDef methods[] = {
      "same_groups(param_groups, params, entries) -> bool: the same parameters, keys and values."},
     {"fill", fill, METH_VARARGS, "fill(grads, table): write the gradients' addresses."},
     {"same_state", same_state, METH_VARARGS,
-     "same_state(state, inner_dicts, entries, sizes, addresses) -> bool: the same dicts, keys, values and memory."},
+     "same_state(state, table, dicts, entries) -> bool: whether the inner dicts, their keys and values, and the values' "
+     "addresses are those of the table: the id and size of each dict, then the ids of key and value and an address or 0."},
     {"current_work_stream", current_work_stream, METH_VARARGS,
      "current_work_stream(device_type, device_index) -> int."},
     {"use_huge_pages", use_huge_pages, METH_VARARGS,

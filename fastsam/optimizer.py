@@ -185,7 +185,7 @@ class FusedSAM(SavedOptimizer):
         if sam.base_step_asked or closure is None:
             return self._step_without_closure()
         loss = None
-        with self._restored_on_error():
+        try:
             if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
                 raise RuntimeError(
                     "FusedSAM: scaler.step(optimizer, closure) cannot unscale the closure's gradients. Call "
@@ -204,13 +204,19 @@ class FusedSAM(SavedOptimizer):
                 self._perturb()  # w <- w + e
                 sam.losses = detached(loss), detached(self._call_again(closure))  # gradient at w + e
             self._update()  # w <- base step from the old w with that gradient
+        except BaseException:
+            self._leave_perturbed()
+            raise
         return loss
 
     def _step_without_closure(self) -> None:
         sam = self._sam
         if sam.phase == PERTURBED:
-            with self._restored_on_error():
+            try:
                 self._update()
+            except BaseException:
+                self._leave_perturbed()
+                raise
         elif sam.base_step_asked or all(float(group["lr"]) == 0 for group in self.param_groups):
             # A learning rate of 0 is how distributed checkpoints create state.
             self._update()
@@ -242,9 +248,12 @@ class FusedSAM(SavedOptimizer):
                 "FusedSAM: first_step() was called twice without a step() between; the weights are restored first",
                 stacklevel=3,
             )
-            self._abandon()
-        with self._restored_on_error():
+            self._leave_perturbed()
+        try:
             self._perturb()
+        except BaseException:
+            self._leave_perturbed()
+            raise
         if zero_grad:
             self.zero_grad()
 
@@ -387,18 +396,11 @@ class FusedSAM(SavedOptimizer):
             step_base(self.base_optimizer, buckets.masters(), grad_scale, factors)
         buckets.finish_base_step(overflow)
 
-    @contextmanager
-    def _restored_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            if self._sam.phase == PERTURBED:
-                self._abandon()
-            raise
-
-    def _abandon(self) -> None:
-        """End the perturbed phase by another door than `step`: weights that were loaded in the meantime are kept."""
+    def _leave_perturbed(self) -> None:
+        """End the perturbed phase by another way than `step`: weights that were loaded in the meantime are kept."""
         buckets = self._sam.buckets
+        if self._sam.phase != PERTURBED:
+            return
         if not buckets.weights_loaded():
             self.restore()
             return

@@ -176,28 +176,33 @@ class StateWatch:
         """Nothing is known yet, so everything counts as written by somebody else."""
         self.state: State | None = None
         self.held: list[dict[str, Any]] = []  # the inner dicts, in the order of the outer one
-        self.entries: list[Any] = []  # their keys and values in turn
-        self.sizes = array("q")  # how many entries each of them has
-        self.addresses = array("q")  # of each value that is ours; 0 for others
+        self.entries: list[tuple[str, Any, int]] = []  # theirs: key, value, and the address of a tensor of ours, else 0
+        self.table = array("q")  # the ids of all these, for the native reader
 
     def remember(self, state: State, segments: Iterable[Segment]) -> None:
         """Take what is in `state` now for right."""
         views = {id(view) for segment in segments for view in segment.views.values()}
         self.state, self.held = state, list(state.values())
-        self.sizes = array("q", map(len, self.held))
-        pairs = [pair for held in self.held for pair in held.items()]
-        self.entries = [item for pair in pairs for item in pair]
-        self.addresses = array("q", [value.data_ptr() if id(value) in views else 0 for _, value in pairs])
+        self.entries = [
+            (key, value, value.data_ptr() if id(value) in views else 0)
+            for held in self.held
+            for key, value in held.items()
+        ]
+        dicts = [number for held in self.held for number in (id(held), len(held))]
+        entries = [number for key, value, address in self.entries for number in (id(key), id(value), address)]
+        self.table = array("q", dicts + entries)
 
     def edited(self, state: State) -> bool:
         """Whether `state` holds anything else than when it was remembered."""
         if state is not self.state or len(state) != len(self.held):
             return True
         if reader is not None and isinstance(state, dict):
-            table, sizes = self.addresses.buffer_info()[0], self.sizes.buffer_info()[0]
-            return not reader.same_state(state, self.held, self.entries, sizes, table)
-        pairs = [item for held in state.values() for pair in held.items() for item in pair]
-        if len(pairs) != len(self.entries) or any(a is not b for a, b in zip(pairs, self.entries, strict=True)):
+            address, n, n_entries = self.table.buffer_info()[0], len(self.held), len(self.entries)
+            return not reader.same_state(state, address, n, n_entries)
+        found = [pair for held in state.values() for pair in held.items()]
+        if len(found) != len(self.entries) or any(a is not b for a, b in zip(state.values(), self.held, strict=True)):
             return True
-        values = zip(self.entries[1::2], self.addresses, strict=True)
-        return any(address and value.data_ptr() != address for value, address in values)
+        return any(
+            key is not known or value is not before or (address and value.data_ptr() != address)
+            for (key, value), (known, before, address) in zip(found, self.entries, strict=True)
+        )
