@@ -5,6 +5,7 @@ The arithmetic is in `ops/`, the flat memory in `memory/`, the base optimizers' 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from fastsam.memory.placing import check_param
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, PAUSED, PERTURBED
 from fastsam.saving import SavedOptimizer
+from fastsam.scaling import RECIPE as SCALER_RECIPE
+from fastsam.scaling import are_scaled, forget_scaler, scale_of_caller
 
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step")  # the latter where they matter
 
@@ -58,7 +61,8 @@ class FusedSAM(SavedOptimizer):
         perturb_with_weight_decay: perturb along the gradient of the loss with weight_decay/2 |w|^2 in it, as the
             paper's own code does; by default along the gradient alone, as the well-known PyTorch file does.
         max_grad_norm: clip the gradients of the second pass to this norm over all parameters, as
-            torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them.
+            torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them. Also what to use instead of
+            Lightning's `gradient_clip_val`, which it refuses in mixed precision for optimizers that unscale gradients.
         master_weights: keep float32 masters of bfloat16 and float16 parameters, and their states in float32. The
             perturbation and the step are made from the masters, which are the backup, too; weights are the masters,
             rounded. They are saved as `state[p]['master']`. Without them states have their parameter's dtype, as in
@@ -175,9 +179,14 @@ class FusedSAM(SavedOptimizer):
         Returns:
             The loss at w (with `closure_calls=1` or after `first_step`: the closure's own), None without a closure.
 
+        Without a closure and without `first_step` before it raises if there are gradients, with one exception: where
+        all groups have a learning rate of 0 it is a step of the base optimizer, as distributed checkpoints take one to
+        create state. A loop that forgot `first_step` is then told so in the first step after a warm-up's 0.
+
         Raises:
             RuntimeError: no closure, no `first_step` before, and there are gradients; a closure that does not clear the
-                gradients; a closure under a GradScaler. The weights are restored first.
+                gradients; a closure under a GradScaler; `unscale_` in the first pass alone. The weights are restored
+                first.
         """
         sam = self._sam
         if sam.base_step_asked or closure is None:
@@ -208,6 +217,7 @@ class FusedSAM(SavedOptimizer):
         sam = self._sam
         if sam.phase == PERTURBED:
             with self._restored_on_error():
+                self._refuse_scaled_gradients()
                 self._update()
         elif sam.base_step_asked or all(float(group["lr"]) == 0 for group in self.param_groups):
             # A learning rate of 0 is how distributed checkpoints create state.
@@ -393,6 +403,37 @@ class FusedSAM(SavedOptimizer):
         torch.clear_autocast_cache()
 
     # What a user may have got wrong.
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Run the hooks around `step`, as torch does; whatever ends it early leaves nothing of a GradScaler behind."""
+        hooked: Callable[..., Any] = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(hooked)
+        def step(self: FusedSAM, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hooked(self, *args, **kwargs)
+            except BaseException:
+                forget_scaler(self)
+                raise
+
+        return step
+
+    def _refuse_scaled_gradients(self) -> None:
+        """Refuse gradients of the second pass that `unscale_` in the first one kept a GradScaler from unscaling."""
+        if getattr(self, "found_inf", None) is None or getattr(self, "grad_scale", None) is not None:
+            return
+        sam = self._sam
+        if sam.unscaling.looks():
+            buckets = self._sync()
+            grads = buckets.gather(ascent=True)
+            buckets.sync_values()
+            if are_scaled(buckets.growth(grads), scale := scale_of_caller()):
+                raise RuntimeError(
+                    "FusedSAM: scaler.unscale_(optimizer) must be called in the pass whose gradients it is for, but "
+                    f"those of the second pass are still multiplied by the loss scale {scale}: it was called in the "
+                    f"first pass, and scaler.update() not since. {SCALER_RECIPE}"
+                )
 
     def _require_gradients(self) -> None:
         if all(p.grad is None for p in self._params()):

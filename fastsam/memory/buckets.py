@@ -15,6 +15,7 @@ from fastsam.memory.placing import backend_of, check_overlaps, check_param
 from fastsam.memory.segments import Segment, layout, real_dtype
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import StateWatch
+from fastsam.ops import graphs
 from fastsam.ops.formats import Precision
 from fastsam.ops.native import reader
 from fastsam.ops.reference import Clip, clip_factor
@@ -208,6 +209,19 @@ class Buckets:
                 scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
                 factor.copy_(clip_factor(Clip(max_norm, factor, scale), self.second_sums[device]))
         return self.factors
+
+    def growth(self, grads: Sequence[Gradients]) -> float:
+        """How many times as long these gradients are as those that `perturb` measured; waits for the device.
+
+        NaN where that cannot be said: without the 2-norm, and in a capture, which must not wait.
+        """
+        if self.shared.q != 2 or not self.items or graphs.capturing(self.items[0].tables.device):
+            return float("nan")
+        for bucket, g in zip(self.items, grads, strict=True):
+            bucket.backend.operations.grad_norm(bucket.tables, g, self.second_sums[bucket.tables.device])
+        self._share_sums(self.second_sums)
+        device = self.items[0].tables.device
+        return float((self.second_sums[device].sum() / self.sums[device].sum()).sqrt())
 
     def update(
         self,
