@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastsam import ops
-from fastsam.bases.fallback import step_base
+from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
 from fastsam.checks import (
     check_class,
     check_differentiable,
@@ -354,13 +354,16 @@ class FusedSAM(SavedOptimizer):
     def _update(self) -> None:
         sam, base = self._sam, self.base_optimizer
         sam.require_running()
+        own_step = has_own_step(base)
+        args, kwargs = self._run_pre_hooks() if has_pre_hooks(base) and not own_step else ((base,), {})
         buckets = self._sync()
         grads = buckets.gather(ascent=False)
         buckets.sync_values()
         if sam.phase == CLEAN:
             buckets.refresh_masters()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if buckets.shared.rule is not None:
+        overflow = False
+        if buckets.shared.rule is not None and not own_step and len(args) == 1 and not kwargs:
             self._warn_without_gradients(grads)
             buckets.update(grads, grad_scale, found_inf, self.max_grad_norm)
         else:
@@ -368,11 +371,21 @@ class FusedSAM(SavedOptimizer):
             buckets.restore()
             overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
             if not overflow:
-                step_base(base, buckets.masters(), grad_scale, factors)
+                step_base(base, buckets.masters(), grad_scale, factors, args, kwargs)
             buckets.finish_base_step(overflow)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
         base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
+        if not overflow and not own_step:
+            run_post_hooks(base, args, kwargs)
+
+    def _run_pre_hooks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Call the base optimizer's own pre-hooks on the restored weights; what it is to step with."""
+        base, found_inf = self.base_optimizer, getattr(self, "found_inf", None)
+        self.restore()
+        if self._sam.buckets.shared.rule is None and found_inf is not None and found_inf.item() != 0:
+            return (base,), {}  # it will not step
+        return run_pre_hooks(base)
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:

@@ -244,7 +244,7 @@ class Buckets:
         return {s.param: s.views["master"] for s in self.segments() if s.master is not None}
 
     def finish_base_step(self, overflow: bool) -> None:
-        """Note that a step of a base optimizer that is not fused is over, and whether an overflow kept it away."""
+        """Note that a step that the base optimizer took itself is over, and whether an overflow kept it away."""
         if self.overflows is not None:
             self.overflows[1] += overflow
         for bucket in self.items:
@@ -253,6 +253,9 @@ class Buckets:
             for segment in bucket.segments:
                 if segment.master is not None and segment.param.grad is not None and not overflow:
                     segment.store(segment.saved_weights())
+        if self.shared.rule is not None:  # it is fused, but this step was not: it may have written other tensors
+            for bucket in self.items:
+                bucket.load_state(self.state)
         if self._watches_state():
             self.watch.remember(self.state, self.segments())
 
