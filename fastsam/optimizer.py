@@ -5,6 +5,7 @@ The arithmetic is in `ops/`, the flat memory in `memory/`, the base optimizers' 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import ops
-from fastsam.bases.fallback import step_base
+from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
 from fastsam.checks import (
     check_class,
     check_differentiable,
@@ -33,6 +34,8 @@ from fastsam.memory.placing import check_param
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, PAUSED, PERTURBED
 from fastsam.saving import SavedOptimizer
+from fastsam.scaling import RECIPE as SCALER_RECIPE
+from fastsam.scaling import are_scaled, forget_scaler, scale_of_caller
 
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step")  # the latter where they matter
 
@@ -60,7 +63,8 @@ class FusedSAM(SavedOptimizer):
         perturb_with_weight_decay: perturb along the gradient of the loss with weight_decay/2 |w|^2 in it, as the
             paper's own code does; by default along the gradient alone, as the well-known PyTorch file does.
         max_grad_norm: clip the gradients of the second pass to this norm over all parameters, as
-            torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them.
+            torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them. Also what to use instead of
+            Lightning's `gradient_clip_val`, which it refuses in mixed precision for optimizers that unscale gradients.
         master_weights: keep float32 masters of bfloat16 and float16 parameters, and their states in float32. The
             perturbation and the step are made from the masters, which are the backup, too; weights are the masters,
             rounded. They are saved as `state[p]['master']`. Without them states have their parameter's dtype, as in
@@ -177,9 +181,14 @@ class FusedSAM(SavedOptimizer):
         Returns:
             The loss at w (with `closure_calls=1` or after `first_step`: the closure's own), None without a closure.
 
+        Without a closure and without `first_step` before it raises if there are gradients, with one exception: where
+        all groups have a learning rate of 0 it is a step of the base optimizer, as distributed checkpoints take one to
+        create state. A loop that forgot `first_step` is then told so in the first step after a warm-up's 0.
+
         Raises:
             RuntimeError: no closure, no `first_step` before, and there are gradients; a closure that does not clear the
-                gradients; a closure under a GradScaler. The weights are restored first.
+                gradients; a closure under a GradScaler; `unscale_` in the first pass alone. The weights are restored
+                first.
         """
         sam = self._sam
         if sam.base_step_asked or closure is None:
@@ -213,6 +222,7 @@ class FusedSAM(SavedOptimizer):
         sam = self._sam
         if sam.phase == PERTURBED:
             try:
+                self._refuse_scaled_gradients()
                 self._update()
             except BaseException:
                 self._leave_perturbed()
@@ -366,26 +376,46 @@ class FusedSAM(SavedOptimizer):
         torch.clear_autocast_cache()
 
     def _update(self) -> None:
-        sam = self._sam
+        sam, base = self._sam, self.base_optimizer
         sam.require_running()
+        own_step = has_own_step(base)
+        args, kwargs = self._run_pre_hooks() if has_pre_hooks(base) and not own_step else ((base,), {})
         buckets = self._sync()
         if sam.phase == CLEAN:
             buckets.refresh_masters()
         written = buckets.weight_watch.written() if sam.phase == PERTURBED else None
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if buckets.shared.rule is not None:
+        overflow = False
+        if buckets.shared.rule is not None and not own_step and len(args) == 1 and not kwargs:
             grads = buckets.update(grad_scale, found_inf, self.max_grad_norm)
             self._warn_without_gradients(grads)
         else:
-            self._update_by_base(buckets, grad_scale, found_inf)
+            overflow = self._update_by_base(buckets, grad_scale, found_inf, args, kwargs)
         if written is not None:
             buckets.weight_watch.learn(written)
         sam.phase = CLEAN
         torch.clear_autocast_cache()
-        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
+        base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
+        if not overflow and not own_step:
+            run_post_hooks(base, args, kwargs)
 
-    def _update_by_base(self, buckets: Buckets, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Restore, and let the base optimizer that is not fused take its own step."""
+    def _run_pre_hooks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Call the base optimizer's own pre-hooks on the restored weights; what it is to step with."""
+        base, found_inf = self.base_optimizer, getattr(self, "found_inf", None)
+        self.restore()
+        if self._sam.buckets.shared.rule is None and found_inf is not None and found_inf.item() != 0:
+            return (base,), {}  # it will not step
+        return run_pre_hooks(base)
+
+    def _update_by_base(
+        self,
+        buckets: Buckets,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> bool:
+        """Restore, and let the base optimizer take a step of its own; whether an overflow kept it from that."""
         grads = buckets.gather(ascent=False)
         buckets.require_memory(grads, ascent=False)
         buckets.sync_values()
@@ -393,8 +423,9 @@ class FusedSAM(SavedOptimizer):
         buckets.restore()
         overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
         if not overflow:
-            step_base(self.base_optimizer, buckets.masters(), grad_scale, factors)
+            step_base(self.base_optimizer, buckets.masters(), grad_scale, factors, args, kwargs)
         buckets.finish_base_step(overflow)
+        return overflow
 
     def _leave_perturbed(self) -> None:
         """End the perturbed phase by another way than `step`: weights that were loaded in the meantime are kept."""
@@ -418,6 +449,37 @@ class FusedSAM(SavedOptimizer):
         torch.clear_autocast_cache()
 
     # What a user may have got wrong.
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Run the hooks around `step`, as torch does; whatever ends it early leaves nothing of a GradScaler behind."""
+        hooked: Callable[..., Any] = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(hooked)
+        def step(self: FusedSAM, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hooked(self, *args, **kwargs)
+            except BaseException:
+                forget_scaler(self)
+                raise
+
+        return step
+
+    def _refuse_scaled_gradients(self) -> None:
+        """Refuse gradients of the second pass that `unscale_` in the first one kept a GradScaler from unscaling."""
+        if getattr(self, "found_inf", None) is None or getattr(self, "grad_scale", None) is not None:
+            return
+        sam = self._sam
+        if sam.unscaling.looks():
+            buckets = self._sync()
+            grads = buckets.gather(ascent=True)
+            buckets.sync_values()
+            if are_scaled(buckets.growth(grads), scale := scale_of_caller()):
+                raise RuntimeError(
+                    "FusedSAM: scaler.unscale_(optimizer) must be called in the pass whose gradients it is for, but "
+                    f"those of the second pass are still multiplied by the loss scale {scale}: it was called in the "
+                    f"first pass, and scaler.update() not since. {SCALER_RECIPE}"
+                )
 
     def _require_gradients(self) -> None:
         if all(p.grad is None for p in self._params()):

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastsam.closures import ClearingCheck
 from fastsam.memory.buckets import Buckets
+from fastsam.scaling import UnscalingCheck
 
 CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
 
@@ -18,6 +19,7 @@ class Progress:
         phase: CLEAN, PERTURBED, or PAUSED in `with optimizer.unperturbed():`.
         base_step_asked: by base_step(), for the step() that it calls.
         clearing: whether closures clear the gradients.
+        unscaling: whether a GradScaler unscaled the gradients of the second pass.
         no_gradients_warned: whether a step without any gradient was warned of.
         losses: at w and at w + e, of the last step(closure).
     """
@@ -28,6 +30,7 @@ class Progress:
         self.phase = CLEAN
         self.base_step_asked = False
         self.clearing = ClearingCheck()
+        self.unscaling = UnscalingCheck()
         self.no_gradients_warned = False
         self.losses: tuple[Any, Any] = (None, None)
 

@@ -185,3 +185,142 @@ def test_learning_with_autocast_and_a_scaler(backend):
         run.scaler.update()
         run.opt.zero_grad()
     assert losses[-1] < 0.8 * losses[0]
+
+
+# What a refused step leaves behind.
+
+
+class Stop(BaseException):
+    """Neither an Exception nor anything the package can know."""
+
+
+def stop(*_):
+    raise Stop
+
+
+def without_first_step(run):
+    run.scaler.step(run.opt)
+
+
+def with_a_closure(run):
+    run.opt.first_step()
+    run.scaler.step(run.opt, lambda: run.backward(1))
+
+
+def with_a_failing_pre_hook(run):
+    run.opt.first_step()
+    handle = run.opt.register_step_pre_hook(stop)
+    try:
+        run.scaler.step(run.opt)
+    finally:
+        handle.remove()
+
+
+def with_a_failing_post_hook(run):
+    run.opt.first_step()
+    handle = run.opt.register_step_post_hook(stop)
+    try:
+        run.scaler.step(run.opt)
+    finally:
+        handle.remove()
+
+
+def with_a_failing_base(run):
+    run.opt.first_step()
+    run.opt._update = stop
+    try:
+        run.scaler.step(run.opt)
+    finally:
+        del run.opt._update
+
+
+WAYS = [
+    without_first_step,
+    with_a_closure,
+    with_a_failing_pre_hook,
+    with_a_failing_post_hook,
+    with_a_failing_base,
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@each_base
+def test_a_step_that_raised_leaves_no_scale_behind(backend, config, way):
+    run, plain = Run(config, backend), Run(config, backend, scaled=False)
+    run.backward(0)
+    with pytest.raises((RuntimeError, Stop)):
+        way(run)
+    assert not hasattr(run.opt, "grad_scale") and not hasattr(run.opt, "found_inf")
+    run.opt.restore()
+    run.opt.load_state_dict(plain.opt.state_dict())
+    with torch.no_grad():
+        for p, q in zip(run.params, plain.params, strict=True):
+            p.copy_(q)
+    run.scaler = plain.scaler  # the user goes on without one, in two calls and with a closure
+    for seed in range(2):
+        run.step(seed=seed), plain.step(seed=seed)
+        for other in (run, plain):
+            other.opt.step(cases.model_closure(other.model, other.opt, seed + 7))
+    for p, q in zip(run.params, plain.params, strict=True):
+        assert_same(p, q)
+
+
+# unscale_ in the first pass, and no update() after it: nothing unscales the gradients of the second.
+
+
+@pytest.mark.parametrize("clip", [None, 0.05, 1e3])
+@pytest.mark.parametrize("scale", [256.0, 65536.0])
+@each_base
+def test_unscale_in_the_first_pass_alone_is_refused(backend, config, scale, clip):
+    run, plain = Run(config, backend), Run(config, backend, scaled=False)
+    run.scaler = torch.amp.GradScaler(run.device, init_scale=scale)
+    before = [bits(p) for p in run.params]
+    run.backward(0)
+    run.scaler.unscale_(run.opt)
+    if clip is not None:
+        clip_grad_norm_(run.params, clip)
+    run.opt.first_step(zero_grad=True)
+    run.backward(100)
+    with pytest.raises(RuntimeError, match=rf"(?s)unscale_.*loss scale {scale}.*first_step.*update"):
+        run.scaler.step(run.opt)
+    assert not run.opt.perturbed and [bits(p) for p in run.params] == before
+    run.scaler.update()
+    run.step("unscale", 3), plain.step("recommended", 3)  # as the message says
+    for p, q in zip(run.params, plain.params, strict=True):
+        assert_same(p, q)
+
+
+def test_the_check_waits_for_the_device_in_few_steps(backend, monkeypatch):
+    run = Run(BASES[0], backend)
+    looked = []
+    growth = type(run.opt._sam.buckets).growth
+    monkeypatch.setattr(
+        type(run.opt._sam.buckets), "growth", lambda *args: looked.append(step) or growth(*args), raising=True
+    )
+    for step in range(1, 20):
+        run.step("unscale", step)
+    assert looked == [1, 2, 4, 8, 16]
+    for step in range(20, 30):
+        run.step("recommended", step)
+    assert looked == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("p", [1.5, math.inf])
+def test_unscaling_is_not_judged_without_the_2_norm(backend, p):
+    run = Run(BASES[0], backend)
+    run.opt.p = p
+    run.step("unscale")
+    run.step("unscale both passes")
+
+
+def test_a_first_pass_clipped_to_little_is_no_false_alarm(backend):
+    run = Run(BASES[0], backend)
+    run.scaler = torch.amp.GradScaler(run.device, init_scale=65536.0)
+    run.backward(0)
+    run.scaler.unscale_(run.opt)
+    clip_grad_norm_(run.params, 1e-3)
+    run.opt.first_step(zero_grad=True)
+    run.scaler.update()
+    run.backward(1)
+    run.scaler.unscale_(run.opt)
+    run.scaler.step(run.opt)

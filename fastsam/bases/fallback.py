@@ -1,13 +1,55 @@
-"""The step of a base optimizer that is not fused: its own, on the restored weights or on their masters."""
+"""What a base optimizer does itself: its step where that is not fused or was patched, and the hooks around it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def has_own_step(base: Optimizer) -> bool:
+    """Whether this instance was given a step that is not its class's; a scheduler's wrapper around that is none."""
+    step = vars(base).get("step")
+    if step is None:
+        return False
+    return not (hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is type(base).step)
+
+
+def has_pre_hooks(base: Optimizer) -> bool:
+    """Whether hooks were registered on the base optimizer before its step; wrappers need not have a place for any."""
+    return bool(getattr(base, "_optimizer_step_pre_hooks", None))
+
+
+def run_pre_hooks(base: Optimizer) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Call the hooks registered on the base optimizer before its step; the arguments that they leave it to step with.
+
+    Raises:
+        RuntimeError: a hook returned something else than None or a pair of new arguments.
+    """
+    args: tuple[Any, ...] = (base,)
+    kwargs: dict[str, Any] = {}
+    for hook in list(base._optimizer_step_pre_hooks.values()):
+        result = hook(base, args, kwargs)
+        if result is None:
+            continue
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise RuntimeError(
+                f"FusedSAM: a step pre-hook of {type(base).__name__} must return None or a tuple (new_args, "
+                f"new_kwargs), as for any torch optimizer, got {result!r}"
+            )
+        args, kwargs = result
+    return args, kwargs
+
+
+def run_post_hooks(base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call the hooks registered on the base optimizer after its step, if there are any."""
+    if hooks := getattr(base, "_optimizer_step_post_hooks", None):
+        for hook in list(hooks.values()):
+            hook(base, args, kwargs)
 
 
 def step_base(
@@ -15,18 +57,25 @@ def step_base(
     masters: Mapping[Tensor, Tensor],
     grad_scale: Tensor | None,
     factors: Mapping[torch.device, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Let the base optimizer step, below its hooks. Loss scales and clip factors are applied to copies of gradients.
+
+    A step that this instance was given itself is called as it is, and calls the hooks, too, if it calls the class's.
 
     Args:
         base: the optimizer.
         masters: what it steps on instead of these parameters, float32; the same are in its state as "master".
         grad_scale: [] or [1] float32, the loss scale to divide the gradients by, or None.
         factors: [] float64, the factor on the gradients of each device; none without clipping.
+        args: what the class's step is called with, the optimizer first.
+        kwargs: the same, by keyword.
     """
     step = type(base).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
+    own = has_own_step(base)
     with _lent(base, masters) as owners:
         params = [p for group in base.param_groups for p in group["params"]]
         grads = [owners.get(id(p), p).grad for p in params]
@@ -35,7 +84,10 @@ def step_base(
                 if grad is not None:
                     grad = grad.to(p.dtype) if id(p) in owners else grad
                     p.grad = _prepared(grad, grad_scale, factors.get(grad.device))
-            step(base)
+            if own:
+                base.step()
+            else:
+                step(*args, **kwargs)
         finally:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = None if id(p) in owners else grad

@@ -17,6 +17,7 @@ from fastsam.memory.segments import Segment, layout, real_dtype
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import StateWatch
 from fastsam.memory.writes import WeightWatch
+from fastsam.ops import graphs
 from fastsam.ops.formats import Precision
 from fastsam.ops.native import reader
 from fastsam.ops.reference import Clip, clip_factor
@@ -307,12 +308,25 @@ class Buckets:
                 factor.copy_(clip_factor(Clip(max_norm, factor, scale), self.second_sums[device]))
         return self.factors
 
+    def growth(self, grads: Sequence[Gradients]) -> float:
+        """How many times as long these gradients are as those that `perturb` measured; waits for the device.
+
+        NaN where that cannot be said: without the 2-norm, and in a capture, which must not wait.
+        """
+        if self.shared.q != 2 or not self.items or graphs.capturing(self.items[0].tables.device):
+            return float("nan")
+        for bucket, g in zip(self.items, grads, strict=True):
+            bucket.backend.operations.grad_norm(bucket.tables, g, self.second_sums[bucket.tables.device])
+        self._share_sums(self.second_sums)
+        device = self.items[0].tables.device
+        return float((self.second_sums[device].sum() / self.sums[device].sum()).sqrt())
+
     def masters(self) -> dict[Tensor, Tensor]:
         """The float32 master of each parameter that has one, as `optimizer.state` shows it."""
         return {s.param: s.views["master"] for s in self.segments() if s.master is not None}
 
     def finish_base_step(self, overflow: bool) -> None:
-        """Note that a step of a base optimizer that is not fused is over, and whether an overflow kept it away."""
+        """Note that a step that the base optimizer took itself is over, and whether an overflow kept it away."""
         if self.overflows is not None:
             self.overflows[1] += overflow
         for bucket in self.items:
@@ -321,6 +335,9 @@ class Buckets:
             for segment in bucket.segments:
                 if segment.master is not None and segment.param.grad is not None and not overflow:
                     segment.store(segment.saved_weights())
+        if self.shared.rule is not None:  # it is fused, but this step was not: it may have written other tensors
+            for bucket in self.items:
+                bucket.load_state(self.state)
         if self._watches_state():
             self.watch.remember(self.state, self.segments())
 
