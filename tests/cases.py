@@ -280,6 +280,13 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" or (backend == "triton" and not interpreted()) else "cpu"
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, operations: Any) -> None:
+    """Let other operations stand for a backend's own, called one by one."""
+    real = ops.backend_named
+    other = real(name)._replace(operations=operations, bind=None)
+    monkeypatch.setattr(ops, "backend_named", lambda asked: other if asked == name else real(asked))
+
+
 def interpreted() -> bool:
     """Whether Triton's kernels run on the CPU: decided before Triton is imported, for the whole process."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -528,7 +528,7 @@ def emulate(library, monkeypatch):
     """Let the kernels' bodies stand for the backend `cpu`."""
     if ops.backends()["cpu"] is not None:
         pytest.skip(f"no native library, whose tables this needs: {ops.backends()['cpu']}")
-    monkeypatch.setitem(ops._OPERATIONS, "cpu", Emulated(library, 2, 7))
+    cases.stand_in(monkeypatch, "cpu", Emulated(library, 2, 7))
 
 
 def check_whole_steps(library, monkeypatch, config, dtype, **options):

@@ -263,6 +263,17 @@ def test_overlapping_parameters_are_refused(backend, device):
         opt.step(cases.closure_of([p, q], 0, ["one", "one"]))
 
 
+def test_an_overlap_within_the_extent_of_a_third_parameter_is_found(backend, device):
+    base = torch.zeros(10, 10, device=device)
+    params = [Parameter(torch.empty(0, device=device)) for _ in range(3)]
+    for p, data in zip(params, (base[:, 0], base.view(-1)[11:13], base.view(-1)[12:14]), strict=True):
+        p.data = data
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"share memory.*\['params'\]\[1\].*\['params'\]\[2\]"):
+        FusedSAM(params, SGD, lr=0.1, backend=backend).first_step()
+    FusedSAM(params[:2], SGD, lr=0.1, backend=backend).first_step()  # a column, and elements beside it
+
+
 def test_neighbours_that_do_not_overlap_are_fine(backend, device):
     base = torch.randn(10, device=device)
     p, q = Parameter(torch.empty(0, device=device)), Parameter(torch.empty(0, device=device))

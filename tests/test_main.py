@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 
@@ -65,14 +66,15 @@ def test_a_backend_that_computes_something_else_is_found(monkeypatch, capsys, ba
     twins = ops.backend_named(backend).operations
     original = getattr(twins, operation)
 
-    def wrong(bucket, grads, *rest, **options):
-        original(bucket, grads, *rest, **options)
+    def wrong(tables, grads, *rest, **options):
+        original(tables, grads, *rest, **options)
         if operation == "grad_norm":
-            rest[0][bucket.slot] *= 1.01
+            rest[0][tables.slot] *= 1.01
         else:
-            bucket.segments[0].param.detach().add_(1e-3)
+            tables.segments[0].param.detach().add_(1e-3)
 
     monkeypatch.setattr(twins, operation, wrong)
+    cases.stand_in(monkeypatch, backend, twins)
     assert main([]) == 1
     out = capsys.readouterr().out
     assert "DISAGREES" in out

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import cases
 import pytest
@@ -89,3 +91,23 @@ def test_same_bits_in_each_run_and_with_one_thread(backend, device, config):
 def test_importing_touches_no_accelerator():
     code = "import fastsam, torch; assert not torch.cuda.is_initialized(); print(fastsam.__version__)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("base", [SGD, AdamW, torch.optim.Rprop])
+def test_a_dropped_optimizer_is_freed_at_once(backend, device, base, masters):
+    """Without the cycle collector, which may not run for long: what it holds is of the size of the model."""
+    p = Parameter(torch.ones(70, device=device, dtype=torch.bfloat16))
+    opt = FusedSAM([p], base, lr=0.1, rho=0.3, backend=backend, master_weights=masters)
+    for half in (opt.first_step, opt.step):
+        p.grad = torch.ones_like(p)
+        half()
+    held = [*opt.state[p].values(), *(s.backup for b in opt._sam.buckets.items for s in b.segments)]
+    tensors = [item for item in held if isinstance(item, torch.Tensor)]
+    watched = [weakref.ref(item) for item in (p, opt, opt.base_optimizer, *tensors)]
+    gc.disable()
+    try:
+        del p, opt, held, half, tensors
+        assert [ref() for ref in watched] == [None] * len(watched)
+    finally:
+        gc.enable()

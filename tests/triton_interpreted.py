@@ -415,8 +415,8 @@ def test_partial_sums_are_added_in_the_canonical_order(n_chunks):
 
 def test_tables_are_uploaded_only_when_a_value_changed(monkeypatch):
     uploads = []
-    upload = kernels._Mirror._upload
-    monkeypatch.setattr(kernels._Mirror, "_upload", lambda self, *a: (uploads.append(self), upload(self, *a)))
+    upload = kernels.DeviceCopy._upload
+    monkeypatch.setattr(kernels.DeviceCopy, "_upload", lambda self, *a: (uploads.append(self), upload(self, *a)))
     bucket = fresh_bucket("adamw", FLOAT32)
     one, two = grads_of(1), grads_of(2)
     rounding.run(bucket, one, two)
@@ -451,10 +451,10 @@ def test_what_a_captured_graph_reads_is_never_written_again(monkeypatch):
         assert not capturing, "a graph must not copy from the host's memory"
         uploads(self, table)
 
-    uploads = kernels._Mirror._upload
+    uploads = kernels.DeviceCopy._upload
     monkeypatch.setattr(kernels, "_launcher", launcher)
     monkeypatch.setattr(kernels.graphs, "capturing", lambda device: capturing)
-    monkeypatch.setattr(kernels._Mirror, "_upload", upload)
+    monkeypatch.setattr(kernels.DeviceCopy, "_upload", upload)
     bucket, twin = few_bucket("adamw", FLOAT32), few_bucket("adamw", FLOAT32)
     eager, captured = [grads_of(1, FEW), grads_of(2, FEW)], [grads_of(3, FEW), grads_of(4, FEW)]
     captured[0][1] = None
