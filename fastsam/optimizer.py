@@ -459,7 +459,7 @@ class FusedSAM(SavedOptimizer):
     def _call_again(self, closure: Callable[[], Any]) -> Any:
         """The second call; refuses closures that add the second gradient to the first."""
         clearing = self._sam.clearing
-        marked = clearing.mark(self._params())
+        marked = clearing.mark(self._params)
         try:
             loss = call(closure)
         except BaseException:
