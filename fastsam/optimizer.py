@@ -402,7 +402,8 @@ class FusedSAM(SavedOptimizer):
         buckets.sync_values()
         if sam.phase == CLEAN:
             buckets.refresh_masters()
-        written = buckets.weight_watch.written() if sam.phase == PERTURBED else None
+        else:
+            buckets.weight_watch.close()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if buckets.shared.rule is not None:
             self._warn_without_gradients(grads)
@@ -414,8 +415,8 @@ class FusedSAM(SavedOptimizer):
             if not overflow:
                 step_base(base, buckets.masters(), grad_scale, factors)
             buckets.finish_base_step(overflow)
-        if written is not None:
-            buckets.weight_watch.learn(written)
+        if sam.phase == PERTURBED:
+            buckets.weight_watch.learn()
         sam.phase = CLEAN
         torch.clear_autocast_cache()
         base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
