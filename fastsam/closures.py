@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastsam.memory.segments import is_dense
 from fastsam.ops import graphs
 
 CLOSURE_RECIPE = (
@@ -56,77 +59,186 @@ def detached(loss: Any) -> Any:
     return loss.detach() if isinstance(loss, Tensor) else loss
 
 
+class _Marks(NamedTuple):
+    """What is written into a gradient, and where."""
+
+    numel: int
+    positions: Tensor  # [n] int64: of the k marks, and of as many other elements if there are so many
+    signed: Tensor  # [k]: the marks
+
+
 class _Marked(NamedTuple):
-    """A gradient before the second call."""
+    """A gradient before the second call, and what was written into it; no positions if nothing was."""
 
     param: Tensor
     grad: Tensor
     version: int
-    place: Tensor | None  # the element that was overwritten, as a 0-dim view; None if none was
-    value: Tensor | None  # what it was
+    marks: _Marks | None = None
+    values: Tensor | None = None  # [n]: what was at the positions
+
+
+Way: TypeAlias = tuple[bool, int]  # whether a gradient stayed the same tensor, and how often that was written
 
 
 class ClearingCheck:
     """Whether the closure clears the gradients, so that the second call does not add to the first one's.
 
-    One element of the smallest gradient is set to infinity before the second call. Adding to it, clipping or reducing
-    it afterwards leaves an infinity or NaN there; clearing or overwriting it does not. That waits for the device, so it
-    is done in steps 1, 2, 4, 8, ..., and in the step after one in which the gradient changed in another way than in the
-    last step looked at (another tensor, another number of writes, both known to the host).
+    Before the second call some elements of a few gradients are overwritten by large numbers of random signs, the marks.
+    Clearing or overwriting the gradients removes them, in whatever way; adding leaves them as they are, and clipping or
+    scaling afterwards leaves elements of one size, with the marks' signs, that no other exceeds. Few such elements may
+    be chance: then the next steps are looked at, too, until it cannot be. Gradients that the second call did not touch
+    are given back their elements and tell nothing, and neither do those that are not finite.
+
+    Looking waits for the device, so it is done in steps 1, 2, 4, 8, ..., and in the step after one in which a gradient
+    changed in another way than in the last step looked at (another tensor, another number of writes; the host knows
+    both). On a CPU, closures that keep the gradients' tensors are looked at in every step, by one gradient: what they
+    write through `.data` is not counted.
     """
 
     def __init__(self) -> None:
         """No step was looked at yet."""
         self.steps = 0
-        self.way: tuple[bool, int] | None = None  # in which it changed: whether it stayed the same tensor, its writes
         self.suspicious = True
+        self.evidence = 0  # marks found again, in the looks without a gap up to now
+        self.watched: list[Tensor] = []  # the parameters whose gradients were marked last, the smallest first
+        self.ways: dict[int, Way] = {}  # in which these changed, by id
+        self.marks: dict[int, _Marks] = {}  # what their gradients were marked with, by id
 
-    def mark(self, params: Iterable[Tensor]) -> _Marked | None:
-        """Before the second call: choose a gradient, and overwrite one of its elements if this step is to be looked at.
+    def mark(self, params: Callable[[], Iterable[Tensor]]) -> list[_Marked]:
+        """Before the second call: note how gradients are, and mark them if this step is to be looked at.
 
-        Of several elements one is chosen, so that the others can tell an overflow of the user's own from ours.
+        Args:
+            params: gives all parameters.
         """
         self.steps += 1
-        found = ((p, p.grad) for p in params)
-        usable = [(p, g) for p, g in found if g is not None and _is_plain(g)]
-        if not usable:
-            return None
-        param, grad = min(usable, key=lambda pair: (pair[1].numel() == 1, pair[1].numel()))
-        place = value = None
-        looks = self.suspicious or self.steps & (self.steps - 1) == 0
-        if looks and not graphs.capturing(grad.device):
-            place = grad.detach()[(-1,) * grad.dim()]
-            value = place.clone()
-            place.fill_(float("inf"))
-        return _Marked(param, grad, grad._version, place, value)
+        if self.suspicious or self.steps & (self.steps - 1) == 0 or not self.watched:
+            self.watched, self.ways, self.marks = _chosen(params()), {}, {}
+            looked_at = len(self.watched)
+        else:
+            looked_at = self._looks_every_step()
+        grads = [(param, param.grad) for param in self.watched]
+        marked = [_Marked(p, g, g._version) for p, g in grads if g is not None and not g.is_inference()]
+        for i, (param, grad, version, *_) in enumerate(marked[:looked_at]):
+            if not _is_plain(grad) or graphs.capturing(grad.device):
+                continue
+            flat, marks = _flat(grad), self.marks.get(id(param))
+            if marks is None or marks.numel != flat.numel() or marks.signed.dtype != flat.dtype:
+                marks = self.marks[id(param)] = _new_marks(flat, self.steps + i)
+            values = flat[marks.positions]
+            flat.index_copy_(0, marks.positions[: len(marks.signed)], marks.signed)
+            marked[i] = _Marked(param, grad, version, marks, values)
+        return marked
 
-    def adds(self, marked: _Marked | None) -> bool:
-        """After the second call: whether the closure added to the gradient."""
-        if marked is None:
-            return False
-        now = marked.param.grad
-        same = now is marked.grad
-        way = same, marked.grad._version - marked.version if same else 0
-        if marked.place is None:
-            self.suspicious = self.suspicious or way != self.way
-            return False
-        self.way, self.suspicious = way, False
-        if self.put_back(marked) or now is None or not _is_plain(now) or now.shape != marked.grad.shape:
-            return False
-        if not same and not now.requires_grad:  # autograd adds out of place only with create_graph=True
-            return False
-        finite = now.detach().isfinite()
-        return not finite[(-1,) * now.dim()] and int(finite.sum()) == now.numel() - 1
+    def _looks_every_step(self) -> int:
+        """At how many of the watched gradients every step is to look."""
+        kept = any(same for same, _ in self.ways.values())
+        return int(kept and self.watched[0].device.type == "cpu")
 
-    def put_back(self, marked: _Marked | None) -> bool:
-        """Undo the mark where nobody wrote to the gradient since: the second pass had none for its parameter."""
-        if marked is None or marked.place is None or marked.value is None:
+    def adds(self, marked: Sequence[_Marked]) -> bool:
+        """After the second call: whether the closure added to the gradients."""
+        ways = {id(item.param): _way(item) for item in marked}
+        changed = any(self.ways.get(key, way) != way for key, way in ways.items())
+        if all(item.marks is None for item in marked):
+            self.suspicious = self.suspicious or changed
             return False
-        if marked.param.grad is not marked.grad or marked.grad._version != marked.version or not marked.place.isinf():
-            return False
-        marked.place.copy_(marked.value)
-        return True
+        found = [_marks_found(item) for item in marked if item.marks is not None]
+        if any(left for _, left in found):
+            self.put_back(marked)
+        known = [count for count, _ in found if count is not None]
+        if any(count >= ENOUGH for count in known):
+            self.suspicious = True
+            return True
+        self.evidence = 0 if 0 in known else self.evidence + sum(known)
+        self.suspicious = changed or 0 not in known
+        self.ways = {**self.ways, **ways}
+        return self.evidence >= ENOUGH
+
+    def put_back(self, marked: Sequence[_Marked]) -> None:
+        """Give marked elements that nobody wrote to since their values back."""
+        for item in reversed(marked):
+            if item.marks is None or item.values is None:
+                continue
+            (_, positions, signed), now = item.marks, item.param.grad
+            for grad in (item.grad,) if now is None or now is item.grad else (item.grad, now):
+                if _is_plain(grad) and _order(grad) == _order(item.grad) and grad.dtype == item.grad.dtype:
+                    flat, k = _flat(grad), len(signed)
+                    current = flat[positions[:k]]
+                    intact = (current - signed).abs() < _mark_size(flat.dtype) / 32
+                    flat.index_copy_(0, positions[:k], torch.where(intact, item.values[:k], current))
+
+
+MOST_GRADIENTS, MOST_MARKS = 8, 16  # that are marked; elements of each of them
+ENOUGH = 24  # marks found again: one in 2^24 for chance
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+
+
+def _chosen(params: Iterable[Tensor]) -> list[Tensor]:
+    """A few parameters whose gradients can be marked: the smallest, and some from first to last."""
+    usable = [param for param in params if param.grad is not None and _is_plain(param.grad)]
+    if not usable:
+        return []
+    smallest, last = min(usable, key=Tensor.numel), len(usable) - 1
+    places = sorted({last * i // (MOST_GRADIENTS - 2) for i in range(MOST_GRADIENTS - 1)})
+    return [smallest, *(usable[i] for i in places if usable[i] is not smallest)]
 
 
 def _is_plain(grad: Tensor) -> bool:
-    return type(grad) is Tensor and grad.layout == torch.strided and grad.numel() > 0 and grad.is_floating_point()
+    if type(grad) is not Tensor or grad.layout != torch.strided or grad.dtype not in DTYPES or grad.is_inference():
+        return False
+    return grad.numel() > 0 and not grad.is_conj() and not grad.is_neg() and is_dense(grad)
+
+
+def _flat(grad: Tensor) -> Tensor:
+    """[n]: a gradient's elements in storage order; writes are not counted."""
+    real = torch.view_as_real(grad.data) if grad.is_complex() else grad.data
+    return real.as_strided((real.numel(),), (1,))
+
+
+def _mark_size(dtype: torch.dtype) -> float:
+    """Larger than gradients are, and small enough for a norm to be finite."""
+    return 1.375 * (2.0**11 if dtype == torch.float16 else 2.0**50)
+
+
+def _new_marks(flat: Tensor, seed: int) -> _Marks:
+    """Choose what to write into a gradient, the same on every rank."""
+    numbers, n, size = random.Random(seed), flat.numel(), _mark_size(flat.dtype)
+    count = min(MOST_MARKS, max(n // 2, 1))
+    places = numbers.sample(range(n), min(2 * count, n))
+    signed = [size if numbers.random() < 0.5 else -size for _ in range(count)]
+    positions = torch.tensor(places, device=flat.device)
+    return _Marks(n, positions, torch.tensor(signed, dtype=flat.dtype, device=flat.device))
+
+
+def _order(grad: Tensor) -> list[tuple[int, int]]:
+    """How the elements lie; strides of dimensions of size 1 do not matter."""
+    return [(n, stride) for n, stride in zip(grad.shape, grad.stride(), strict=True) if n != 1]
+
+
+def _way(item: _Marked) -> Way:
+    same = item.param.grad is item.grad
+    return same, item.grad._version - item.version if same else 0
+
+
+def _marks_found(item: _Marked) -> tuple[int | None, bool]:
+    """How many marks there are in the gradient now, and whether any may still be anywhere as they were.
+
+    ENOUGH if chance is ruled out; None if it tells nothing.
+    """
+    now, grad, marks, values = item.param.grad, item.grad, item.marks, item.values
+    assert marks is not None and values is not None
+    if now is None or not _is_plain(now) or _order(now) != _order(grad):
+        return 0, True
+    written, read = marks.signed.tolist(), _flat(now)[marks.positions].tolist()
+    count, size = len(written), abs(written[0])
+    if now is grad and now._version == item.version and read == written + values[count:].tolist():
+        return None, True  # the second call did nothing to it
+    found = [a if b > 0 else -a for a, b in zip(read, written, strict=False)]
+    intact = [abs(value - size) < size / 32 for value in found]
+    left = any(intact) or now is not grad
+    if all(intact):
+        return (count if now.dtype == torch.float16 else ENOUGH), left  # there such a number may be anybody's
+    if not all(math.isfinite(value) for value in read):
+        return None, left
+    least, others = min(found), max((abs(value) for value in read[count:]), default=0.0)
+    one_size = max(found) <= least * 1.0625
+    return (count if least > 0 and least >= others and one_size else 0), left

@@ -383,7 +383,8 @@ class FusedSAM(SavedOptimizer):
         buckets = self._sync()
         if sam.phase == CLEAN:
             buckets.refresh_masters()
-        written = buckets.weight_watch.written() if sam.phase == PERTURBED else None
+        else:
+            buckets.weight_watch.close()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         overflow = False
         if buckets.shared.rule is not None and not own_step and len(args) == 1 and not kwargs:
@@ -391,8 +392,8 @@ class FusedSAM(SavedOptimizer):
             self._warn_without_gradients(grads)
         else:
             overflow = self._update_by_base(buckets, grad_scale, found_inf, args, kwargs)
-        if written is not None:
-            buckets.weight_watch.learn(written)
+        if sam.phase == PERTURBED:
+            buckets.weight_watch.learn()
         sam.phase = CLEAN
         torch.clear_autocast_cache()
         base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
@@ -490,7 +491,7 @@ class FusedSAM(SavedOptimizer):
     def _call_again(self, closure: Callable[[], Any]) -> Any:
         """The second call; refuses closures that add the second gradient to the first."""
         clearing = self._sam.clearing
-        marked = clearing.mark(self._params())
+        marked = clearing.mark(self._params)
         try:
             loss = call(closure)
         except BaseException:

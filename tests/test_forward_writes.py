@@ -209,6 +209,22 @@ def test_a_load_before_unperturbed_is_remembered(backend, device):
         assert_same(value, loaded[name], name)
 
 
+def test_an_update_that_fails_is_not_taken_for_a_load(backend, device):
+    """A base optimizer that is not fused may refuse after its weights were restored."""
+
+    class Refuses(torch.optim.SGD):
+        def step(self, closure=None):
+            raise NotImplementedError("not today")
+
+    problem = Problem(nn.Linear, backend, device)
+    problem.opt = FusedSAM(problem.model.parameters(), Refuses, rho=0.5, lr=0.1, backend=backend)
+    before = problem.weights()
+    for _ in range(2):
+        with pytest.raises(NotImplementedError):
+            problem.opt.step(problem.closure)
+        assert problem.weights() == before
+
+
 def test_a_step_that_loads_and_goes_on_teaches_nothing_for_long(backend, device):
     """The update goes back to the old weights, as documented; the next way out still knows a load from a forward."""
     problem = Problem(nn.Linear, backend, device)

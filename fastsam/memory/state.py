@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsam.memory.segments import Segment, layout, own_storage
@@ -84,6 +85,7 @@ class PublishedState:
             flat, value = segment.states[slot], held.get(name)
             if flat is None:
                 continue
+            flat = segment.states[slot] = self._with_memory(segment, name, value, flat)
             if rule.eager and self.tables.format.masters and segment.step == 0:
                 value = None  # torch made it in the weights' precision
             if value is None:
@@ -95,6 +97,7 @@ class PublishedState:
     def _load_master(self, segment: Segment, held: dict[str, Any], perturbed: bool) -> None:
         flat, value = segment.master, held.get("master")
         assert flat is not None
+        flat = segment.master = self._with_memory(segment, "master", value, flat)
         if value is not None:
             segment.master = self._taken_over(segment, "master", value, flat)
             return
@@ -102,16 +105,20 @@ class PublishedState:
         if not perturbed:
             flat.copy_(segment.flat(segment.param))
 
+    def _with_memory(self, segment: Segment, name: str, value: Any, flat: Tensor) -> Tensor:
+        """[numel]: a flat tensor of ours, a new one if somebody took the memory of the old away."""
+        if isinstance(value, Tensor) and not _has_memory(value):
+            raise RuntimeError(
+                f"FusedSAM: state[{name!r}] of {self.shared.name_of(segment.param)} has no memory any more "
+                "(untyped_storage().resize_()?), so the step cannot go on; load a checkpoint, or clear "
+                "optimizer.state to begin afresh"
+            )
+        return flat if _has_memory(flat) else torch.empty(segment.numel, dtype=flat.dtype, device=flat.device)
+
     def _taken_over(self, segment: Segment, name: str, value: Tensor, flat: Tensor) -> Tensor:
         """[numel]: the flat tensor that holds `value` from now on: ours, or where our view was moved to."""
         expected = segment.shaped(flat)
         if value is segment.views.get(name):
-            if value.untyped_storage().nbytes() < (value.storage_offset() + value.numel()) * value.element_size():
-                raise RuntimeError(
-                    f"FusedSAM: state[{name!r}] of {self.shared.name_of(segment.param)} has no memory any more "
-                    "(untyped_storage().resize_()?), so the step cannot go on; load a checkpoint, or clear "
-                    "optimizer.state to begin afresh"
-                )
             if layout(value) == layout(expected):
                 return flat
             if layout(value).moved_only(layout(expected)):
@@ -163,6 +170,14 @@ class PublishedState:
                 held[name] = view.to(segment.param.device, dtype, copy=True)
             if "master" in segment.views and segment.param.dtype != segment.layout.dtype:
                 held.pop("master", None)  # of another precision now
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a dense tensor's storage has room for all of it."""
+    if tensor.layout != torch.strided:
+        return True
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= needed
 
 
 class StateWatch:

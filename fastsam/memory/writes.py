@@ -29,10 +29,12 @@ class WeightWatch:
         self.params: list[Tensor] = []
         self._versions: list[int] = []  # of `params`, when they were last looked at
         self._by_forward: list[bool] | None = None  # whether they are known to be written by forward passes
+        self._closed: list[bool] | None = None  # what was written up to the update, whose own writes followed
         self._first = {id(param): param._version for param in params if not param.is_inference()}
 
     def choose(self, params: Sequence[Tensor]) -> None:
         """Choose which of these to watch."""
+        self._closed = None
         params = [param for param in params if param.numel() > 0]
         last = len(params) - 1
         places = {0, last, *(last * i // (MOST - 3) for i in range(1, MOST - 3))}
@@ -54,6 +56,7 @@ class WeightWatch:
 
     def remember(self) -> None:
         """After our own write: nobody else's is to be seen in the versions of now."""
+        self._closed = None
         self._versions = [param._version for param in self.params]
 
     def written(self) -> list[bool]:
@@ -64,12 +67,18 @@ class WeightWatch:
         """After our own write, which may be between others': keep in mind which were written before it."""
         self._versions = [param._version - hit for param, hit in zip(self.params, written, strict=True)]
 
-    def learn(self, written: list[bool]) -> None:
-        """After a completed step: what was `written` in its second pass is the forward's."""
-        self._by_forward = written
+    def close(self) -> None:
+        """Before an update, whose writes are our own: what others wrote up to now is all."""
+        self._closed = self.written()
+
+    def learn(self) -> None:
+        """After a completed step: what was written in its second pass is the forward's."""
+        if self._closed is not None:
+            self._by_forward, self._closed = self._closed, None
 
     def loaded(self) -> bool:
         """Whether somebody loaded other weights since the perturbation."""
         known = self._by_forward or [False] * len(self.params)
-        telling = [hit for hit, by_forward in zip(self.written(), known, strict=True) if not by_forward]
+        written = self.written() if self._closed is None else self._closed
+        telling = [hit for hit, by_forward in zip(written, known, strict=True) if not by_forward]
         return bool(telling) and all(telling)
