@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from fastsam import ops
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
+from fastsam.bases.rules import lr_is_zero
 from fastsam.checks import (
     check_class,
     check_differentiable,
@@ -219,7 +220,7 @@ class FusedSAM(SavedOptimizer):
             with self._restored_on_error():
                 self._refuse_scaled_gradients()
                 self._update()
-        elif sam.base_step_asked or all(float(group["lr"]) == 0 for group in self.param_groups):
+        elif sam.base_step_asked or all(lr_is_zero(group) for group in self.param_groups):
             # A learning rate of 0 is how distributed checkpoints create state.
             self._update()
         elif any(p.grad is not None for p in self._params()):
