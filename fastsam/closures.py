@@ -31,6 +31,9 @@ def entry(method: F) -> F:
     disabled: Callable[..., Any] | None = None
 
     def without_gradients(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_inference_mode_enabled():  # tensors made in it could not be written outside of it
+            with torch.inference_mode(False):
+                return without_gradients(*args, **kwargs)
         recorded = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -186,21 +187,45 @@ NAMES: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
+def lr_is_zero(group: Group) -> bool:
+    """Whether a group's learning rate is the number 0; bases may have none, or another thing of that name."""
+    lr = group.get("lr")
+    if isinstance(lr, torch.Tensor):
+        return lr.numel() == 1 and bool(lr == 0)
+    return isinstance(lr, Real) and lr == 0
+
+
+def _decay_for_the_climb(group: Group) -> float:
+    """The weight decay of a base that is not fused, where the perturbation is to have it in it."""
+    decay = group.get("weight_decay", 0.0)
+    if isinstance(decay, torch.Tensor) and decay.numel() == 1:
+        return float(decay)
+    if decay is not None and not isinstance(decay, Real):
+        raise ValueError(
+            "FusedSAM: perturb_with_weight_decay=True needs a number as weight_decay in every parameter group, got "
+            f"{decay!r}; use perturb_with_weight_decay=False"
+        )
+    return float(decay or 0.0)
+
+
 def row(group: Group, rule: Rule | None, device: torch.device | None = None, decays: bool = False) -> Row:
     """Read one parameter group. Values are read every step: schedulers change `lr`, `momentum` and `betas`.
 
     Args:
         group: the parameter group.
-        rule: the fused base optimizer.
+        rule: the fused base optimizer; without one only what the perturbation needs is read, as lr and weight_decay may
+            be missing then, or be no numbers.
         device: where kernels can read a tensor lr themselves. Elsewhere it is read here, which waits for a GPU.
         decays: whether the perturbation is that of the loss with the weight decay in it.
     """
     flags = ADAPTIVE * bool(group["adaptive"]) | MAXIMIZE * bool(group.get("maximize", False))
     beta1, beta2, eps, rule_flags, extra = rule.values(group) if rule else Values()
-    weight_decay = float(group.get("weight_decay", 0.0))
-    flags |= DECAYS * (decays and weight_decay != 0)
     rho, eta = float(group["rho"]), float(group["eta"])
-    lr, address = group["lr"], 0
+    if rule is None:
+        weight_decay, lr, address = _decay_for_the_climb(group) if decays else 0.0, 0.0, 0
+    else:
+        weight_decay, lr, address = float(group.get("weight_decay", 0.0)), group["lr"], 0
+    flags |= DECAYS * (decays and weight_decay != 0)
     if isinstance(lr, torch.Tensor) and lr.device == device and lr.numel() == 1 and lr.dtype in LR_DTYPES:
         flags |= LR_FLOAT64 * (lr.dtype == torch.float64)
         address, lr = lr.data_ptr(), 0.0

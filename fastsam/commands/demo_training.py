@@ -97,17 +97,21 @@ def digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(images, dtype=torch.float32, device="cpu").view(-1, 1, 8, 8) / 16, torch.tensor(
+        labels, dtype=torch.int64, device="cpu"
+    )
 
 
 def split(images: Tensor, labels: Tensor, noise: float, generator: torch.Generator) -> Data:
     """Draw the training images, and a wrong label for a share `noise` of them."""
-    order = torch.randperm(len(images), generator=generator)
+    order = torch.randperm(len(images), generator=generator, device="cpu")
     train, test = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
     images = (images - images[train].mean()) / images[train].std()
-    wrong = torch.randperm(TRAIN_IMAGES, generator=generator)[: round(noise * TRAIN_IMAGES)]
+    wrong = torch.randperm(TRAIN_IMAGES, generator=generator, device="cpu")[: round(noise * TRAIN_IMAGES)]
     train_labels = labels[train]
-    train_labels[wrong] = (train_labels[wrong] + torch.randint(1, 10, wrong.shape, generator=generator)) % 10
+    train_labels[wrong] = (
+        train_labels[wrong] + torch.randint(1, 10, wrong.shape, generator=generator, device="cpu")
+    ) % 10
     return Data(images[train], train_labels, images[test], labels[test])
 
 
@@ -161,7 +165,7 @@ def train(method: str, noise: float, seed: int, settings: Settings, epoch_done: 
     run = Run(method, noise, seed)
     times = []
     for epoch in range(1, settings.epochs + 1):
-        for batch in torch.randperm(TRAIN_IMAGES, generator=generator).view(-1, BATCH_SIZE):
+        for batch in torch.randperm(TRAIN_IMAGES, generator=generator, device="cpu").view(-1, BATCH_SIZE):
             images, labels = data.train_images[batch], data.train_labels[batch]
 
             def closure(images: Tensor = images, labels: Tensor = labels) -> Tensor:

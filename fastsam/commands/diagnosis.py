@@ -274,7 +274,7 @@ class EagerSAM:
 def awkward_params(device: torch.device) -> list[Tensor]:
     """The self-check's parameters, the same on every device."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    params = [torch.randn(shape, generator=generator, device="cpu") for shape in SHAPES]
     params[CHANNELS_LAST] = params[CHANNELS_LAST].contiguous(memory_format=torch.channels_last)
     params[TRANSPOSED] = params[TRANSPOSED].t()
     return [p.to(device).requires_grad_() for p in params]
@@ -291,7 +291,7 @@ def run_steps(params: list[Tensor], optimizer: FusedSAM | EagerSAM) -> list[Tens
     for step in range(STEPS):
         for i, half in enumerate((optimizer.first_step, optimizer.second_step)):
             for j, p in enumerate(params):
-                grad = torch.randn(p.shape, generator=generator)
+                grad = torch.randn(p.shape, generator=generator, device="cpu")
                 missing = j == 3 and step == 1  # a parameter that takes no part in a step
                 p.grad = None if missing else torch.empty_like(p).copy_(grad * (1 + i))
             half()

@@ -59,6 +59,7 @@ def keep_wide(state: State, params: Sequence[Tensor], loaded: Mapping[str, Any],
         masters = precision.format_of(real_dtype(param)).masters
         for name, value in held.items():
             if name == "mu_product":
-                state[param][name] = torch.as_tensor(value, dtype=torch.float32).clone()
+                device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+                state[param][name] = torch.as_tensor(value, dtype=torch.float32, device=device).clone()
             elif masters and name != "step" and isinstance(value, Tensor) and value.is_floating_point():
                 state[param][name] = value.detach().to(param.device, copy=True)

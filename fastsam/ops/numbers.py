@@ -30,7 +30,7 @@ def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
 @cache
 def addcmul_fuses(device: torch.device) -> bool:
     """Whether `addcmul` rounds once there, asked with values that decide: it does on x86 with AVX2, not before."""
-    x = torch.linspace(1.0, 2.0, 1027, device=device)
+    x = torch.linspace(1.0, 2.0, 1027, dtype=torch.float32, device=device)
     return torch.equal(torch.addcmul(-x, x, x.flip(0)), exact_fma(x, x.flip(0), -x))
 
 

@@ -163,7 +163,11 @@ def update_(
     inverse = None if grad_scale is None else (1.0 / grad_scale.reshape(()).double().to(tables.device)).to(compute)
     factor = None if clip is None else clip.reshape(()).to(tables.device, compute)
     scalars_of, formula = FORMULAS[tables.rule.name] if tables.rule is not None else (None, None)
-    scalars = torch.stack(scalars_of(columns_of(tables))) if scalars_of else torch.zeros(0, len(tables.segments))
+    scalars = (
+        torch.stack(scalars_of(columns_of(tables)))
+        if scalars_of
+        else tables.partials.new_zeros(0, len(tables.segments))
+    )
     for i, (segment, grad, perturbed) in enumerate(zip(tables.segments, grads, tables.perturbed.tolist(), strict=True)):
         if grad is None or tables.rule is None or formula is None:
             if perturbed:
@@ -271,7 +275,7 @@ def _noise(tables: Tables, segment: Operand, stream: int) -> Tensor:
     """[numel] int64 in [0, 2^16): a parameter's random numbers in this step and stream, eight from each counter."""
     assert tables.rounding is not None
     seed = tables.rows[segment.group].seed
-    blocks = torch.arange(-(-segment.numel // 8), device=tables.device)
+    blocks = torch.arange(-(-segment.numel // 8), dtype=torch.int64, device=tables.device)
     counter = (blocks, *(torch.full_like(blocks, n) for n in (segment.index, 0, stream)))
     counter[2].add_(tables.rounding & 0xFFFFFFFF)
     words = torch.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=1)

@@ -32,10 +32,11 @@ class Columns(NamedTuple):
 def columns_of(tables: Tables) -> Columns:
     """What the scalars of a bucket's segments are computed from."""
     rows = [tables.rows[segment.group] for segment in tables.segments]
-    values = torch.tensor([(row.lr, row.beta1, row.beta2, row.extra) for row in rows], dtype=torch.float64)
-    lr, beta1, beta2, extra = values.reshape(-1, 4).to(tables.device).unbind(1)
+    values = [(row.lr, row.beta1, row.beta2, row.extra) for row in rows]
+    table = torch.tensor(values, dtype=torch.float64, device="cpu").reshape(-1, 4).to(tables.device)
+    lr, beta1, beta2, extra = table.unbind(1)
     numbers = [segment.progress for segment in tables.segments]
-    progress = torch.stack(numbers) if numbers else values.new_zeros(0, 2).to(tables.device)
+    progress = torch.stack(numbers) if numbers else table.new_zeros(0, 2)
     return Columns(lr, beta1, beta2, extra, progress[:, 0].to(torch.int64) + 1, progress[:, 1].double())
 
 
