@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import ops
-from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
 from fastsam.bases.rules import lr_is_zero
 from fastsam.checks import (
     check_class,
@@ -33,19 +31,14 @@ from fastsam.checks import (
     check_values,
     taken_apart,
 )
-from fastsam.closures import CLOSURE_RECIPE, call, detached, entry
-from fastsam.memory.buckets import Buckets
+from fastsam.closures import call, detached, entry
 from fastsam.memory.placing import check_duplicates, check_param, is_unused
 from fastsam.ops.formats import Precision
+from fastsam.passes import Passes
 from fastsam.progress import CLEAN, PAUSED, PERTURBED
-from fastsam.saving import SavedOptimizer
-from fastsam.scaling import RECIPE as SCALER_RECIPE
-from fastsam.scaling import are_scaled, forget_scaler, scale_of_caller
-
-OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step")  # the latter where they matter
 
 
-class FusedSAM(SavedOptimizer):
+class FusedSAM(Passes):
     r"""SAM as a drop-in torch optimizer whose side of the step is three launches a device and dtype.
 
     Each step takes the gradient g1 at w, climbs to w + e with e = rho * g1 / (||g1|| + 1e-12), takes the gradient g2
@@ -313,15 +306,6 @@ class FusedSAM(SavedOptimizer):
         finally:
             self._sam.base_step_asked = False
 
-    @entry
-    def restore(self) -> None:
-        """Bring the weights back, bit for bit, without an update; nothing happens if they are not perturbed."""
-        sam = self._sam
-        if sam.phase == PERTURBED:
-            sam.buckets.restore()
-            sam.phase = CLEAN
-            torch.clear_autocast_cache()
-
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
         """Within the block the weights are the old ones: to save, evaluate or average between the two passes."""
@@ -369,191 +353,6 @@ class FusedSAM(SavedOptimizer):
         shared.captures.require_current(shared.states_in_use())
         for bucket in self._sam.buckets.items:
             bucket.check_capture()
-
-    # Parts of a step. They are called without gradients enabled.
-
-    def _sync(self) -> Buckets:
-        """The buckets, caught up with the parameter groups."""
-        buckets, shared = self._sam.buckets, self._sam.buckets.shared
-        self._share_state_with_base()
-        q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
-        options = q, self.perturb_with_weight_decay, self.flatten
-        if options == (shared.q, shared.decays, buckets.flat.wanted) and buckets.same_groups(
-            self.param_groups, self.state
-        ):
-            return buckets
-        shared.q, shared.decays, buckets.flat.wanted = options
-        for group in self.param_groups:
-            if type(group["params"]) is not list:
-                group["params"] = list(group["params"])
-            for key in OWN_KEYS:  # a group that came in through the base optimizer
-                if key not in group and key in self.defaults:
-                    group[key] = self.defaults[key]
-        if type(self.param_groups) is not list:  # as other libraries may write them
-            self.param_groups = self.base_optimizer.param_groups = list(self.param_groups)
-        buckets.sync_with_groups(self.param_groups, self.state)
-        return buckets
-
-    def _perturb(self) -> None:
-        sam = self._sam
-        sam.require_running()
-        buckets = self._sync()
-        sam.phase = PERTURBED
-        buckets.perturb()
-        torch.clear_autocast_cache()
-
-    def _update(self) -> None:
-        sam, base = self._sam, self.base_optimizer
-        sam.require_running()
-        own_step = has_own_step(base)
-        args, kwargs = self._run_pre_hooks() if has_pre_hooks(base) and not own_step else ((base,), {})
-        buckets = self._sync()
-        if sam.phase == CLEAN:
-            buckets.refresh_masters()
-        else:
-            buckets.weight_watch.close()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        overflow = False
-        if buckets.shared.rule is not None and not own_step and len(args) == 1 and not kwargs:
-            grads = buckets.update(grad_scale, found_inf, self.max_grad_norm)
-            self._warn_without_gradients(grads)
-        else:
-            overflow = self._update_by_base(buckets, grad_scale, found_inf, args, kwargs)
-        if sam.phase == PERTURBED:
-            buckets.weight_watch.learn()
-        sam.phase = CLEAN
-        torch.clear_autocast_cache()
-        base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
-        if not overflow and not own_step:
-            run_post_hooks(base, args, kwargs)
-
-    def _run_pre_hooks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Call the base optimizer's own pre-hooks on the restored weights; what it is to step with."""
-        base, found_inf = self.base_optimizer, getattr(self, "found_inf", None)
-        self._restore_below_autograd()
-        self._sam.phase = CLEAN
-        if self._sam.buckets.shared.rule is None and found_inf is not None and found_inf.item() != 0:
-            return (base,), {}  # it will not step
-        return run_pre_hooks(base)
-
-    def _update_by_base(
-        self,
-        buckets: Buckets,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> bool:
-        """Restore, and let the base optimizer take a step of its own; whether an overflow kept it from that."""
-        grads = buckets.gather(ascent=False)
-        buckets.require_memory(grads, ascent=False)
-        buckets.sync_values()
-        factors = {} if self.max_grad_norm is None else buckets.clip(grads, self.max_grad_norm, grad_scale)
-        self._restore_below_autograd()
-        overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
-        if not overflow:
-            step_base(self.base_optimizer, buckets.masters(), grad_scale, factors, args, kwargs)
-        buckets.finish_base_step(overflow)
-        return overflow
-
-    def _restore_below_autograd(self) -> None:
-        """Restore the weights for the base optimizer, which may differentiate the gradients once more (AdaHessian).
-
-        Their graph then counts the weights as it saw them, as where the well-known SAM file writes `p.data = old`.
-        """
-        buckets = self._sam.buckets
-        params = tuple(param for bucket in buckets.items for param in bucket.params)
-        if any(param.grad is not None and param.grad.requires_grad for param in params):
-            with torch.autograd.grad_mode._unsafe_preserve_version_counter(params):
-                buckets.restore()
-        else:
-            buckets.restore()
-
-    def _leave_perturbed(self) -> None:
-        """End the perturbed phase by another way than `step`: weights that were loaded in the meantime are kept."""
-        buckets = self._sam.buckets
-        if self._sam.phase != PERTURBED:
-            return
-        if not buckets.weights_loaded():
-            self.restore()
-            return
-        buckets.drop_perturbation()
-        self._sam.phase = CLEAN
-        buckets.shared.warn_once(
-            "FusedSAM: all weights were written between the two passes (load_state_dict?); they are kept, and the "
-            "perturbation is dropped"
-        )
-
-    @entry
-    def _swap(self, phase: str) -> None:
-        self._sam.buckets.swap()
-        self._sam.phase = phase
-        torch.clear_autocast_cache()
-
-    # What a user may have got wrong.
-
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Run the hooks around `step`, as torch does; whatever ends it early leaves nothing of a GradScaler behind."""
-        hooked: Callable[..., Any] = Optimizer.profile_hook_step(func)
-
-        @functools.wraps(hooked)
-        def step(self: FusedSAM, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return hooked(self, *args, **kwargs)
-            except BaseException:
-                forget_scaler(self)
-                raise
-
-        return step
-
-    def _refuse_scaled_gradients(self) -> None:
-        """Refuse gradients of the second pass that `unscale_` in the first one kept a GradScaler from unscaling."""
-        if getattr(self, "found_inf", None) is None or getattr(self, "grad_scale", None) is not None:
-            return
-        sam = self._sam
-        if sam.unscaling.looks():
-            buckets = self._sync()
-            grads = buckets.gather(ascent=True)
-            buckets.sync_values()
-            if are_scaled(buckets.growth(grads), scale := scale_of_caller()):
-                raise RuntimeError(
-                    "FusedSAM: scaler.unscale_(optimizer) must be called in the pass whose gradients it is for, but "
-                    f"those of the second pass are still multiplied by the loss scale {scale}: it was called in the "
-                    f"first pass, and scaler.update() not since. {SCALER_RECIPE}"
-                )
-
-    def _require_gradients(self) -> None:
-        if all(p.grad is None for p in self._params()):
-            raise RuntimeError(
-                f"FusedSAM: closure_calls=1 needs the gradients at w before step(closure), found none; {CLOSURE_RECIPE}"
-            )
-
-    def _call_again(self, closure: Callable[[], Any]) -> Any:
-        """The second call; refuses closures that add the second gradient to the first."""
-        clearing = self._sam.clearing
-        marked = clearing.mark(self._params)
-        try:
-            loss = call(closure)
-        except BaseException:
-            clearing.put_back(marked)
-            raise
-        if clearing.adds(marked):
-            raise RuntimeError(
-                "FusedSAM: the closure does not clear the gradients, so the second pass would add to the first: "
-                f"{CLOSURE_RECIPE}"
-            )
-        return loss
-
-    def _warn_without_gradients(self, grads: list[Any]) -> None:
-        sam = self._sam
-        if not sam.no_gradients_warned and sam.phase == PERTURBED and not any(g is not None for b in grads for g in b):
-            sam.no_gradients_warned = True
-            warnings.warn(
-                "FusedSAM: no parameter had a gradient in this step. Was the optimizer built before the model's "
-                "parameters were replaced (load_state_dict(assign=True), model surgery)?",
-                stacklevel=6,
-            )
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
         check_values(group)

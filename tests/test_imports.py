@@ -30,7 +30,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         *("segments", "shared", "pages", "placing", "gradients", "state", "writes", "flat", "bucket"),
         *("buckets", "checkpoint"),
     ),
-    "": ("checks", "closures", "scaling", "stats", "progress", "saving", "optimizer", "training"),
+    "": ("checks", "closures", "scaling", "stats", "progress", "saving", "passes", "optimizer", "training"),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo"),
 }
 ORDER = [f"{wing}.{name}".strip(".") for wing, names in FLOORS.items() for name in names] + ["__main__"]
