@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +13,77 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.bases.rules import NAMES, Group
-from fastsam.ops.formats import Precision
+from fastsam.memory.segments import real_dtype
+from fastsam.ops.formats import LOW_DTYPES, Precision
 
 REFUSED = {
     torch.optim.LBFGS: "its line search evaluates the closure at points of its own choice",
     torch.optim.SparseAdam: "it takes sparse gradients only, and a perturbation along all weights is dense",
 }
+
+
+NOT_SHARDED = (
+    "SAM's norm is one over all parameters, and sharded optimizers are not supported yet; give FusedSAM the class that "
+    "would be sharded, with DistributedDataParallel"
+)
+
+
+def check_not_sharded() -> None:
+    """Refuse to be built by a ZeroRedundancyOptimizer, which gives the parameters of this rank alone."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return
+    builder, frame = module.ZeroRedundancyOptimizer._init_local_optimizer.__code__, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is builder:
+            raise ValueError(
+                "FusedSAM: it must be given all parameters, but ZeroRedundancyOptimizer builds it with those of this "
+                f"rank. {NOT_SHARDED}"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def taken_apart(base: partial[Optimizer], base_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A partial's class, and its keywords completed and replaced by those given here, as a call would."""
+    if base.args:
+        raise ValueError(
+            f"FusedSAM: a partial as base_optimizer must hold keywords only, got {len(base.args)} positional ones; "
+            "the parameters are FusedSAM's first argument"
+        )
+    return base.func, {**base.keywords, **base_kwargs}
+
+
+def check_keywords(base: type[Optimizer], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a keyword that is FusedSAM's and the base optimizer's, too: nothing says which is meant.
+
+    Args:
+        base: the base optimizer's class.
+        given: the values of FusedSAM's keywords.
+        defaults: their defaults, which count as not given.
+    """
+    try:
+        own = inspect.signature(base).parameters
+    except ValueError:  # a class that does not tell
+        return
+    clash = [name for name, value in given.items() if name in own and value != defaults[name]]
+    if clash:
+        name = base.__name__
+        raise ValueError(
+            f"FusedSAM: a keyword must be FusedSAM's or the base optimizer's, but {clash} are both FusedSAM's and "
+            f"{name}'s. For {name}'s own write functools.partial({name}, {clash[0]}=...) or build the instance, "
+            f"FusedSAM(None, {name}(params, {clash[0]}=...)); for FusedSAM's give a partial or an instance without it"
+        )
+
+
+def check_swapping(base: Optimizer, params: Iterable[Tensor], precision: Precision) -> None:
+    """Refuse masters of weights that the base optimizer exchanges itself, as schedule-free ones do."""
+    swaps = callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None))
+    if precision.master_weights and swaps and any(real_dtype(param) in LOW_DTYPES for param in params):
+        raise ValueError(
+            f"FusedSAM: master_weights=True needs weights that only FusedSAM writes, but train() and eval() of "
+            f"{type(base).__name__} exchange them for others. Use float32 parameters with autocast, or "
+            "stochastic_rounding=True instead"
+        )
 
 
 def check_values(group: Group) -> None:
@@ -66,6 +134,11 @@ def check_class(base: type[Optimizer]) -> None:
     for refused, reason in REFUSED.items():
         if issubclass(base, refused):
             raise ValueError(f"FusedSAM: {base.__name__} cannot be the base optimizer: {reason}")
+    if any(parent.__name__ == "ZeroRedundancyOptimizer" for parent in base.__mro__):
+        raise ValueError(
+            f"FusedSAM: {base.__name__} cannot be the base optimizer: it steps a part of the parameters on each rank, "
+            f"and its state is not that of its parameters. {NOT_SHARDED}"
+        )
     if base.__name__ == "FusedSAM":
         raise ValueError("FusedSAM: the base optimizer must not be FusedSAM itself")
 

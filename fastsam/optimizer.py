@@ -22,15 +22,19 @@ from fastsam.checks import (
     check_differentiable,
     check_instance,
     check_keys,
+    check_keywords,
     check_max_grad_norm,
     check_name,
+    check_not_sharded,
     check_p,
     check_precision,
+    check_swapping,
     check_values,
+    taken_apart,
 )
 from fastsam.closures import CLOSURE_RECIPE, call, detached, entry
 from fastsam.memory.buckets import Buckets
-from fastsam.memory.placing import check_param
+from fastsam.memory.placing import check_duplicates, check_param, is_unused
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, PAUSED, PERTURBED
 from fastsam.saving import SavedOptimizer
@@ -50,9 +54,9 @@ class FusedSAM(SavedOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as for any torch optimizer; None with a base instance.
-        base_optimizer: a class of torch.optim or its name, or an instance, whose parameter groups and state are taken
-            over. SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam and `fastsam.Lion` ("lion") are fused, the others
-            step by themselves.
+        base_optimizer: a class of torch.optim or its name, a functools.partial of one, or an instance, whose parameter
+            groups and state are taken over. SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam and `fastsam.Lion`
+            ("lion") are fused, the others step by themselves.
         rho: radius of the perturbation, >= 0.
         adaptive: ASAM instead of SAM.
         eta: added to abs(w) in ASAM, >= 0; the paper's code uses 0.01 (see `asam_groups`).
@@ -87,7 +91,8 @@ class FusedSAM(SavedOptimizer):
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".
-        **base_kwargs: what the base optimizer takes (lr, momentum, ...).
+        **base_kwargs: what the base optimizer takes (lr, momentum, ...). A keyword that is FusedSAM's, too, reaches the
+            base optimizer through a partial or an instance.
 
     Raises:
         ValueError: a value out of range, a base that SAM cannot wrap, a backend that is not available.
@@ -104,7 +109,7 @@ class FusedSAM(SavedOptimizer):
     def __init__(
         self,
         params: Iterable[Any] | None,
-        base_optimizer: type[Optimizer] | Optimizer | str = torch.optim.SGD,
+        base_optimizer: type[Optimizer] | Optimizer | str | functools.partial[Optimizer] = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,
         *,
@@ -136,8 +141,25 @@ class FusedSAM(SavedOptimizer):
         check_max_grad_norm(max_grad_norm)
         check_p(p)
         chosen = ops.resolve(backend)
+        check_not_sharded()
         if isinstance(base_optimizer, str):
             base_optimizer = check_name(base_optimizer)
+        if isinstance(base_optimizer, functools.partial):
+            base_optimizer, base_kwargs = taken_apart(base_optimizer, base_kwargs)
+        elif isinstance(base_optimizer, type):
+            options = dict(
+                p=p,
+                perturb_with_weight_decay=perturb_with_weight_decay,
+                max_grad_norm=max_grad_norm,
+                master_weights=master_weights,
+                stochastic_rounding=stochastic_rounding,
+                rounding_seed=rounding_seed,
+                state_dtype=state_dtype,
+                flatten=flatten,
+                closure_calls=closure_calls,
+                backend=backend,
+            )
+            check_keywords(base_optimizer, options, FusedSAM.__init__.__kwdefaults__ or {})
         if isinstance(base_optimizer, Optimizer):
             check_instance(base_optimizer, params, base_kwargs)
             super().__init__(base_optimizer.param_groups, own)
@@ -150,7 +172,7 @@ class FusedSAM(SavedOptimizer):
             base = base_optimizer(self.param_groups, **base_kwargs)
         else:
             raise ValueError(
-                "FusedSAM: base_optimizer must be a torch.optim class, its name, or an instance of one, got "
+                "FusedSAM: base_optimizer must be a torch.optim class, its name, a partial or an instance of one, got "
                 f"{base_optimizer!r}"
             )
         check_keys(base, own)
@@ -331,9 +353,13 @@ class FusedSAM(SavedOptimizer):
         """The buckets, caught up with the parameter groups."""
         self._share_state_with_base()
         for group in self.param_groups:
+            if type(group["params"]) is not list:
+                group["params"] = list(group["params"])
             for key in OWN_KEYS:  # a group that came in through the base optimizer
                 if key not in group and key in self.defaults:
                     group[key] = self.defaults[key]
+        if type(self.param_groups) is not list:  # as other libraries may write them
+            self.param_groups = self.base_optimizer.param_groups = list(self.param_groups)
         buckets = self._sam.buckets
         buckets.shared.q = 1.0 if self.p == float("inf") else self.p / (self.p - 1)
         buckets.shared.decays = self.perturb_with_weight_decay
@@ -369,7 +395,7 @@ class FusedSAM(SavedOptimizer):
             buckets.update(grads, grad_scale, found_inf, self.max_grad_norm)
         else:
             factors = {} if self.max_grad_norm is None else buckets.clip(grads, self.max_grad_norm, grad_scale)
-            buckets.restore()
+            self._restore_below_autograd()
             overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
             if not overflow:
                 step_base(base, buckets.masters(), grad_scale, factors, args, kwargs)
@@ -383,10 +409,24 @@ class FusedSAM(SavedOptimizer):
     def _run_pre_hooks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Call the base optimizer's own pre-hooks on the restored weights; what it is to step with."""
         base, found_inf = self.base_optimizer, getattr(self, "found_inf", None)
-        self.restore()
+        self._restore_below_autograd()
+        self._sam.phase = CLEAN
         if self._sam.buckets.shared.rule is None and found_inf is not None and found_inf.item() != 0:
             return (base,), {}  # it will not step
         return run_pre_hooks(base)
+
+    def _restore_below_autograd(self) -> None:
+        """Restore the weights for the base optimizer, which may differentiate the gradients once more (AdaHessian).
+
+        Their graph then counts the weights as it saw them, as where the well-known SAM file writes `p.data = old`.
+        """
+        buckets = self._sam.buckets
+        params = tuple(param for bucket in buckets.items for param in bucket.params)
+        if any(param.grad is not None and param.grad.requires_grad for param in params):
+            with torch.autograd.grad_mode._unsafe_preserve_version_counter(params):
+                buckets.restore()
+        else:
+            buckets.restore()
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:
@@ -483,8 +523,11 @@ class FusedSAM(SavedOptimizer):
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
         check_values(group)
+        check_duplicates(self.param_groups[: index + 1])
         for param in group["params"]:
-            check_param(param, index, self.param_groups, self._sam.buckets.backend)
+            if not is_unused(param):
+                check_param(param, index, self.param_groups, self._sam.buckets.backend)
+        check_swapping(self.base_optimizer, group["params"], self.precision)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any torch optimizer; it may have its own rho, adaptive, eta and perturb."""

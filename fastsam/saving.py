@@ -13,6 +13,7 @@ from fastsam.closures import entry
 from fastsam.memory.buckets import Buckets
 from fastsam.memory.checkpoint import as_torch_saves, keep_wide, loadable
 from fastsam.memory.placing import backend_of
+from fastsam.memory.segments import has_storage
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, Progress
 from fastsam.stats import Stats, read_stats
@@ -94,7 +95,7 @@ class SavedOptimizer(Optimizer):
             RuntimeError: the weights are perturbed.
         """
         self._sam.require_clean("unflatten()")
-        self._sam.buckets.flat.move_out(self._params())
+        self._sam.buckets.flat.move_out(param for param in self._params() if has_storage(param))
         self.flatten = False
 
     def stats(self) -> Stats:

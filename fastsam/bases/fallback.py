@@ -95,10 +95,11 @@ def step_base(
 
 def _prepared(grad: Tensor, grad_scale: Tensor | None, factor: Tensor | None) -> Tensor:
     """A gradient without its loss scale, clipped; itself if nothing is to be done."""
-    if grad_scale is not None:
-        grad = (grad * grad_scale.double().reciprocal().to(grad.device)).to(grad.dtype)
-    if factor is not None:
-        grad = grad * factor.to(grad.dtype.to_real() if grad.is_complex() else grad.dtype)
+    with torch.set_grad_enabled(grad.requires_grad):  # some bases differentiate a gradient once more
+        if grad_scale is not None:
+            grad = (grad * grad_scale.double().reciprocal().to(grad.device)).to(grad.dtype)
+        if factor is not None:
+            grad = grad * factor.to(grad.dtype.to_real() if grad.is_complex() else grad.dtype)
     return grad
 
 

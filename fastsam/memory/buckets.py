@@ -11,8 +11,8 @@ from torch import Tensor
 from fastsam.bases.rules import Group, Row, Rule, row
 from fastsam.memory.bucket import Bucket, Member
 from fastsam.memory.flat import FlatWeights
-from fastsam.memory.placing import backend_of, check_overlaps, check_param
-from fastsam.memory.segments import Segment, layout, real_dtype
+from fastsam.memory.placing import backend_of, check_duplicates, check_overlaps, check_param, is_unused
+from fastsam.memory.segments import Segment, has_storage, layout, real_dtype
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import StateWatch
 from fastsam.ops import graphs
@@ -182,7 +182,7 @@ class Buckets:
         return list({id(buffer): buffer for buffer in buffers if buffer is not None}.values())
 
     def _prune_flat(self) -> None:
-        self.flat.prune(param for group in self.shared.groups for param in group["params"])
+        self.flat.prune(p for group in self.shared.groups for p in group["params"] if has_storage(p))
 
     # The passes.
 
@@ -339,8 +339,9 @@ class Buckets:
         self.params = [param for param, _ in members]
 
     def _admit(self, members: Sequence[Member]) -> None:
-        self.frozen = [m for m in members if not m[0].requires_grad and m[0].grad is None]
-        self._append([m for m in members if m[0].requires_grad or m[0].grad is not None])
+        check_duplicates(self.shared.groups)
+        self.frozen = [member for member in members if is_unused(member[0])]
+        self._append([member for member in members if not is_unused(member[0])])
 
     def _append(self, members: Sequence[Member]) -> None:
         """Give parameters a place in the buckets of their device, dtype and backend."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsam import ops
 from fastsam.bases.rules import Group
-from fastsam.memory.segments import is_dense, name_of, real_dtype
+from fastsam.memory.segments import is_dense, name_at, name_of, real_dtype
 
 
 def backend_of(param: Tensor, asked: str) -> str:
@@ -18,21 +18,73 @@ def backend_of(param: Tensor, asked: str) -> str:
     return "reference" if chosen is None or not is_dense(param) else chosen
 
 
+def is_unused(param: Tensor) -> bool:
+    """Whether a parameter takes no part in a step: frozen or without memory (meta), and without a gradient."""
+    return param.grad is None and (not param.requires_grad or param.is_meta)
+
+
+def _why_unreachable(param: Tensor) -> str | None:
+    """Why no step can reach all of a parameter, and what to do; None if one can."""
+    if any(base.__name__ == "FakeTensor" for base in type(param).__mro__):
+        return (
+            "a FakeTensor, which has no memory that a step could write. For a dry run let the base optimizer step "
+            "alone: the states are the same, and SAM takes one copy of the weights more"
+        )
+    if param.is_meta:
+        return (
+            "on the meta device and has a gradient, but no memory that a step could write. Give the model memory "
+            "(model.to_empty(device=...)) before the optimizer is built; for a dry run let the base optimizer step "
+            "alone: the states are the same, and SAM takes one copy of the weights more"
+        )
+    if getattr(param, "_fsdp_flattened", False):
+        return (
+            "part of a FlatParameter of FullyShardedDataParallel (FSDP1), of which each rank holds another piece, so "
+            "that SAM's norm would be that of the piece. That is not supported yet; use DistributedDataParallel"
+        )
+    if hasattr(param, "_local_tensor"):
+        return "a DTensor (FSDP2, tensor parallelism), which is not supported yet; use DistributedDataParallel"
+    if param.layout != torch.strided:
+        return (
+            f"sparse ({param.layout}), and the perturbation of all weights is dense. Use a dense parameter "
+            "(param.to_dense()); its gradients may be sparse"
+        )
+    return None
+
+
+def check_duplicates(groups: Sequence[Group]) -> None:
+    """Refuse a parameter that is listed twice: it would be stepped twice, from the same backup.
+
+    Raises:
+        ValueError: one is.
+    """
+    places: dict[int, str] = {}
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            place = name_at(i, j, group)
+            if id(param) in places:
+                raise ValueError(
+                    f"FusedSAM: each parameter must be listed once, but {place} is the same Parameter as "
+                    f"{places[id(param)]}. model.parameters() lists tied ones once; list(dict.fromkeys(params)) keeps "
+                    "the first of each"
+                )
+            places[id(param)] = place
+
+
 def check_param(param: Tensor, group: int, groups: Sequence[Group], asked: str) -> None:
     """Refuse what no backend can do right.
 
     Raises:
-        ValueError: a complex parameter in an adaptive group, a distributed tensor, or a backend that does not serve its
-            device.
+        ValueError: no memory, or only a part of it here; a complex parameter in an adaptive group, or a backend that
+            does not serve its device.
     """
     name = name_of(param, groups)
+    if (why := _why_unreachable(param)) is not None:
+        raise ValueError(f"FusedSAM: {name} is {why}")
     if param.is_complex() and groups[group]["adaptive"]:
         raise ValueError(
             f"FusedSAM: {name} is complex ({param.dtype}), which adaptive=True (ASAM) does not define: abs(w) is not "
             "element-wise there. Put it in a group with adaptive=False"
         )
-    if hasattr(param, "_local_tensor"):
-        raise ValueError(f"FusedSAM: {name} is a DTensor (FSDP2, tensor parallelism), which is not supported yet")
     if ops.choose(asked, param.device, real_dtype(param)) is None:
         raise ValueError(
             f"FusedSAM: backend={asked!r} must serve every parameter, but {name} is {param.dtype} on "

@@ -105,11 +105,25 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has a storage of its own, which sparse ones and wrappers around other tensors have not."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # NotImplementedError is one, too
+        return False
+    return True
+
+
 def name_of(param: Tensor, groups: Sequence[Group]) -> str:
     """How messages name a parameter: its place in `param_groups`, and its name if the optimizer was given names."""
     for i, group in enumerate(groups):
         for j, other in enumerate(group["params"]):
             if other is param:
-                names = group.get("param_names")
-                return f"param_groups[{i}]['params'][{j}]" + (f" ({names[j]!r})" if names else "")
+                return name_at(i, j, group)
     return "a parameter"
+
+
+def name_at(i: int, j: int, group: Group) -> str:
+    """How messages name parameter j of group i."""
+    names = group.get("param_names")
+    return f"param_groups[{i}]['params'][{j}]" + (f" ({names[j]!r})" if names and j < len(names) else "")
