@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import assert_same, bits
 
-from fastsam import FusedSAM, optimizer
+from fastsam import FusedSAM, passes
 
 NAMES = ["matrix", "transposed", "64"]
 BASES = [
@@ -303,7 +303,7 @@ def test_a_patched_step_that_raises_restores(backend, config):
 
 @pytest.mark.parametrize("on", ["base", "both"])
 def test_a_scheduler_alone_leaves_the_base_fused(backend, monkeypatch, on):
-    monkeypatch.setattr(optimizer, "step_base", lambda *_: pytest.fail("the base steps by itself"))
+    monkeypatch.setattr(passes, "step_base", lambda *_: pytest.fail("the base steps by itself"))
     params = cases.make_params(names=NAMES, device=cases.device_of(backend))
     opt = cases.fused(params, BASES[0], backend)
     for wrapped in (opt.base_optimizer, opt) if on == "both" else (opt.base_optimizer,):

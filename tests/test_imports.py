@@ -28,7 +28,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
     ),
     "memory": (
         *("segments", "shared", "pages", "placing", "gradients", "state", "writes", "flat", "bucket"),
-        *("buckets", "checkpoint"),
+        *("grouping", "buckets", "checkpoint"),
     ),
     "": ("checks", "closures", "scaling", "stats", "progress", "saving", "passes", "optimizer", "training"),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo"),
