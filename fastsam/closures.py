@@ -92,10 +92,9 @@ class ClearingCheck:
     be chance: then the next steps are looked at, too, until it cannot be. Gradients that the second call did not touch
     are given back their elements and tell nothing, and neither do those that are not finite.
 
-    Looking waits for the device, so it is done in steps 1, 2, 4, 8, ..., and in the step after one in which a gradient
-    changed in another way than in the last step looked at (another tensor, another number of writes; the host knows
-    both). On a CPU, closures that keep the gradients' tensors are looked at in every step, by one gradient: what they
-    write through `.data` is not counted.
+    Looking waits for the device, so it is done in steps 1, 2, 4, 8, 16 and every 32nd, and in the step after one in
+    which a gradient changed in another way than in the last step looked at (another tensor, another number of writes;
+    the host knows both).
     """
 
     def __init__(self) -> None:
@@ -105,7 +104,6 @@ class ClearingCheck:
         self.evidence = 0  # marks found again, in the looks without a gap up to now
         self.watched: list[Tensor] = []  # the parameters whose gradients were marked last, the smallest first
         self.ways: dict[int, Way] = {}  # in which these changed, by id
-        self.marks: dict[int, _Marks] = {}  # what their gradients were marked with, by id
 
     def mark(self, params: Callable[[], Iterable[Tensor]]) -> list[_Marked]:
         """Before the second call: note how gradients are, and mark them if this step is to be looked at.
@@ -114,28 +112,21 @@ class ClearingCheck:
             params: gives all parameters.
         """
         self.steps += 1
-        if self.suspicious or self.steps & (self.steps - 1) == 0 or not self.watched:
-            self.watched, self.ways, self.marks = _chosen(params()), {}, {}
-            looked_at = len(self.watched)
-        else:
-            looked_at = self._looks_every_step()
+        due = self.steps % LOOKS_EVERY == 0 or (self.steps < LOOKS_EVERY and self.steps & (self.steps - 1) == 0)
+        looks = self.suspicious or due or not self.watched
+        if looks:
+            self.watched, self.ways = _chosen(params()), {}
         grads = [(param, param.grad) for param in self.watched]
         marked = [_Marked(p, g, g._version) for p, g in grads if g is not None and not g.is_inference()]
-        for i, (param, grad, version, *_) in enumerate(marked[:looked_at]):
+        for i, (param, grad, version, *_) in enumerate(marked if looks else ()):
             if not _is_plain(grad) or graphs.capturing(grad.device):
                 continue
-            flat, marks = _flat(grad), self.marks.get(id(param))
-            if marks is None or marks.numel != flat.numel() or marks.signed.dtype != flat.dtype:
-                marks = self.marks[id(param)] = _new_marks(flat, self.steps + i)
+            flat = _flat(grad)
+            marks = _new_marks(flat, self.steps + i)
             values = flat[marks.positions]
             flat.index_copy_(0, marks.positions[: len(marks.signed)], marks.signed)
             marked[i] = _Marked(param, grad, version, marks, values)
         return marked
-
-    def _looks_every_step(self) -> int:
-        """At how many of the watched gradients every step is to look."""
-        kept = any(same for same, _ in self.ways.values())
-        return int(kept and self.watched[0].device.type == "cpu")
 
     def adds(self, marked: Sequence[_Marked]) -> bool:
         """After the second call: whether the closure added to the gradients."""
@@ -152,7 +143,7 @@ class ClearingCheck:
             self.suspicious = True
             return True
         self.evidence = 0 if 0 in known else self.evidence + sum(known)
-        self.suspicious = changed or 0 not in known
+        self.suspicious = changed or (bool(known) and 0 not in known)
         self.ways = {**self.ways, **ways}
         return self.evidence >= ENOUGH
 
@@ -170,6 +161,7 @@ class ClearingCheck:
                     flat.index_copy_(0, positions[:k], torch.where(intact, item.values[:k], current))
 
 
+LOOKS_EVERY = 32  # steps
 MOST_GRADIENTS, MOST_MARKS = 8, 16  # that are marked; elements of each of them
 ENOUGH = 24  # marks found again: one in 2^24 for chance
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
@@ -177,12 +169,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 
 def _chosen(params: Iterable[Tensor]) -> list[Tensor]:
     """A few parameters whose gradients can be marked: the smallest, and some from first to last."""
-    usable = [param for param in params if param.grad is not None and _is_plain(param.grad)]
-    if not usable:
-        return []
-    smallest, last = min(usable, key=Tensor.numel), len(usable) - 1
-    places = sorted({last * i // (MOST_GRADIENTS - 2) for i in range(MOST_GRADIENTS - 1)})
-    return [smallest, *(usable[i] for i in places if usable[i] is not smallest)]
+    having = [(param, grad) for param in params if (grad := param.grad) is not None and grad.numel() > 0]
+    last = len(having) - 1
+    places = sorted({last * i // (MOST_GRADIENTS - 2) for i in range(MOST_GRADIENTS - 1)}) if having else []
+    some = [min(having, key=lambda pair: pair[1].numel()), *(having[i] for i in places)] if having else []
+    chosen = {id(param): param for param, grad in some if _is_plain(grad)}
+    if not chosen:  # others may do
+        chosen = {id(param): param for param, grad in having if _is_plain(grad)}
+    return list(chosen.values())[:MOST_GRADIENTS]
 
 
 def _is_plain(grad: Tensor) -> bool:
