@@ -19,6 +19,14 @@ import torch
 from cases import ADAM_CONFIGS, CONFIGS, Config
 from oracle import assert_same, assert_same_state, bits
 from rounding import MASTERS, OPTIONS, PLAIN, SIZES, STOCHASTIC, copied, fma, fresh_bucket, guarded, point, shifted
+from test_captures import (  # noqa: F401
+    capture,
+    test_a_group_whose_perturb_was_switched_is_not_in_the_graph,
+    test_a_refresh_in_a_capture_is_refused,
+    test_masters_are_compared_before_a_capture_not_in_every_replay,
+    test_nothing_that_a_replay_reads_or_writes_is_freed,
+    test_the_gradients_of_both_passes_are_kept,
+)
 from test_clipping import (  # noqa: F401
     test_a_norm_that_is_not_finite_shows,
     test_clipping_may_be_switched_on_and_off,
