@@ -195,6 +195,21 @@ def test_masters_are_compared_before_a_capture_not_in_every_replay(backend, devi
         take(opt)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(p=3.0), dict(p=float("inf")), dict(perturb_with_weight_decay=True, weight_decay=0.1), dict(adaptive=True)],
+    ids=str,
+)
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_a_capture_right_after_prepare(backend, device, capture, options, max_grad_norm):
+    """Every kernel that it launches is loaded already: that of the norm to clip by may be another than of the first."""
+    params, opt = make(backend, device, max_grad_norm=max_grad_norm, **options)
+    opt.prepare()
+    with capture:
+        take(opt)
+    opt.refresh()
+
+
 def test_an_optimizer_that_captured_is_freed_at_once(backend, device, capture):
     _, opt = make(backend, device)
     take(opt)

@@ -276,8 +276,8 @@ class Bucket:
                 shared.captures.keep(self._captured())
         elif capturing:
             raise RuntimeError(
-                f"FusedSAM: {shared.name_of(self.params[0])} is served by backend={self.backend.name!r}, and a CUDA graph would "
-                "repeat today's lr and rho for good; capture with backend='cuda' or 'triton'"
+                f"FusedSAM: {shared.name_of(self.params[0])} is served by backend={self.backend.name!r}, and a CUDA "
+                "graph would repeat today's lr and rho for good; capture with backend='cuda' or 'triton'"
             )
 
     def _captured(self) -> Iterator[Any]:
