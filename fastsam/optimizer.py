@@ -337,7 +337,13 @@ class FusedSAM(Passes):
 
     @entry
     def refresh(self) -> None:
-        """Take over changed weights and values of the groups (lr, rho); every step does, a replayed graph cannot."""
+        """Take over changed weights and values of the groups (lr, rho); every step does, a replayed graph cannot.
+
+        Raises:
+            RuntimeError: the captured graph lacks something that was added or switched on since; or a graph is being
+                captured, whose replays would write today's values back each time.
+        """
+        self._sam.buckets.refuse_refresh()
         if self._sam.phase == CLEAN:
             self._sam.buckets.refresh_masters()
         self._sam.buckets.refresh()
@@ -350,7 +356,7 @@ class FusedSAM(Passes):
                 `refresh` refuses.
         """
         shared = self._sam.buckets.shared
-        shared.captures.require_current(shared.states_in_use())
+        shared.captures.require_current(shared.states_in_use(), shared.perturbs())
         for bucket in self._sam.buckets.items:
             bucket.check_capture()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -170,6 +171,7 @@ SHAPES: dict[str, Callable[[], Tensor]] = {
 NAMES = list(SHAPES)
 # Steps without any gradient are part of many tests; that they warn is tested in test_lost_nothing.py.
 NO_GRADIENTS = "ignore:FusedSAM. no parameter had a gradient:UserWarning"
+PROFILER = "ignore:Profiler clears events at the end of each cycle:UserWarning"  # torch 2.11 says so of any use
 MATRICES = ["matrix", "transposed", "64"]
 STEPS = 8  # every event of `missing` and one step after
 
@@ -240,6 +242,12 @@ def fused(params: Sequence[Parameter], config: Config, backend: str = "reference
     options = dict(config.options, **kwargs)
     rho, base_options = options.pop("rho"), options
     return fastsam.FusedSAM(param_groups(params, config), config.base, rho, backend=backend, **base_options)
+
+
+def for_loop(config: Config) -> dict[str, Any]:
+    """What keeps a base that steps by itself from another order of roundings, which it takes on a GPU by default."""
+    fuses = config not in UNFUSED or "foreach" not in inspect.signature(config.base).parameters
+    return {} if fuses else {"foreach": False}
 
 
 def by_hand(params: Sequence[Parameter], config: Config, **kwargs: Any) -> oracle.SamByHand:

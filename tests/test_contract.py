@@ -534,7 +534,7 @@ def test_a_graph_whose_kernels_know_no_momentum_is_outdated_when_it_comes(monkey
     opt.param_groups[0]["lr"] = 0.25
     opt.refresh()
     opt.param_groups[0]["momentum"] = 0.9
-    with pytest.raises(RuntimeError, match="momentum or amsgrad switched on.*capture it again"):
+    with pytest.raises(RuntimeError, match="momentum, amsgrad or perturb switched.*capture it again"):
         opt.refresh()
     with pytest.raises(RuntimeError, match="capture it again"):
         opt.check_capture()

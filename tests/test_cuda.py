@@ -326,6 +326,7 @@ def test_replays_draw_new_numbers_and_keep_masters(dtype, options):
     for p in params:
         p.grad = torch.linspace(-1, 2, 20000).to(p)
     opts[0].prepare()
+    opts[0].refresh()  # compares the masters with the weights, which a capture would put into every replay
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         opts[0].first_step()

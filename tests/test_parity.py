@@ -238,7 +238,7 @@ def test_other_bases(backend, device, config):
         opt.step(cases.closure_of(ours, step, MATRICES))
         hand.step(cases.closure_of(theirs, step, MATRICES))
         for a, b in zip(ours, theirs, strict=True):
-            (assert_same if device == "cpu" else torch.testing.assert_close)(a, b)
+            (assert_same if device == "cpu" else close)(a, b)
     assert_same_state(opt, hand.base, assert_same if device == "cpu" else close)
 
 

@@ -88,7 +88,7 @@ class Beside:
         self.ours = cases.make_params(dtype, names, device=cases.device_of(backend))
         self.names = names
         self.masters = [Parameter(p.detach().cpu().float()) for p in self.ours]
-        self.opt = cases.fused(self.ours, config, backend, master_weights=True, **options)
+        self.opt = cases.fused(self.ours, config, backend, master_weights=True, **cases.for_loop(config), **options)
         self.hand = cases.by_hand(self.masters, config)
 
     def gradients(self, step, pass_):
@@ -163,7 +163,7 @@ def test_bases_that_are_not_fused_step_on_the_masters(backend, config, dtype):
     assert all(p.grad is not None and p.grad.dtype == dtype for p in run.ours)
     assert [p for group in run.opt.param_groups for p in group["params"]] == run.ours
     fresh = cases.make_params(dtype, cases.MATRICES, device=cases.device_of(backend))
-    other = cases.fused(fresh, config, backend, master_weights=True)
+    other = cases.fused(fresh, config, backend, master_weights=True, **cases.for_loop(config))
     oracle.hand_over(run.ours, fresh)
     other.load_state_dict(copy.deepcopy(run.opt.state_dict()))
     for params, opt in ((run.ours, run.opt), (fresh, other)):
@@ -428,6 +428,7 @@ def test_masters_follow_copies_moves_and_casts(backend, device):
     opt.state_dict()
 
 
+@pytest.mark.filterwarnings(cases.PROFILER)
 @pytest.mark.parametrize("options, copies", [({}, 4 + 4), (dict(master_weights=False), 2 + 2)], ids=["masters", "none"])
 def test_masters_are_the_backup(options, copies):
     """Bytes a parameter: of masters, or a backup, and of the momentum."""

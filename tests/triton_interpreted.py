@@ -13,12 +13,23 @@ import cases
 import numpy as np
 import pytest
 import rounding
+import test_captures
 import test_layouts
 import test_native
 import torch
 from cases import ADAM_CONFIGS, CONFIGS, Config
 from oracle import assert_same, assert_same_state, bits
 from rounding import MASTERS, OPTIONS, PLAIN, SIZES, STOCHASTIC, copied, fma, fresh_bucket, guarded, point, shifted
+from test_captures import (  # noqa: F401
+    make,
+    take,
+    test_a_capture_right_after_prepare,
+    test_a_group_whose_perturb_was_switched_is_not_in_the_graph,
+    test_a_refresh_in_a_capture_is_refused,
+    test_masters_are_compared_before_a_capture_not_in_every_replay,
+    test_nothing_that_a_replay_reads_or_writes_is_freed,
+    test_the_gradients_of_both_passes_are_kept,
+)
 from test_clipping import (  # noqa: F401
     test_a_norm_that_is_not_finite_shows,
     test_clipping_may_be_switched_on_and_off,
@@ -48,6 +59,7 @@ from fastsam.ops import reference
 from fastsam.ops.formats import Format
 
 kernels = ops.backend_named("triton").operations
+capture = test_captures.capture  # a fixture
 triton_kernels = importlib.import_module("fastsam.ops.triton_kernels")
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = rounding.DTYPES
 pytestmark = pytest.mark.filterwarnings(cases.NO_GRADIENTS)
@@ -347,6 +359,58 @@ def test_no_perturbation_in_other_formats(format, rho, q):
         assert bucket.rounding.tolist() == [rounding.FIRST_DRAW]
 
 
+@KEPT
+@pytest.mark.usefixtures("few")
+def test_random_numbers_take_a_step_in_updates_with_a_rule_alone(format):
+    """What backends count must not differ: with a rule or none, without gradients, after an overflow."""
+    steps = []
+    for operations in (kernels, ops.backend_named("cpu").operations):
+        bucket, steps_of = fresh_bucket("adamw", format), []
+        some, none = filled(bucket, 0.5), [None] * len(bucket.params)
+        adam = bucket.rule
+        situations = [(adam, some, None), (adam, none, None), (adam, some, torch.ones(1)), (None, none, None)]
+        for bucket.rule, grads, found_inf in [*situations, situations[0]]:
+            operations.update_(bucket, grads, found_inf=found_inf)
+            steps_of.append((bucket.rounding.tolist() if format.stochastic else None, bucket.overflows.tolist()))
+        steps.append(steps_of)
+    assert steps[0] == steps[1]
+    if format.stochastic:
+        assert [taken[0] - rounding.FIRST_DRAW for taken, _ in steps[0]] == [1, 2, 3, 3, 4]
+
+
+def test_a_graph_whose_norm_knows_no_metric_is_outdated_when_a_group_becomes_adaptive(capture):
+    params, opt = make("triton", "cpu")
+    take(opt)
+    with capture:
+        take(opt)
+    opt.refresh()
+    opt.param_groups[0]["adaptive"] = True
+    with pytest.raises(RuntimeError, match="adaptive, another norm.*capture it again"):
+        opt.refresh()
+    take(opt)
+    with capture:
+        take(opt)
+    opt.param_groups[0]["adaptive"] = False
+    opt.refresh()
+
+
+def test_a_restore_after_a_capture_allocates_nothing(capture, monkeypatch):
+    """It may come after the device's memory ran out, and what a graph reads is not to be written again."""
+    params, opt = make("triton", "cpu")
+    take(opt)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    with capture:  # shares the tables of the eager steps
+        opt.second_step()
+    before = [bits(p) for p in params]
+    opt.first_step()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda *_, **__: pytest.fail("allocates"))
+        opt.restore()
+    assert [bits(p) for p in params] == before
+
+
 @pytest.mark.parametrize("format", STOCHASTIC[:2], ids=name_of)
 def test_low_precision_is_rounded_stochastically_at_every_magnitude(format):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(format.weight)
@@ -396,6 +460,9 @@ def test_scalars_are_checked():
         kernels.update_(bucket, [None] * len(SIZES), clip=torch.ones(1))
     with pytest.raises(RuntimeError, match=r"update_: found_inf must be one element of torch.float32, got \[2\]"):
         kernels.update_(bucket, [None] * len(SIZES), found_inf=torch.ones(2))
+    clip = reference.Clip(1.0, torch.ones((), dtype=FLOAT64), torch.ones(2))
+    with pytest.raises(RuntimeError, match=r"grad_norm: grad_scale must be one element of torch.float32, got \[2\]"):
+        kernels.grad_norm(bucket, [None] * len(SIZES), torch.zeros(1, dtype=FLOAT64), clip=clip)
 
 
 @pytest.mark.parametrize("n_chunks", [1, 1023, 1024, 1025, 2600])
@@ -406,7 +473,7 @@ def test_partial_sums_are_added_in_the_canonical_order(n_chunks):
     bucket.chunk_table = bucket.chunk_table[:1].repeat(n_chunks, 1)
     tables = bucket.segment_table, bucket.chunk_table, torch.zeros_like(bucket.grad_table), bucket.row_table
     ticket = torch.zeros(1, dtype=torch.int32)
-    constants = kernels._constants(bucket, kernels._grad_norm_kernel, (False, False))
+    constants = kernels._constants(bucket, kernels._grad_norm_kernel, (False, False, False))
     numbers, one = torch.zeros(2, dtype=torch.float64), torch.ones(1)
     launch = kernels._launcher(kernels._grad_norm_kernel, bucket.device, 1, constants)
     launch(*tables, partials, ticket, out, numbers, numbers, one, 1, len(out), 0, n_chunks)

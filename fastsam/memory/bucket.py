@@ -8,7 +8,7 @@ up later share a page of their own. With `flatten=True` the weights have such pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -64,7 +64,8 @@ class Bucket:
         self.without_states: list[int] = []  # segments that had no update yet
         self.has_backup = self.has_states = torch.zeros(0, dtype=torch.bool, device="cpu")  # the others
         self.swapped_out: dict[int, Tensor] = {}  # perturbed weights with masters while the old ones are in their place
-        self.captured_gradients: Gradients | None = None  # what the last captured update reads, kept for its replays
+        # What the last captured passes read, the first and the second, kept for their replays.
+        self.captured_gradients: list[Gradients | None] = [None, None]
 
     # Pages and tables.
 
@@ -265,17 +266,27 @@ class Bucket:
 
     def prepare_capture(self) -> None:
         """Before a pass: make sure that a CUDA graph finds what changes from step to step on the device."""
-        capturing = graphs.capturing(self.tables.device)
+        capturing, shared = graphs.capturing(self.tables.device), self.shared
         if capturing:
-            self.shared.captures.begin(self.shared.states_in_use())
+            shared.captures.begin(shared.states_in_use(), shared.perturbs())
         if self.backend.graphs is not None:
             self._fit_segment_table()
             self.backend.graphs.prepare_capture(self.tables)
+            if capturing:
+                shared.captures.keep(self._captured())
         elif capturing:
             raise RuntimeError(
-                f"FusedSAM: {self.shared.name_of(self.params[0])} is served by the reference, and a CUDA graph would "
-                "repeat today's lr and rho for good; capture with backend='cuda' or 'triton'"
+                f"FusedSAM: {shared.name_of(self.params[0])} is served by backend={self.backend.name!r}, and a CUDA "
+                "graph would repeat today's lr and rho for good; capture with backend='cuda' or 'triton'"
             )
+
+    def _captured(self) -> Iterator[Any]:
+        """What a graph that is captured now reads and writes, apart from gradients."""
+        tables = self.tables
+        yield from (tables.segment_table, tables.chunk_table, tables.partials, tables.overflows, tables.rounding)
+        yield tables.cache
+        for segment in self.segments:
+            yield from (segment.backup, *segment.states, segment.master, segment.progress, segment.param.detach())
 
     def upload_values(self) -> None:
         """Bring the groups' values to where captured graphs find them."""
@@ -297,9 +308,10 @@ class Bucket:
 
     def check_capture(self) -> None:
         """Refuse gradients that are elsewhere than those which the last captured update reads."""
-        if self.captured_gradients is None:
+        captured = self.captured_gradients[1]
+        if captured is None:
             return
-        for param, grad in zip(self.params, self.captured_gradients, strict=True):
+        for param, grad in zip(self.params, captured, strict=True):
             if _address(param.grad) != _address(grad):
                 raise RuntimeError(
                     f"FusedSAM: {self.shared.name_of(param)} has its gradient elsewhere than when the CUDA graph was "
@@ -313,10 +325,11 @@ class Bucket:
     def perturb(self, grads: Gradients, sums: Tensor) -> None:
         """Back up and climb."""
         self.backend.operations.perturb_(self.tables, grads, sums)
-        self.note_perturbation(self._written(grads))
+        self.note_perturbation(grads, self._written(grads))
 
-    def note_perturbation(self, written: list[Tensor]) -> None:
-        """Let autograd notice stale graphs."""
+    def note_perturbation(self, grads: Gradients, written: list[Tensor]) -> None:
+        """Let autograd notice stale graphs, and keep what the replays of a captured graph read."""
+        self._note_captured(grads, 0)
         torch.autograd.graph.increment_version(written)
 
     def update(
@@ -330,11 +343,14 @@ class Bucket:
 
     def note_update(self, grads: Gradients, written: list[Tensor]) -> None:
         """Let autograd notice stale graphs, and keep what the replays of a captured graph read."""
-        if graphs.capturing(self.tables.device):
-            self.captured_gradients = grads
+        self._note_captured(grads, 1)
         torch.autograd.graph.increment_version(written)
         if self.tables.format.masters:
             self.remember_versions()
+
+    def _note_captured(self, grads: Gradients, which: int) -> None:
+        if graphs.capturing(self.tables.device):
+            self.captured_gradients[which] = grads
 
     def on_device(self, scalar: Tensor | None) -> Tensor | None:
         """A number for this device; a GradScaler keeps its own on one of them."""
@@ -396,6 +412,11 @@ class Bucket:
         versions = [param._version for param in self.params]
         if self.versions == versions:
             return
+        if not self.versions and graphs.capturing(self.tables.device):
+            raise RuntimeError(
+                "FusedSAM: the masters were not compared with their weights yet, and a CUDA graph would do so in each "
+                "replay: call optimizer.refresh(), or take a step, before the capture"
+            )
         before = self.versions or [-1] * len(versions)
         for segment, known, now in zip(self.segments, before, versions, strict=False):
             if known != now and layout(segment.param).moved_only(segment.layout):

@@ -51,7 +51,7 @@ class Buckets(Grouping):
         thawed = [member for member in self.frozen if member[0].grad is not None]
         if thawed:
             self._append(thawed)
-        perturbs = [bool(group["perturb"]) for group in groups]
+        perturbs = self.shared.perturbs()
         if perturbs != self.perturbs:
             self.perturbs = perturbs
             for bucket in self.items:
@@ -91,10 +91,22 @@ class Buckets(Grouping):
         for bucket in self.items if self._has_masters() else ():
             bucket.refresh_masters()
 
+    def refuse_refresh(self) -> None:
+        """Refuse to record what is to happen outside of a graph.
+
+        Raises:
+            RuntimeError: a graph is being captured.
+        """
+        if any(graphs.capturing(bucket.tables.device) for bucket in self.items):
+            raise RuntimeError(
+                "FusedSAM: refresh() was called while a CUDA graph is captured, whose replays would write today's lr "
+                "and rho back each time: call it before the capture, and before a replay that is to read new values"
+            )
+
     def refresh(self) -> None:
         """Read the groups' values, and bring them to where captured graphs find them."""
         self._read_values()
-        self.shared.captures.require_current(self.shared.states_in_use())
+        self.shared.captures.require_current(self.shared.states_in_use(), self.shared.perturbs())
         for bucket in self.items:
             bucket.upload_values()
 
@@ -157,8 +169,8 @@ class Buckets(Grouping):
         self.refresh_masters()
         self.weight_watch.begin()
         if (ran := self.run_pass(ascent=True)) is not None:
-            for bucket, _, written in ran:
-                bucket.note_perturbation(written)
+            for bucket, grads, written in ran:
+                bucket.note_perturbation(grads, written)
             self.weight_watch.remember()
             return
         read = self.gather(ascent=True)

@@ -53,7 +53,7 @@ class Grouping:
         self.items: list[Bucket] = []
         self.params: list[Tensor] = []
         self.frozen: list[Member] = []
-        self.perturbs: list[bool] = []
+        self.perturbs: tuple[bool, ...] = ()
         self.sums: dict[torch.device, Tensor] = {}
         self.second_sums: dict[torch.device, Tensor] = {}
         self.factors: dict[torch.device, Tensor] = {}
@@ -112,6 +112,7 @@ class Grouping:
         for bucket in self.items:
             bucket.copy_back()
             bucket.published.detach_state(self.state)
+            self.shared.captures.hold(*bucket.captured_gradients)
         self.items, self.params = [], []  # if memory runs out, the next step begins with `_regroup`
         members = [(param, i) for i, group in enumerate(self.shared.groups) for param in group["params"]]
         self._admit(members)

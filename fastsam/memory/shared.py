@@ -55,6 +55,10 @@ class Shared:
         """The rule's states that any group uses now."""
         return frozenset(name for group in self.groups for name in (self.rule.used(group) if self.rule else ()))
 
+    def perturbs(self) -> tuple[bool, ...]:
+        """Which groups the first pass perturbs."""
+        return tuple(bool(group["perturb"]) for group in self.groups)
+
     def warn_once(self, message: str, topic: str = "") -> None:
         """Warn, the first time only: of this topic, or with this message."""
         if (topic or message) not in self._warned:

@@ -6,9 +6,11 @@ have the same functions in their own module.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastsam.bases.rules import Row
 from fastsam.ops import native
@@ -16,7 +18,7 @@ from fastsam.ops.tables import Tables
 
 
 class Captures:
-    """What the captured graphs of an optimizer read: tables that were replaced since must not be freed.
+    """What the captured graphs of an optimizer read and write: none of it must be freed, whatever replaces it.
 
     Attributes:
         any: whether a pass was captured.
@@ -26,31 +28,47 @@ class Captures:
     def __init__(self) -> None:
         """No pass was captured yet."""
         self.any = self.outdated = False
-        self._held: list[Any] = []
+        self._held: dict[Any, Any] = {}  # each thing once, however many passes are captured
         self._states: frozenset[str] = frozenset()  # those that the captured kernels know
+        self._perturbs: tuple[bool, ...] = ()  # of the groups, as captured
 
-    def begin(self, states: frozenset[str]) -> None:
-        """A pass is being captured, with the tables of now and kernels for groups that use these states."""
-        self.any, self.outdated, self._states = True, False, states
+    def begin(self, states: frozenset[str], perturbs: tuple[bool, ...]) -> None:
+        """A pass is being captured, with the tables of now.
+
+        Args:
+            states: the states of which the captured kernels know.
+            perturbs: which groups the first pass perturbs.
+        """
+        self.any, self.outdated, self._states, self._perturbs = True, False, states, perturbs
+
+    def keep(self, items: Iterable[Any]) -> None:
+        """Keep for good what the graph that is being captured reads and writes."""
+        self._held.update((_identity(item), item) for item in items if item is not None)
 
     def hold(self, *replaced: Any) -> None:
-        """Keep tables, and what a backend kept beside them, that are replaced by others, if a graph may read them."""
+        """Keep what is replaced by other tables, if a graph may read it, and note that this one is outdated."""
         if self.any:
             self.outdated = True
-            self._held += [item for item in replaced if item is not None]
+            self.keep(replaced)
 
-    def require_current(self, states: frozenset[str]) -> None:
-        """Refuse to go on with a graph whose tables were replaced, or whose kernels lack a state that a group uses now.
+    def require_current(self, states: frozenset[str], perturbs: tuple[bool, ...]) -> None:
+        """Refuse to go on with a graph that is no longer the step which the groups ask for.
 
         Raises:
-            RuntimeError: they were, or do.
+            RuntimeError: its tables were replaced, its kernels lack a state that a group uses now, or a group is
+                perturbed that was not, or the other way round.
         """
-        if self.outdated or (self.any and not states <= self._states):
+        if self.outdated or (self.any and (not states <= self._states or perturbs != self._perturbs)):
             raise RuntimeError(
-                "FusedSAM: parameters, states or groups were added or moved, or momentum or amsgrad switched on, since "
-                "the CUDA graph was captured, which goes on without them and without new values of lr and rho: capture "
-                "it again"
+                "FusedSAM: parameters, states or groups were added or moved, or momentum, amsgrad or perturb switched, "
+                "since the CUDA graph was captured, which goes on without them and without new values of lr and rho: "
+                "capture it again"
             )
+
+
+def _identity(item: Any) -> Any:
+    """The same for a tensor over the same memory, of which there may be several."""
+    return (item.data_ptr(), item.nbytes) if isinstance(item, Tensor) and item.nbytes else id(item)
 
 
 def capturing(device: torch.device) -> bool:

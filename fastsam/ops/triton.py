@@ -31,6 +31,8 @@ _TYPES = {  # of the kernels' arguments: tables, and otherwise int32
 }
 _PROGRAMS = 2048  # with fewer chunks than this, several programs share a chunk; not measured yet
 
+_NOT_STARTING = "Triton does not start (it needs a C compiler and Python's headers)"
+
 INTERPRETED = not isinstance(_update_kernel, triton.JITFunction)
 
 
@@ -42,10 +44,17 @@ def reason() -> str | None:
     if INTERPRETED:
         late = isinstance(tl.sum, triton.JITFunction)  # Triton's own functions were decorated before
         return "TRITON_INTERPRET=1 must be set before triton is imported" if late else None
+    if torch.version.hip is not None and _version() < (3, 7):
+        # A root begins there with an approximation that flushes subnormal numbers to 0, and is NaN.
+        return f"on AMD GPUs it needs triton >= 3.7, whose square roots are right; this is {triton.__version__}"
     try:
         _ = triton.runtime.driver.active.utils  # compiles Triton's own helper library, once for each user
+    except RuntimeError as error:
+        if "active drivers" in str(error) and not str(error).startswith("0"):
+            return f"Triton cannot choose a GPU ({error}); TRITON_DEFAULT_BACKEND=nvidia or amd in the environment does"
+        return f"{_NOT_STARTING}: {type(error).__name__}: {error}"
     except Exception as error:  # RuntimeError, CalledProcessError, OSError, whatever the compiler raises
-        return f"Triton does not start (it needs a C compiler and Python's headers): {type(error).__name__}: {error}"
+        return f"{_NOT_STARTING}: {type(error).__name__}: {error}"
     return None
 
 
@@ -58,12 +67,14 @@ def grad_norm(
 ) -> None:
     """Write `sum(abs(T g)^q)` over the bucket into its slot; out: [n_buckets] float64. With `clip` T = 1 and q = 2."""
     cache = _cache_of(tables)
-    kind = (False, False) if clip is not None else _kind(tables)
-    launch = cache.launcher(tables, _grad_norm_kernel, *kind)
+    launch = cache.launcher(tables, _grad_norm_kernel, *(_PLAIN if clip is not None else _norm_kind(tables)))
     gradients = cache.ascent if clip is None else cache.descent
     arguments = cache.arguments(tables, gradients, native.addresses_of(tables, grads))
     max_norm, factor, grad_scale = clip or (None, cache.unclipped, None)
-    scalars = _scalar(tables, "clip", factor, cache.unclipped), _scalar(tables, "grad_scale", grad_scale, cache.one)
+    scalars = (
+        _scalar(tables, "grad_norm: clip", factor, cache.unclipped),
+        _scalar(tables, "grad_norm: grad_scale", grad_scale, cache.one),
+    )
     numbers = cache.numbers(tables.q, max_norm)
     counts = tables.slot, out.shape[0], int(clip is not None), cache.n_chunks
     launch(*arguments, cache.partials, cache.norm_ticket, _argument(out), numbers, *map(_argument, scalars), *counts)
@@ -75,9 +86,15 @@ def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> No
     launch = cache.launcher(tables, _perturb_kernel, *_kind(tables))
     addresses = native.addresses_of(tables, grads)
     arguments = cache.arguments(tables, cache.ascent, addresses)
-    tables.perturbed.logical_or_(addresses)
+    numbers, counters = cache.numbers(tables.q), cache.counters(tables)
     counts = sums.shape[0], cache.n_chunks, cache.split
-    launch(*arguments, _argument(sums), cache.numbers(tables.q), *cache.counters(tables), *counts)
+    before = tables.perturbed.clone()
+    tables.perturbed.logical_or_(addresses)  # ahead of the launch, after which an interrupt may come
+    try:
+        launch(*arguments, _argument(sums), numbers, *counters, *counts)
+    except Exception:  # nothing was launched: no backup of this pass holds anything
+        tables.perturbed.copy_(before)
+        raise
 
 
 def update_(
@@ -97,9 +114,9 @@ def update_(
     arguments = cache.arguments(tables, cache.descent, native.addresses_of(tables, grads))
     perturbed = cache.perturbed(tables.perturbed, cache.capturing)
     scalars = (  # tensors, so that none is freed before the launch
-        _scalar(tables, "grad_scale", grad_scale, cache.one),
-        _scalar(tables, "found_inf", found_inf, cache.zero),
-        _scalar(tables, "clip", clip, cache.unclipped),
+        _scalar(tables, "update_: grad_scale", grad_scale, cache.one),
+        _scalar(tables, "update_: found_inf", found_inf, cache.zero),
+        _scalar(tables, "update_: clip", clip, cache.unclipped),
     )
     counts = cache.n_segments, cache.n_chunks, cache.split
     launch(*arguments, perturbed, cache.update_ticket, *map(_argument, scalars), *cache.counters(tables), *counts)
@@ -127,6 +144,7 @@ class DeviceCopy:
         self.address = _argument(self.copy)
         self.shared = False  # whether a captured graph reads `copy`, too
         self.held: list[Tensor] = []  # what else captured graphs read
+        self.spare: Tensor | None = None  # for the next upload after a graph was captured that reads `copy`
 
     def __call__(self, table: Tensor, capturing: bool = False) -> Any:
         """Where the table's values are on the device."""
@@ -139,13 +157,20 @@ class DeviceCopy:
             self.written = values
         return self.address
 
+    def refill(self) -> None:
+        """Have memory for the next upload: it may come in restore(), after the device's memory ran out."""
+        if self.shared and self.spare is None:
+            self.spare = torch.empty_like(self.copy)
+
     def _upload(self, table: Tensor) -> None:
         staging = table
         if self.copy.is_cuda:
             staging = torch.empty(table.shape, dtype=self.copy.dtype, device="cpu", pin_memory=True).copy_(table)
         if self.shared:
+            self.refill()
+            assert self.spare is not None
             self.held.append(self.copy)
-            self.copy, self.shared = torch.empty_like(self.copy), False
+            self.copy, self.spare, self.shared = self.spare, None, False
             self.address = _argument(self.copy)
         self.copy.copy_(staging, non_blocking=True)
 
@@ -192,9 +217,15 @@ class BucketCache:
         self.q_and_max_norm = torch.zeros(2, dtype=torch.float64, device="cpu")
         self.numbers_there = DeviceCopy(self.q_and_max_norm, device)
         self.launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
-        self.rule_rows: Any = None  # the groups' values that `rule` was asked for, and that `prepare_capture` saw
-        self.prepared_rows: Any = None
+        self.rule_told: tuple[Any, Any] = (None, None)  # the groups' values and the rule that `rule` was asked for
+        self.prepared: tuple[Any, float] = (None, 0.0)  # the groups' values and q that `prepare_capture` saw
+        self.captured_kind: tuple[bool, bool, bool] | None = None  # what the last captured norm has code for
         self.capturing = False  # asked at the start of every operation
+
+    def refill(self) -> None:
+        """Outside of captures and of a step's end: have the memory that uploads will need."""
+        for copy in (self.ascent, self.descent, self.perturbed, self.numbers_there):
+            copy.refill()
 
     def serves(self, tables: Tables) -> bool:
         """Whether the bucket's tables are still the ones this was made for."""
@@ -219,8 +250,9 @@ class BucketCache:
 
     def rule(self, tables: Tables) -> tuple[int, int]:
         """The rule's code, and the states of its groups, as bits; the groups' values decide, seldom anew."""
-        if tables.rows is not self.rule_rows:
-            self.rule_rows, self.rule_and_states = tables.rows, _rule(tables)
+        told = tables.rows, tables.rule
+        if self.rule_told[0] is not told[0] or self.rule_told[1] is not told[1]:
+            self.rule_told, self.rule_and_states = told, _rule(tables)
         return self.rule_and_states
 
     def launcher(self, tables: Tables, kernel: Any, *kind: int) -> Callable[..., None]:
@@ -236,6 +268,7 @@ class BucketCache:
         return launch
 
 
+_PLAIN = False, False, False  # the kind of the norm of the gradients as they are
 _TOO_LATE = (
     "FusedSAM: take a step like it before a CUDA graph is captured, so that all tables exist and all kernels are loaded"
 )
@@ -255,9 +288,7 @@ def _scalar(tables: Tables, name: str, value: Tensor | None, neutral: Tensor) ->
     if value is None:
         return neutral
     if value.numel() != 1 or value.dtype != neutral.dtype:
-        raise RuntimeError(
-            f"update_: {name} must be one element of {neutral.dtype}, got {list(value.shape)} of {value.dtype}"
-        )
+        raise RuntimeError(f"{name} must be one element of {neutral.dtype}, got {list(value.shape)} of {value.dtype}")
     return value if value.device == tables.device else value.to(tables.device, non_blocking=True)
 
 
@@ -276,6 +307,12 @@ def _constants(tables: Tables, kernel: Any, kind: tuple[int, ...]) -> tuple[Any,
 def _kind(tables: Tables) -> tuple[bool, bool]:
     """Of perturbation: whether with the weight decay in the loss, whether in another norm than the second."""
     return any(row.flags & rules.DECAYS for row in tables.rows), tables.q != 2
+
+
+def _norm_kind(tables: Tables) -> tuple[bool, bool, bool]:
+    """Of the norm: the same, and whether any group is adaptive, which the code for general norms is in any case."""
+    in_loss, power = _kind(tables)
+    return in_loss, power, not power and any(row.flags & rules.ADAPTIVE for row in tables.rows)
 
 
 def _rule(tables: Tables) -> tuple[int, int]:
@@ -312,7 +349,15 @@ def _launcher(kernel: Any, device: torch.device, programs: int, constants: tuple
 
         return interpret
     with _on(device):
-        run = _compiled(kernel, device, constants)[grid]
+        compiled = _compiled(kernel, device, constants)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled  # of AsyncCompileMode
+        if compiled is None:
+            _compiled.cache_clear()  # so that it is asked again
+            raise RuntimeError(
+                "FusedSAM: a kernel is not compiled because a hook (triton.knobs.runtime.jit_cache_hook) said so; "
+                "remove the hook, or choose another backend"
+            )
+        run = compiled[grid]
 
     def launch(*args: Any) -> None:
         if device.type != "cuda" or torch.cuda.current_device() == device.index:
@@ -347,6 +392,8 @@ def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
             options["maxnreg"] = 160
         elif (states > 2 and not wide) or rule in (RMSPROP.value, NADAM.value):
             options["maxnreg"] = 128
+        elif rule == ADAM.value and states == 2 and masters and (3, 7) <= _version() < (3, 9):
+            options["maxnreg"] = 104
         elif states > 1 and not wide and _version() < (3, 7):
             options["maxnreg"] = 96
     return options
@@ -367,14 +414,34 @@ def own_rows(n_segments: int, n_groups: int) -> int:
 def prepare_capture(tables: Tables) -> None:
     """Before a pass: make all tables and load all kernels of a step, unless it is being captured already."""
     cache = _cache_of(tables)
-    if not cache.capturing and tables.rows is not cache.prepared_rows:
+    if cache.capturing:
+        cache.captured_kind = _norm_kind(tables)
+        return
+    if cache.captured_kind is not None:
+        cache.refill()
+    if tables.rows is not cache.prepared[0] or tables.q != cache.prepared[1]:
         cache.rows(tables.row_table)
-        for kernel in (_grad_norm_kernel, _perturb_kernel):
-            cache.launcher(tables, kernel, *_kind(tables))
+        norm = _norm_kind(tables)
+        if tables.q != 1:
+            cache.launcher(tables, _grad_norm_kernel, *norm)
+        if norm != _PLAIN:  # which gradients are clipped by
+            cache.launcher(tables, _grad_norm_kernel, *_PLAIN)
+        cache.launcher(tables, _perturb_kernel, *_kind(tables))
         cache.launcher(tables, _update_kernel, *cache.rule(tables))
-        cache.prepared_rows = tables.rows
+        cache.prepared = tables.rows, tables.q
 
 
 def upload_values(tables: Tables) -> None:
-    """Bring the groups' values to the device, outside of graphs."""
-    _cache_of(tables).rows(tables.row_table)
+    """Bring the groups' values to the device, outside of graphs.
+
+    Raises:
+        RuntimeError: the captured kernels have no code for what a group asks for now.
+    """
+    cache = _cache_of(tables)
+    captured = cache.captured_kind
+    if captured is not None and any(now and not then for now, then in zip(_norm_kind(tables), captured, strict=True)):
+        raise RuntimeError(
+            "FusedSAM: adaptive, another norm or perturb_with_weight_decay was switched on since the CUDA graph was "
+            "captured, whose kernels have no code for it: capture it again"
+        )
+    cache.rows(tables.row_table)

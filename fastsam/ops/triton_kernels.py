@@ -383,24 +383,35 @@ def _total_norm(sums, n_sums, q):
 
 @triton.jit
 def _chunk_sum(
-    source, grad, start, length, row, plain,
-    SOURCE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr, ALIGN: tl.constexpr,
+    source, grad, start, length, row,
+    SOURCE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr, ADAPTS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    # The canonical sum of squares of a chunk; `plain` not 0: of the gradients as they are.
+    # The canonical sum of squares of a chunk's T g.
     w, g = _pointer(source, start, SOURCE, ALIGN), _pointer(grad, start, GRAD, ALIGN)
     lanes = tl.arange(0, LANES)
     acc = tl.zeros([LANES], WIDE)
-    if (_flag(row, ADAPTIVE) | (IN_LOSS & _flag(row, DECAYS))) & (plain == 0):
-        metric = _metric(row, WIDE)
-        for k in tl.static_range(0, CHUNK // LANES):
-            o = k * LANES + lanes
-            x = _steepest(_widen(_load(w, o, length, ALIGN)), _widen(_load(g, o, length, ALIGN)), metric, IN_LOSS)
-            acc = _fma(x, x, acc)
+    if ADAPTS or IN_LOSS:
+        if _flag(row, ADAPTIVE) | (IN_LOSS & _flag(row, DECAYS)):
+            metric = _metric(row, WIDE)
+            for k in tl.static_range(0, CHUNK // LANES):
+                o = k * LANES + lanes
+                x = _steepest(_widen(_load(w, o, length, ALIGN)), _widen(_load(g, o, length, ALIGN)), metric, IN_LOSS)
+                acc = _fma(x, x, acc)
+        else:
+            acc = _squares(g, lanes, length, acc, ALIGN)
     else:
-        for k in tl.static_range(0, CHUNK // LANES):
-            x = _widen(_load(g, k * LANES + lanes, length, ALIGN))
-            acc = _fma(x, x, acc)
+        acc = _squares(g, lanes, length, acc, ALIGN)
     return _fold(acc, 11)
+
+
+@triton.jit
+def _squares(g, lanes, length, acc, ALIGN: tl.constexpr):
+    # The squares of a chunk's gradients, row by row.
+    for k in tl.static_range(0, CHUNK // LANES):
+        x = _widen(_load(g, k * LANES + lanes, length, ALIGN))
+        acc = _fma(x, x, acc)
+    return acc
 
 
 @triton.jit
@@ -427,12 +438,13 @@ def _ordered_sum(sums, n_sums):
 def _grad_norm_kernel(
     segments, chunks, grads, rows, partials, ticket, out, numbers, clip, grad_scale, slot, n_sums, clips, n_chunks,
     STORAGE: tl.constexpr, GRAD: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, IN_LOSS: tl.constexpr,
-    POWER: tl.constexpr,
+    POWER: tl.constexpr, ADAPTS: tl.constexpr,
 ):  # fmt: skip
     """Write `sum((T g)^2)` into `out[slot]`; T = 1 (SAM) or abs(w) + eta (ASAM). One program a chunk.
 
-    Reads n (2n adaptive) elements, writes one partial sum a chunk; the last program adds these up. With `clips` T = 1,
-    and the last program writes the clip factor. POWER: norms instead of sums, for the exponent q = numbers[0].
+    Reads n (2n adaptive) elements, writes one partial sum a chunk; the last program adds these up, and with `clips`
+    writes the clip factor. ADAPTS: whether T may be another than 1 in a group; the code for it takes twice the
+    registers. POWER: norms instead of sums, for the exponent q = numbers[0].
     """
     chunk = tl.program_id(0)
     segment, start, length = _chunk(chunks, chunk, n_chunks)
@@ -444,9 +456,9 @@ def _grad_norm_kernel(
         if POWER:
             total = _chunk_norm(source, grad, start, length, row, tl.load(numbers), SOURCE, GRAD, WIDE)
         elif ((source | grad) % 16 == 0) & (length == CHUNK):
-            total = _chunk_sum(source, grad, start, length, row, clips, SOURCE, GRAD, WIDE, IN_LOSS, 16).to(tl.float64)
+            total = _chunk_sum(source, grad, start, length, row, SOURCE, GRAD, WIDE, IN_LOSS, ADAPTS, 16).to(tl.float64)
         else:
-            total = _chunk_sum(source, grad, start, length, row, clips, SOURCE, GRAD, WIDE, IN_LOSS, 0).to(tl.float64)
+            total = _chunk_sum(source, grad, start, length, row, SOURCE, GRAD, WIDE, IN_LOSS, ADAPTS, 0).to(tl.float64)
     tl.store(partials + chunk, total, mask=chunk < n_chunks)
     if _arrive(ticket):
         if POWER:
