@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import cases
 import oracle
 import pytest
 import torch
@@ -15,6 +16,12 @@ import fastsam
 from fastsam import FusedSAM
 
 STEPS = 9  # looks at 1, 2, 4, 8, and one step after
+
+
+@pytest.fixture(params=["cpu"] if "cpu" in cases.BACKENDS else ["reference"])
+def backend(request):
+    """One will do: what is told of a closure is told by its gradients alone, before any backend reads them."""
+    return request.param
 
 
 class Problem:
@@ -458,7 +465,7 @@ def test_wrong_closures_in_other_dtypes(backend, device, closure, dtype):
 
 @pytest.mark.parametrize("wrong", [adds, adds_micro_batches, adds_then_clips, adds_by_assignment])
 @pytest.mark.parametrize("right", [zero_grad, zero_in_place, zero_through_data, copy, clipped_in_place, micro_batches])
-@pytest.mark.parametrize("at", [1, 4, 6])
+@pytest.mark.parametrize("at", [1, 6])
 def test_closures_that_stop_clearing(backend, device, right, wrong, at):
     problem = Problem(device=device)
     opt = fused(problem, backend)

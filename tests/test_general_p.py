@@ -103,6 +103,8 @@ def test_norms_without_a_dual_one_are_refused(wrong):
 
 PS = [1.001, 1.01, 1.1, 1.5, 3.0, 1e3, 1e6]
 SCALES = [1e-8, 1.0, 1e8]
+if cases.interpreted():  # a second each
+    PS, SCALES = [1.001, 3.0, 1e6], [1e-8, 1e8]
 DTYPES = torch.float32, torch.bfloat16, torch.float64  # a bucket each
 LENGTHS = [8192 + 65, 1, 0, 300] if cases.interpreted() else [2 * 8192 + 65, 1, 0, 300]
 
