@@ -35,9 +35,10 @@ def check_param(param: Tensor, group: int, groups: Sequence[Group], asked: str) 
     if hasattr(param, "_local_tensor"):
         raise ValueError(f"FusedSAM: {name} is a DTensor (FSDP2, tensor parallelism), which is not supported yet")
     if ops.choose(asked, param.device, real_dtype(param)) is None:
+        why = ops.device_reason(asked, param.device)
         raise ValueError(
             f"FusedSAM: backend={asked!r} must serve every parameter, but {name} is {param.dtype} on "
-            f"{param.device}; use backend='auto'"
+            f"{param.device}{'' if why is None else f', and {why}'}; use backend='auto'"
         )
 
 
