@@ -556,6 +556,16 @@ def test_what_a_captured_graph_reads_is_never_written_again(monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_numbers_that_a_graph_wrote_for_itself_are_not_taken_for_those_on_the_device():
+    bucket = few_bucket("sgd", FLOAT32)
+    rounding.run(bucket, grads_of(1, FEW), grads_of(2, FEW))
+    own = bucket.cache
+    for own.capturing, q, max_norm in ((False, 2.0, None), (True, 2.0, 3.0), (False, 2.0, 3.0), (True, 3.0, None),
+                                       (False, 3.0, None), (False, 2.0, 3.0), (False, 2.0, None)):  # fmt: skip
+        found = own.numbers(q, max_norm).tolist()
+        assert found[0] == q and max_norm in (None, found[1])
+
+
 def test_a_captured_step_reads_changed_values_only_after_a_refresh(monkeypatch):
     bucket = few_bucket("sgd-dampening", FLOAT32)
     rounding.run(bucket, grads_of(1, FEW), grads_of(2, FEW))
