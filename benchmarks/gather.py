@@ -23,10 +23,12 @@ SECTIONS = [
     "launches",
     "host",
     "train",
+    "tests-library",
     "memcheck",
     "racecheck",
     "initcheck",
     "step-precision",
+    "tests-triton",
     "step-bfloat16",
     "step-others",
 ]

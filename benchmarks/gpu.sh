@@ -80,7 +80,7 @@ build=("$python" -c 'import setup; setup.build_and_record(setup.ROOT / "fastsam"
 if [ "$device" = cuda ]; then
   export PATH=$PATH:/usr/local/cuda/bin
   export FASTSAM_NATIVE=1 FASTSAM_CUDA=1 # what cannot be built is an error
-  large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 check=40 train=(--device cuda --budget 60)
+  large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 check=40 check_all=80 train=(--device cuda --budget 60)
   # For this card alone, which is faster.
   TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || {
     echo "there is nothing to measure: torch can use no GPU here" >&2
@@ -88,20 +88,28 @@ if [ "$device" = cuda ]; then
   }
   export TORCH_CUDA_ARCH_LIST
   built_for=sm_${TORCH_CUDA_ARCH_LIST/./} # PTX would do for a step, but is not what is to be measured
-  tests=(-m cuda --continue-on-collection-errors --tb=short -p no:benchmark)
-  "$python" -c "import xdist.plugin" && tests+=(-n 8) # every test that takes a backend runs on two: thousands
+  # What only a GPU can say comes first. Every test that takes a backend runs on two: thousands, so two cores are left
+  # to the driver and to what starts the processes, and all others have one each.
+  all=(-m cuda --continue-on-collection-errors --tb=short -p no:benchmark)
+  "$python" -c "import xdist.plugin" && all+=(-n $(($(nproc) > 3 ? $(nproc) - 2 : 1)))
+  tests=("${all[@]}" tests/test_cuda.py)
+  tests_library=("${all[@]}" -k "not triton" --ignore tests/test_cuda.py)
+  tests_triton=("${all[@]}" -k triton)
   toolkit=$(dirname "$(readlink -f "$(command -v nvcc)")")
   sanitizer=$(PATH=$PATH:$toolkit command -v compute-sanitizer)
   run=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" --error-exitcode 9)
-  memcheck=("${run[@]}" --tool memcheck --kernel-name kns=fastsam "$python" benchmarks/sanitize.py)
+  # torch asks CUDA what may fail (peer access, attributes); only what a kernel does is an error here.
+  memcheck=("${run[@]}" --tool memcheck --report-api-errors no --kernel-name kns=fastsam "$python" benchmarks/sanitize.py)
   racecheck=("${run[@]}" --tool racecheck --kernel-name kns=fastsam "$python" benchmarks/sanitize.py)
   initcheck=("${run[@]}" --tool initcheck "$python" benchmarks/sanitize.py) # has to see torch's kernels write, too
 else
-  large="resnet18" small="" rounds=3 check=80 train=(--device cpu --quick) # these checks are compiled first
+  large="resnet18" small="" rounds=3 check=80 check_all=80 train=(--device cpu --quick) # these checks are compiled first
   export OMP_NUM_THREADS=1 # two threads on a busy machine wait for each other, a time slice in every operation
   export FASTSAM_NATIVE=1 FASTSAM_CUDA=0 # nothing here could run the CUDA kernels; tests/test_machine_code.py reads them
   built_for=
   tests=(tests/test_native.py)
+  tests_library=(tests/test_captures.py)
+  tests_triton=(tests/test_triton.py -k "no_mark or before_the_first_step")
   memcheck=("${pytest[@]}" tests/test_cuda_core.py -k test_no_access_beyond)
   racecheck=("${pytest[@]}" tests/test_cuda_core.py -k test_blocks_on_several_threads)
   initcheck=("${pytest[@]}" tests/test_cuda_core.py -k test_three_sam_steps)
@@ -120,15 +128,17 @@ fi
 
 # shellcheck disable=SC2046 # cases are words
 {
-  section tests 100 tests.log "${pytest[@]}" "${tests[@]}"
+  section tests 70 tests.log "${pytest[@]}" "${tests[@]}"
   sweep step-float32 90 $(cases "$large" float32)
   section launches 50 benchmarks.log "$python" benchmarks/launches.py --device "$device" --json "$parts/launches.json"
   sweep host 60 $(cases tiny161 float32)
   section train 80 benchmarks.log "$python" benchmarks/train.py --json "$parts/train.json" "${train[@]}"
+  section tests-library 100 tests.log "${pytest[@]}" "${tests_library[@]}"
   section memcheck "$check" sanitizers.log "${memcheck[@]}"
   section racecheck "$check" sanitizers.log "${racecheck[@]}"
-  section initcheck "$check" sanitizers.log "${initcheck[@]}"
+  section initcheck "$check_all" sanitizers.log "${initcheck[@]}"
   sweep step-precision 60 $(precisions "${large##* }") # the largest model
+  section tests-triton 80 tests.log "${pytest[@]}" "${tests_triton[@]}"
   sweep step-bfloat16 120 $(cases "$large $small" bfloat16)
   sweep step-others 400 $(cases "$small" float32) $(cases "$large $small" "float16 float64")
 }

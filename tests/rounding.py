@@ -107,18 +107,42 @@ def slots_of(option):
 
 
 def fma(a, b, c):
-    """One rounding: in float64 with round-to-odd for float32, in extended precision for float64."""
+    """One rounding, whatever the size of the terms: the exact terms are added to odd, and the sum is rounded."""
     a, b, c = np.broadcast_arrays(a, b, c)
-    if c.dtype == np.float64:
-        return (a.astype(np.longdouble) * b + c).astype(np.float64)
-    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
-    total = product + addend
-    virtual = total - product
-    error = (product - (total - virtual)) + (addend - virtual)
-    bits = total.view(np.int64)
+    if c.dtype != np.float64:
+        return odd_sum(a.astype(np.float64) * b, c.astype(np.float64)).astype(np.float32)
+    # Boldo and Melquiond, Emulation of a FMA and correctly rounded sums (2008).
+    with np.errstate(all="ignore"):
+        plain = a * b + c
+        product, low = two_product(a, b)
+        total, error = two_sum(c, low)
+        total, more = two_sum(product, total)
+        exact = total + odd_sum(error, more)
+    return np.where(np.isfinite(exact) & (exact != plain), exact, plain)  # a zero has its sign
+
+
+def two_sum(a, b):
+    """a + b rounded, and what is missing."""
+    with np.errstate(invalid="ignore"):
+        total = a + b
+        virtual = total - a
+        return total, (a - (total - virtual)) + (b - virtual)
+
+
+def two_product(a, b):
+    """a * b rounded, and what is missing: Dekker's, of halves of 26 bits."""
+    product = a * b
+    (a1, a2), (b1, b2) = ((x * 134217729.0 - (x * 134217729.0 - x), x) for x in (a, b))
+    a2, b2 = a2 - a1, b2 - b1
+    return product, ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+def odd_sum(a, b):
+    """a + b, rounded to odd where it is not exact: one more rounding, to less, then is the only one."""
+    total, error = two_sum(a, b)
+    bits = np.asarray(total).view(np.int64)
     inexact = np.isfinite(error) & (error != 0) & (bits & 1 == 0)
-    odd = np.where(inexact, bits + np.where((error > 0) == (total > 0), 1, -1), bits)
-    return odd.view(np.float64).astype(np.float32)
+    return np.where(inexact, bits + np.where((error > 0) == (total > 0), 1, -1), bits).view(np.float64)
 
 
 def power(base, n):

@@ -169,6 +169,19 @@ def test_a_group_whose_perturb_was_switched_is_not_in_the_graph(backend, device,
     opt.refresh()
 
 
+def test_a_weight_that_moved_is_not_followed_in_a_capture(backend, device, capture):
+    params, opt = make(backend, device)
+    take(opt)
+    params[0].data = params[0].data.clone()
+    before = [oracle.bits(p) for p in params]
+    with capture, pytest.raises(RuntimeError, match="before a CUDA graph is captured"):
+        take(opt)
+    assert [oracle.bits(p) for p in params] == before and not opt.perturbed
+    take(opt)
+    with capture:
+        take(opt)
+
+
 def test_a_refresh_in_a_capture_is_refused(backend, device, capture):
     params, opt = make(backend, device)
     take(opt)

@@ -139,3 +139,17 @@ def test_overflows_of_either_pass_are_counted(backend, device, base):
         scaler.update(4.0)
     stats = opt.stats()
     assert (stats.first_overflows.item(), stats.second_overflows.item()) == (3, 2)
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+def test_overflows_are_counted_where_the_first_bucket_has_nothing_but_empty_tensors(backend, device, p):
+    params = [Parameter(torch.zeros(0, device=device, dtype=torch.float64)), Parameter(torch.ones(3, device=device))]
+    opt = FusedSAM(params, torch.optim.SGD, rho=0.1, lr=0.01, p=p, backend=backend)
+    for value in (1.0, math.inf, math.nan, 1.0):
+        for param in params:
+            param.grad = torch.full_like(param, value)
+        opt.first_step()
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        opt.step()
+    assert opt.stats().first_overflows.item() == 2

@@ -152,11 +152,7 @@ def run(backend, bucket, grads1, grads2, **options):
 
 
 def assert_same(actual, plan, what):
-    """Bit-equal; float64 to its last places, because the plan's fma rounds twice there."""
-    if plan.dtype == torch.float64:
-        torch.testing.assert_close(actual, plan, rtol=1e-14, atol=1e-16, msg=lambda text: f"{what}: {text}")
-    else:
-        assert torch.equal(actual, plan), f"{what}: {(actual != plan).sum()} of {plan.numel()} differ"
+    assert torch.equal(actual, plan), f"{what}: {(actual != plan).sum()} of {plan.numel()} differ"
 
 
 def check_steps(backend, bucket, option, place=lambda grad: grad):

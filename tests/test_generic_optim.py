@@ -9,6 +9,7 @@ import pickle
 import sys
 import types
 import unittest
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -423,3 +424,8 @@ def test_printing(info):
     opt = build(info, [weight, bias])
     opt.step(closure_for(opt, weight, bias, x))
     assert info.optim_cls.__name__ in repr(opt) and "lr: " in repr(opt)
+
+
+def test_what_torch_says_once_a_process_on_a_gpu_fails_no_test():
+    """Whichever test multiplies matrices first in a backward pass gets it."""
+    warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set it", stacklevel=1)

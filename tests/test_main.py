@@ -136,6 +136,14 @@ def test_the_diagnosis_says_what_a_gpu_gets(record, capability, expected):
     assert best or f'TORCH_CUDA_ARCH_LIST="{capability[0]}.{capability[1]}" pip install -e .' in found
 
 
+def test_a_gpu_that_loads_no_kernel_is_told_why(monkeypatch):
+    monkeypatch.setattr(ops, "backends", lambda: dict.fromkeys(ops.NAMES))
+    monkeypatch.setattr(ops, "choose", lambda asked, *_: "triton" if asked == "auto" else None)
+    monkeypatch.setattr(ops, "device_reason", lambda name, _: "no kernel image" if name == "cuda" else None)
+    rows = dict(diagnosis._choices("auto", torch.device("cuda", 0)))
+    assert rows["cuda"] == "no: no kernel image" and rows["triton"] == "taken" and "does not serve" in rows["cpu"]
+
+
 def test_the_diagnosis_has_a_line_for_each_gpu_and_one_without(monkeypatch):
     record = "CUDA kernels: nvcc 13.0, sm_80 compute_80 (TORCH_CUDA_ARCH_LIST=8.0+PTX)"
     monkeypatch.setattr(diagnosis, "devices", lambda: [torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")])

@@ -1,6 +1,7 @@
 """Low precision: masters, stochastic rounding, bfloat16 states; the reference against the plan, and the optimizer."""
 
 import copy
+import importlib
 import math
 import pickle
 
@@ -169,6 +170,13 @@ def test_bases_that_are_not_fused_step_on_the_masters(backend, config, dtype):
     for params, opt in ((run.ours, run.opt), (fresh, other)):
         opt.step(cases.closure_of(params, STEPS + 1, cases.MATRICES))
     assert_equal_runs(run.opt, run.ours, other, fresh)
+
+
+def test_the_comparison_holds_with_what_torch_takes_by_default_on_a_gpu(monkeypatch):
+    module = importlib.import_module("torch.optim.asgd")
+    monkeypatch.setattr(module, "_default_to_fused_or_foreach", lambda *_, **__: (False, True))
+    config = next(c for c in cases.UNFUSED if c.name == "asgd")
+    test_bases_that_are_not_fused_step_on_the_masters("reference", config, torch.bfloat16)
 
 
 def assert_equal_runs(opt, params, other, twins):

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from rounding import MASTERS, MIXED, PLAIN, STOCHASTIC, label, mixed
 
 import fastsam
 from fastsam import ops
+from fastsam.memory import placing
+from fastsam.ops import native
 
 HERE = Path(__file__).parent
 if importlib.util.find_spec("triton") is None:
@@ -488,6 +491,7 @@ def reasons(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in ops.NAMES:
         monkeypatch.setitem(ops._REASONS, name, lambda: None)
+    monkeypatch.setitem(ops._DEVICE_REASONS, "cuda", lambda index: None)
     return ops._REASONS
 
 
@@ -502,6 +506,40 @@ def test_cuda_tensors_get_the_library_then_triton_then_the_reference(reasons, mo
     assert ops.choose("triton", cpu, torch.float32) is None and ops.choose("auto", cpu, torch.float32) == "cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.choose("triton", cpu, torch.float32) == "triton" and ops.choose("triton", gpu, torch.float32) is None
+
+
+def test_a_gpu_that_loads_no_kernel_of_the_library_gets_triton_and_the_reason(reasons, monkeypatch):
+    """One of two GPUs: an older driver, or a library that was built for the other."""
+    others, mine = torch.device("cuda", 0), torch.device("cuda", 1)
+    probe, asked = native.device_reason, []
+
+    def refuse(index):
+        asked.append(index)
+        if index == 1:
+            raise RuntimeError("no kernel image is available for execution on the device\nException raised from ...")
+
+    monkeypatch.setattr(torch.ops.fastsam, "probe", refuse, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (8, 0))
+    monkeypatch.setitem(ops._DEVICE_REASONS, "cuda", probe)
+    probe.cache_clear(), ops._warn_once.cache_clear()
+    assert ops.choose("auto", others, torch.float32) == "cuda" == ops.choose("cuda", others, torch.float32)
+    with pytest.warns(
+        UserWarning, match="cuda:1 does not load .*no kernel image.*device\\): .*'triton' serves this GPU"
+    ):
+        assert ops.choose("auto", mine, torch.float32) == "triton"
+    assert ops.choose("auto", mine, torch.bfloat16) == "triton" and ops.choose("cuda", mine, torch.float32) is None
+    assert ops.choose("triton", mine, torch.float32) == "triton" and ops.choose("reference", mine, torch.float32)
+    monkeypatch.setitem(reasons, "triton", lambda: "no")
+    with pytest.warns(UserWarning, match='TORCH_CUDA_ARCH_LIST="8.0".*reference'):
+        assert ops.choose("auto", mine, torch.float32) == "reference"
+    assert ops.device_reason("triton", mine) is None and "no kernel image" in ops.device_reason("cuda", mine)
+    assert asked == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(placing, "real_dtype", lambda param: torch.float32)
+        stand_in = types.SimpleNamespace(device=mine, dtype=torch.float32, is_complex=lambda: False)
+        with pytest.raises(ValueError, match="float32 on cuda:1, and cuda:1 does not load.*use backend='auto'"):
+            placing.check_param(stand_in, 0, [dict(params=[stand_in], adaptive=False)], "cuda")
+    probe.cache_clear(), ops._warn_once.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -6,6 +6,7 @@
 
 #include "kernel_tables.h"
 #include "launch.h"
+#include "power.h"
 
 namespace fastsam::FASTSAM_ISA {
 
@@ -21,6 +22,12 @@ struct Words {  // to write into a device table
 
 __global__ void fill(const __grid_constant__ Words args) {
   for (int i = threadIdx.x; i < args.n; i += blockDim.x) args.to[i] = args.words[i];
+}
+
+// What perturb_ has to do for nothing but empty tensors, whose bucket may be the one that counts for all.
+__global__ void count_alone(const __grid_constant__ Header args) {
+  DeviceContext ctx;
+  count_overflow(ctx, args, [](const Header& a) { return a.q == 2 ? ordered_sum(a) : total_norm(a); });
 }
 
 template <class WordAt>
@@ -153,13 +160,18 @@ cudaError_t grad_norm(const gpu::Launch& launch) {
 }
 
 cudaError_t perturb(const gpu::Launch& launch) {
-  if (launch.n_chunks == 0) return cudaSuccess;
   Header header{};
   header.sums = launch.sums;
   header.n_sums = static_cast<int32_t>(launch.n_sums);
   header.overflows = launch.overflows;
   header.rounding = launch.rounding;
   header.q = launch.q;
+  if (launch.n_chunks == 0) {
+    if (!launch.overflows) return cudaSuccess;
+    if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
+    count_alone<<<1, 1, 0, static_cast<cudaStream_t>(launch.stream)>>>(header);
+    return cudaGetLastError();
+  }
   return launch_kernel(launch.q == 2 ? perturb_kernels : power_perturb_kernels, launch, header, nullptr, false);
 }
 
@@ -195,6 +207,13 @@ cudaError_t upload_rows(const gpu::Launch& launch) {
   return write_rows(captured_rows_of(launch), launch, static_cast<cudaStream_t>(launch.stream));
 }
 
+// All files are compiled for the same GPUs, so that the smallest kernel answers for all.
+cudaError_t probe(int device) {
+  if (const cudaError_t error = cudaSetDevice(device)) return error;
+  cudaFuncAttributes unused;
+  return cudaFuncGetAttributes(&unused, fill);
+}
+
 }  // namespace
 
 }  // namespace fastsam::FASTSAM_ISA
@@ -208,5 +227,6 @@ const char* grad_norm(const Launch& launch) { return message(FASTSAM_ISA::grad_n
 const char* perturb(const Launch& launch) { return message(FASTSAM_ISA::perturb(launch)); }
 const char* update(const Launch& launch) { return message(FASTSAM_ISA::update(launch)); }
 const char* upload_rows(const Launch& launch) { return message(FASTSAM_ISA::upload_rows(launch)); }
+const char* probe(int device) { return message(FASTSAM_ISA::probe(device)); }
 
 }  // namespace fastsam::gpu

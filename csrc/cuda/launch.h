@@ -47,5 +47,6 @@ const char* grad_norm(const Launch&);
 const char* perturb(const Launch&);
 const char* update(const Launch&);
 const char* upload_rows(const Launch&);  // to the device's table, for captured graphs
+const char* probe(int device);           // whether its driver takes a kernel of this library
 
 }  // namespace fastsam::gpu

@@ -211,9 +211,18 @@ void upload_rows(int64_t format, int64_t rule, Tensor segments, Tensor rows, int
   expect_success("upload_rows", gpu::upload_rows(launch), launch.device);
 }
 
+// Raises where the driver takes none of this library's kernels: it is older than its CUDA runtime or its PTX, or the
+// library was built for other GPUs.
+void probe(int64_t device) {
+  const DeviceGuard guard(static_cast<int32_t>(device));
+  const char* const error = gpu::probe(static_cast<int>(device));
+  STD_TORCH_CHECK(!error, error);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastsam, m) {
+  m.def("probe(int device) -> ()");
   m.def("upload_rows(int format, int rule, Tensor(a!) segments, Tensor rows, int n_segments) -> ()");
 }
 
@@ -224,5 +233,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {
   m.impl("bind_", TORCH_BOX(&bind_));
   m.impl("upload_rows", TORCH_BOX(&upload_rows));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(fastsam, CompositeExplicitAutograd, m) { m.impl("probe", TORCH_BOX(&probe)); }
 
 }  // namespace fastsam

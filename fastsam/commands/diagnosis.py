@@ -222,6 +222,8 @@ def _choices(asked: str, device: torch.device) -> list[list[str]]:
             rows.append([name, f"taken{source}"])
         elif why is not None:
             rows.append([name, "not available, see above"])
+        elif (why := ops.device_reason(name, device)) is not None:
+            rows.append([name, f"no: {why}"])
         elif ops.choose(name, device, torch.float32) is None:
             rows.append([name, f"does not serve {device.type} tensors"])
         elif name == "reference":

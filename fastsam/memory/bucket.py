@@ -207,6 +207,7 @@ class Bucket:
 
     def write_segment_table(self) -> None:
         """Write down where everything is."""
+        self._refuse_capture()
         tables, host_table = self.tables, self._host_segment_table()
         own_rows = host_table.new_zeros(self._own_rows(len(host_table)), 8)
         segment_table = torch.cat([host_table, own_rows]).to(tables.device)

@@ -87,9 +87,10 @@ def check_param(param: Tensor, group: int, groups: Sequence[Group], asked: str) 
             "element-wise there. Put it in a group with adaptive=False"
         )
     if ops.choose(asked, param.device, real_dtype(param)) is None:
+        why = ops.device_reason(asked, param.device)
         raise ValueError(
             f"FusedSAM: backend={asked!r} must serve every parameter, but {name} is {param.dtype} on "
-            f"{param.device}; use backend='auto'"
+            f"{param.device}{'' if why is None else f', and {why}'}; use backend='auto'"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple, Protocol, cast
@@ -73,6 +74,22 @@ _REASONS: dict[str, Callable[[], str | None]] = {
 }
 
 
+# Of a GPU, where not all that a machine has may be served.
+_DEVICE_REASONS: dict[str, Callable[[int], str | None]] = {"cuda": native.device_reason}
+
+
+def device_reason(backend: str, device: torch.device) -> str | None:
+    """Why a backend that is available does not work on this very device and what to do, or None."""
+    asks = _DEVICE_REASONS.get(backend)
+    if asks is None or device.type != "cuda" or _REASONS[backend]() is not None:
+        return None
+    return asks(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _usable(backend: str, device: torch.device) -> bool:
+    return _REASONS[backend]() is None and device_reason(backend, device) is None
+
+
 def backends() -> dict[str, str | None]:
     """Every backend's name, with None where it can be used and else the reason why not and what to do."""
     return {name: _REASONS[name]() for name in NAMES}
@@ -108,8 +125,16 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str | None
     if dtype not in KERNEL_DTYPES or (device.type == "cuda" and _capability(device) < LEAST_CAPABILITY):
         kernels = ()
     if backend == "auto":
-        return next((name for name in kernels if _REASONS[name]() is None), "reference")
-    return backend if backend in ("reference", *kernels) else None
+        chosen = next((name for name in kernels if _usable(name, device)), "reference")
+        if "cuda" in kernels and chosen != "cuda" and (why := device_reason("cuda", device)) is not None:
+            _warn_once(f"FusedSAM: {why}. Until then backend={chosen!r} serves this GPU")
+        return chosen
+    return backend if backend in ("reference", *kernels) and device_reason(backend, device) is None else None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 class GraphSupport(Protocol):

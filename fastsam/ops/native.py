@@ -48,6 +48,21 @@ def cuda_reason() -> str | None:
     return None
 
 
+@cache
+def device_reason(index: int) -> str | None:
+    """Why this GPU's driver takes none of the library's kernels and what to do, or None; asked of it once."""
+    try:
+        torch.ops.fastsam.probe(index)
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(index)
+        return (
+            f"cuda:{index} does not load the library's kernels ({str(error).splitlines()[0]}): they were built for "
+            "other GPUs, or by an nvcc that is newer than the driver (python -m fastsam says more); update the driver, "
+            f'or rebuild: TORCH_CUDA_ARCH_LIST="{major}.{minor}" pip install -e .'
+        )
+    return None
+
+
 def grad_norm(
     tables: Tables, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
 ) -> None:

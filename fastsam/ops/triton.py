@@ -67,7 +67,7 @@ def grad_norm(
 ) -> None:
     """Write `sum(abs(T g)^q)` over the bucket into its slot; out: [n_buckets] float64. With `clip` T = 1 and q = 2."""
     cache = _cache_of(tables)
-    launch = cache.launcher(tables, _grad_norm_kernel, *(_PLAIN if clip is not None else _norm_kind(tables)))
+    launch = cache.launcher(tables, _grad_norm_kernel, *(_PLAIN if clip is not None else cache.norm_kind(tables)))
     gradients = cache.ascent if clip is None else cache.descent
     arguments = cache.arguments(tables, gradients, native.addresses_of(tables, grads))
     max_norm, factor, grad_scale = clip or (None, cache.unclipped, None)
@@ -83,7 +83,7 @@ def grad_norm(
 def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> None:
     """Back the weights up and climb: w <- w + e(w); sums: [n_buckets] float64, the squared norm."""
     cache = _cache_of(tables)
-    launch = cache.launcher(tables, _perturb_kernel, *_kind(tables))
+    launch = cache.launcher(tables, _perturb_kernel, *cache.norm_kind(tables)[:2])
     addresses = native.addresses_of(tables, grads)
     arguments = cache.arguments(tables, cache.ascent, addresses)
     numbers, counters = cache.numbers(tables.q), cache.counters(tables)
@@ -215,9 +215,11 @@ class BucketCache:
         self.unclipped = torch.ones(1, dtype=torch.float64, device=device)
         self.uncounted = torch.zeros(2, dtype=torch.int64, device=device)
         self.q_and_max_norm = torch.zeros(2, dtype=torch.float64, device="cpu")
+        self.told = -1.0, 0.0  # the same as the numbers on the device
         self.numbers_there = DeviceCopy(self.q_and_max_norm, device)
         self.launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
         self.rule_told: tuple[Any, Any] = (None, None)  # the groups' values and the rule that `rule` was asked for
+        self.kind_told: tuple[Any, float] = (None, 0.0)  # the groups' values and q that `norm_kind` was asked for
         self.prepared: tuple[Any, float] = (None, 0.0)  # the groups' values and q that `prepare_capture` saw
         self.captured_kind: tuple[bool, bool, bool] | None = None  # what the last captured norm has code for
         self.capturing = False  # asked at the start of every operation
@@ -238,10 +240,14 @@ class BucketCache:
 
     def numbers(self, q: float, max_norm: float | None = None) -> Any:
         """Where kernels find q and, where they are given one, the norm to clip to."""
-        self.q_and_max_norm[0] = q
-        if max_norm is not None:
-            self.q_and_max_norm[1] = max_norm
-        return self.numbers_there(self.q_and_max_norm, self.capturing)
+        told = q, self.told[1] if max_norm is None else max_norm
+        if told == self.told and not self.capturing:  # the usual case, and ten times as fast
+            return self.numbers_there.address
+        self.q_and_max_norm[0], self.q_and_max_norm[1] = told
+        there = self.numbers_there(self.q_and_max_norm, self.capturing)
+        if not self.capturing:  # what a graph wrote for itself is not what the next launch finds
+            self.told = told
+        return there
 
     def counters(self, tables: Tables) -> tuple[Any, Any]:
         """Where overflows are counted, and the steps of the random numbers."""
@@ -250,10 +256,16 @@ class BucketCache:
 
     def rule(self, tables: Tables) -> tuple[int, int]:
         """The rule's code, and the states of its groups, as bits; the groups' values decide, seldom anew."""
-        told = tables.rows, tables.rule
+        told = tables.rows, tables.rule  # compared as objects: this is asked in every step
         if self.rule_told[0] is not told[0] or self.rule_told[1] is not told[1]:
             self.rule_told, self.rule_and_states = told, _rule(tables)
         return self.rule_and_states
+
+    def norm_kind(self, tables: Tables) -> tuple[bool, bool, bool]:
+        """What kind of norm and perturbation the groups' values ask for, seldom anew."""
+        if tables.rows is not self.kind_told[0] or tables.q != self.kind_told[1]:
+            self.kind_told, self.kind = (tables.rows, tables.q), _norm_kind(tables)
+        return self.kind
 
     def launcher(self, tables: Tables, kernel: Any, *kind: int) -> Callable[..., None]:
         """What launches a kernel for this bucket, given its arguments; looked up, compiled and loaded once."""
@@ -304,15 +316,14 @@ def _constants(tables: Tables, kernel: Any, kind: tuple[int, ...]) -> tuple[Any,
     return *kind, *types, _STORAGE[format.state], wide, format.stochastic, tile
 
 
-def _kind(tables: Tables) -> tuple[bool, bool]:
-    """Of perturbation: whether with the weight decay in the loss, whether in another norm than the second."""
-    return any(row.flags & rules.DECAYS for row in tables.rows), tables.q != 2
-
-
 def _norm_kind(tables: Tables) -> tuple[bool, bool, bool]:
-    """Of the norm: the same, and whether any group is adaptive, which the code for general norms is in any case."""
-    in_loss, power = _kind(tables)
-    return in_loss, power, not power and any(row.flags & rules.ADAPTIVE for row in tables.rows)
+    """Whether with the weight decay in the loss, whether in another norm than the second: of the perturbation, too.
+
+    Of the norm alone: whether any group is adaptive; the code for general norms is in any case.
+    """
+    power = tables.q != 2
+    adapts = not power and any(row.flags & rules.ADAPTIVE for row in tables.rows)
+    return any(row.flags & rules.DECAYS for row in tables.rows), power, adapts
 
 
 def _rule(tables: Tables) -> tuple[int, int]:
@@ -415,18 +426,18 @@ def prepare_capture(tables: Tables) -> None:
     """Before a pass: make all tables and load all kernels of a step, unless it is being captured already."""
     cache = _cache_of(tables)
     if cache.capturing:
-        cache.captured_kind = _norm_kind(tables)
+        cache.captured_kind = cache.norm_kind(tables)
         return
     if cache.captured_kind is not None:
         cache.refill()
     if tables.rows is not cache.prepared[0] or tables.q != cache.prepared[1]:
         cache.rows(tables.row_table)
-        norm = _norm_kind(tables)
+        norm = cache.norm_kind(tables)
         if tables.q != 1:
             cache.launcher(tables, _grad_norm_kernel, *norm)
         if norm != _PLAIN:  # which gradients are clipped by
             cache.launcher(tables, _grad_norm_kernel, *_PLAIN)
-        cache.launcher(tables, _perturb_kernel, *_kind(tables))
+        cache.launcher(tables, _perturb_kernel, *norm[:2])
         cache.launcher(tables, _update_kernel, *cache.rule(tables))
         cache.prepared = tables.rows, tables.q
 
@@ -439,7 +450,8 @@ def upload_values(tables: Tables) -> None:
     """
     cache = _cache_of(tables)
     captured = cache.captured_kind
-    if captured is not None and any(now and not then for now, then in zip(_norm_kind(tables), captured, strict=True)):
+    kind = cache.norm_kind(tables)
+    if captured is not None and any(now and not then for now, then in zip(kind, captured, strict=True)):
         raise RuntimeError(
             "FusedSAM: adaptive, another norm or perturb_with_weight_decay was switched on since the CUDA graph was "
             "captured, whose kernels have no code for it: capture it again"
