@@ -92,7 +92,7 @@ class ClearingCheck:
     be chance: then the next steps are looked at, too, until it cannot be. Gradients that the second call did not touch
     are given back their elements and tell nothing, and neither do those that are not finite.
 
-    Looking waits for the device, so it is done in steps 1, 2, 4, 8, 16 and every 32nd, and in the step after one in
+    Looking waits for the device, so it is done in steps 1, 2, 4, ... 128 and every 256th, and in the step after one in
     which a gradient changed in another way than in the last step looked at (another tensor, another number of writes;
     the host knows both).
     """
@@ -161,7 +161,7 @@ class ClearingCheck:
                     flat.index_copy_(0, positions[:k], torch.where(intact, item.values[:k], current))
 
 
-LOOKS_EVERY = 32  # steps
+LOOKS_EVERY = 256  # steps
 MOST_GRADIENTS, MOST_MARKS = 8, 16  # that are marked; elements of each of them
 ENOUGH = 24  # marks found again: one in 2^24 for chance
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
