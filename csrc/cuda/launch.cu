@@ -25,7 +25,7 @@ __global__ void fill(const __grid_constant__ Words args) {
 }
 
 // What perturb_ has to do for nothing but empty tensors, whose bucket may be the one that counts for all.
-__global__ void count_alone(const __grid_constant__ Header args) {
+__global__ void power_count(const __grid_constant__ Header args) {
   DeviceContext ctx;
   count_overflow(ctx, args, [](const Header& a) { return a.q == 2 ? ordered_sum(a) : total_norm(a); });
 }
@@ -169,7 +169,7 @@ cudaError_t perturb(const gpu::Launch& launch) {
   if (launch.n_chunks == 0) {
     if (!launch.overflows) return cudaSuccess;
     if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
-    count_alone<<<1, 1, 0, static_cast<cudaStream_t>(launch.stream)>>>(header);
+    power_count<<<1, 1, 0, static_cast<cudaStream_t>(launch.stream)>>>(header);
     return cudaGetLastError();
   }
   return launch_kernel(launch.q == 2 ? perturb_kernels : power_perturb_kernels, launch, header, nullptr, false);
