@@ -421,6 +421,7 @@ PyObject* same_state(PyObject*, PyObject* args) {
   long long n, n_entries;
   if (!PyArg_ParseTuple(args, "OKLL", &state, &table_address, &n, &n_entries)) return nullptr;
   if (!PyDict_Check(state)) return PyErr_Format(PyExc_TypeError, "same_state: state must be a dict");
+  if (!table) return PyErr_Format(PyExc_RuntimeError, "same_state: call init() first");
   const auto* known = at<const int64_t>(table_address);
   const auto* const known_entries = known + 2 * n;
   const auto same = [](PyObject* object, int64_t id) { return reinterpret_cast<int64_t>(object) == id; };
@@ -429,13 +430,13 @@ PyObject* same_state(PyObject*, PyObject* args) {
   for (; PyDict_Next(state, &outer, &param, &inner); seen++) {
     if (seen == n || !same(inner, known[2 * seen]) || PyDict_Size(inner) != known[2 * seen + 1]) Py_RETURN_FALSE;
     Py_ssize_t position = 0;
-    for (; PyDict_Next(inner, &position, &name, &value); entry++) {
-      if (entry == n_entries) Py_RETURN_FALSE;
+    for (int64_t left = known[2 * seen + 1]; left > 0; left--, entry++) {
+      if (entry == n_entries || !PyDict_Next(inner, &position, &name, &value)) Py_RETURN_FALSE;
       const int64_t* const expected = known_entries + 3 * entry;
       if (!same(name, expected[0]) || !same(value, expected[1])) Py_RETURN_FALSE;
-      if (!expected[2]) continue;
+      if (!expected[2]) continue;  // else it is a tensor, as it was one
       DLTensor tensor{};
-      if (!read(value, tensor, "same_state")) return nullptr;
+      if (table->dltensor_from_py_object_no_sync(value, &tensor) != 0) return nullptr;
       if (address_of(tensor) != expected[2]) Py_RETURN_FALSE;
     }
   }

@@ -116,7 +116,7 @@ class ClearingCheck:
         looks = self.suspicious or due or not self.watched
         if looks:
             self.watched, self.ways = _chosen(params()), {}
-        grads = [(param, param.grad) for param in self.watched]
+        grads = [(param, param.grad) for param in (self.watched if looks else self.watched[:FEW])]
         marked = [_Marked(p, g, g._version) for p, g in grads if g is not None and not g.is_inference()]
         for i, (param, grad, version, *_) in enumerate(marked if looks else ()):
             if not _is_plain(grad) or graphs.capturing(grad.device):
@@ -162,6 +162,7 @@ class ClearingCheck:
 
 
 LOOKS_EVERY = 256  # steps
+FEW = 3  # of the gradients that are marked; how these change is noted in every step
 MOST_GRADIENTS, MOST_MARKS = 8, 16  # that are marked; elements of each of them
 ENOUGH = 24  # marks found again: one in 2^24 for chance
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)

@@ -215,7 +215,9 @@ class Passes(SavedOptimizer):
 
     def _warn_without_gradients(self, grads: list[Any]) -> None:
         sam = self._sam
-        if not sam.no_gradients_warned and sam.phase == PERTURBED and not any(g is not None for b in grads for g in b):
+        if sam.no_gradients_warned or sam.phase != PERTURBED or (grads and grads[0] and grads[0][0] is not None):
+            return
+        if not any(grad is not None for bucket in grads for grad in bucket):
             sam.no_gradients_warned = True
             warnings.warn(
                 "FusedSAM: no parameter had a gradient in this step. Was the optimizer built before the model's "

@@ -209,8 +209,11 @@ class Buckets(Grouping):
             factors = {} if max_norm is None else self.clip(read, max_norm, grad_scale)
             for bucket, grads in zip(self.items, read, strict=True):
                 bucket.update(grads, grad_scale, found_inf, factors.get(bucket.tables.device))
-        published = [bucket.published.publish(g, self.state) for bucket, g in zip(self.items, read, strict=True)]
-        if any(published):
+        published = False
+        for bucket, grads in zip(self.items, read, strict=True):
+            if bucket.published.unpublished:
+                published |= bucket.published.publish(grads, self.state)
+        if published:
             self.watch.remember(self.state, self.segments())
         return read
 

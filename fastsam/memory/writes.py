@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-MOST = 8  # parameters that are watched
+MOST = 6  # parameters that are watched
 
 
 class WeightWatch:
