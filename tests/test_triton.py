@@ -536,7 +536,9 @@ def test_a_gpu_that_loads_no_kernel_of_the_library_gets_triton_and_the_reason(re
     assert asked == [0, 1]
     with monkeypatch.context() as patch:
         patch.setattr(placing, "real_dtype", lambda param: torch.float32)
-        stand_in = types.SimpleNamespace(device=mine, dtype=torch.float32, is_complex=lambda: False)
+        stand_in = types.SimpleNamespace(
+            device=mine, dtype=torch.float32, layout=torch.strided, is_meta=False, is_complex=lambda: False
+        )
         with pytest.raises(ValueError, match="float32 on cuda:1, and cuda:1 does not load.*use backend='auto'"):
             placing.check_param(stand_in, 0, [dict(params=[stand_in], adaptive=False)], "cuda")
     probe.cache_clear(), ops._warn_once.cache_clear()
