@@ -22,6 +22,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
             "graphs",
             "triton_rules",
             "triton_kernels",
+            "triton_tables",
             "triton",
         ),
         "",  # the package's own file: names and choice of the backends

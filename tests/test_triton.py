@@ -408,8 +408,9 @@ def test_a_capture_before_the_first_step_is_refused(kernels, notes, monkeypatch)
 
 @compiled_only
 def test_arguments_have_the_dtypes_that_kernels_are_compiled_for(kernels, notes, monkeypatch):
-    plain, dtypes = kernels._argument, {}
-    monkeypatch.setattr(kernels, "_argument", lambda t: (dtypes.update({t.data_ptr(): t.dtype}), plain(t))[1])
+    plain, dtypes = kernels.argument_of, {}
+    for module in (kernels, importlib.import_module("fastsam.ops.triton_tables")):
+        monkeypatch.setattr(module, "argument_of", lambda t: (dtypes.update({t.data_ptr(): t.dtype}), plain(t))[1])
     torch.set_default_dtype(torch.float64)  # which no tensor of ours may follow
     try:
         step(kernels, bucket_of([5, 8192]))

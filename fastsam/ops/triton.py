@@ -5,7 +5,6 @@ The kernels stand in `triton_kernels.py`, the formulas of the base optimizers in
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from ctypes import string_at
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from fastsam.ops.formats import LOW_DTYPES
 from fastsam.ops.tables import Tables
 from fastsam.ops.triton_kernels import NO_RULE, _grad_norm_kernel, _perturb_kernel, _update_kernel
 from fastsam.ops.triton_rules import ADAGRAD, ADAM, LION, NADAM, RMSPROP
+from fastsam.ops.triton_tables import INTERPRETED, DeviceCopy, argument_of
 
 _STORAGE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.uint16, torch.float16: tl.float16}
 _TYPES = {  # of the kernels' arguments: tables, and otherwise int32
@@ -32,8 +32,6 @@ _TYPES = {  # of the kernels' arguments: tables, and otherwise int32
 _PROGRAMS = 2048  # with fewer chunks than this, several programs share a chunk; not measured yet
 
 _NOT_STARTING = "Triton does not start (it needs a C compiler and Python's headers)"
-
-INTERPRETED = not isinstance(_update_kernel, triton.JITFunction)
 
 
 @cache
@@ -77,7 +75,9 @@ def grad_norm(
     )
     numbers = cache.numbers(tables.q, max_norm)
     counts = tables.slot, out.shape[0], int(clip is not None), cache.n_chunks
-    launch(*arguments, cache.partials, cache.norm_ticket, _argument(out), numbers, *map(_argument, scalars), *counts)
+    launch(
+        *arguments, cache.partials, cache.norm_ticket, argument_of(out), numbers, *map(argument_of, scalars), *counts
+    )
 
 
 def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> None:
@@ -91,7 +91,7 @@ def perturb_(tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> No
     before = tables.perturbed.clone()
     tables.perturbed.logical_or_(addresses)  # ahead of the launch, after which an interrupt may come
     try:
-        launch(*arguments, _argument(sums), numbers, *counters, *counts)
+        launch(*arguments, argument_of(sums), numbers, *counters, *counts)
     except Exception:  # nothing was launched: no backup of this pass holds anything
         tables.perturbed.copy_(before)
         raise
@@ -119,80 +119,8 @@ def update_(
         _scalar(tables, "update_: clip", clip, cache.unclipped),
     )
     counts = cache.n_segments, cache.n_chunks, cache.split
-    launch(*arguments, perturbed, cache.update_ticket, *map(_argument, scalars), *cache.counters(tables), *counts)
+    launch(*arguments, perturbed, cache.update_ticket, *map(argument_of, scalars), *cache.counters(tables), *counts)
     tables.perturbed.zero_()
-
-
-def _argument(tensor: Tensor) -> Any:
-    """How a kernel is given a tensor: the launcher takes an address as it is, the interpreter wants the tensor."""
-    return tensor if INTERPRETED else tensor.data_ptr()
-
-
-class DeviceCopy:
-    """A host table's copy on the device, written only when a value changed.
-
-    Every upload has a staging buffer of its own: a buffer kept for the next upload might be overwritten while the copy
-    is still to come. What a captured graph reads is never written again, but for a `live` table: replays shall see its
-    new values.
-    """
-
-    def __init__(self, table: Tensor, device: torch.device, live: bool = False) -> None:
-        """A copy that nothing was written to yet."""
-        self.live = live
-        self.written = b""  # what `copy` holds
-        self.copy = torch.empty_like(table, device=device)
-        self.address = _argument(self.copy)
-        self.shared = False  # whether a captured graph reads `copy`, too
-        self.held: list[Tensor] = []  # what else captured graphs read
-        self.spare: Tensor | None = None  # for the next upload after a graph was captured that reads `copy`
-
-    def __call__(self, table: Tensor, capturing: bool = False) -> Any:
-        """Where the table's values are on the device."""
-        values = string_at(table.data_ptr(), table.nbytes)
-        if capturing:
-            return self._captured(table, values)
-        if values != self.written:
-            self.written = b""
-            self._upload(table)
-            self.written = values
-        return self.address
-
-    def refill(self) -> None:
-        """Have memory for the next upload: it may come in restore(), after the device's memory ran out."""
-        if self.shared and self.spare is None:
-            self.spare = torch.empty_like(self.copy)
-
-    def _upload(self, table: Tensor) -> None:
-        staging = table
-        if self.copy.is_cuda:
-            staging = torch.empty(table.shape, dtype=self.copy.dtype, device="cpu", pin_memory=True).copy_(table)
-        if self.shared:
-            self.refill()
-            assert self.spare is not None
-            self.held.append(self.copy)
-            self.copy, self.spare, self.shared = self.spare, None, False
-            self.address = _argument(self.copy)
-        self.copy.copy_(staging, non_blocking=True)
-
-    def _captured(self, table: Tensor, values: bytes) -> Any:
-        """Where a graph finds the values: it writes them itself unless they are on the device already.
-
-        That takes nothing but kernels on the capturing stream, which have the values in their arguments: a replay reads
-        no memory of the host, and no call is made that a capture may forbid (to wait, to query an event, to allocate
-        pinned memory, to copy).
-        """
-        if values == self.written:
-            self.shared = not self.live
-            return self.address
-        if self.live:
-            raise RuntimeError(
-                "FusedSAM: a captured step reads lr, rho and the other values of the groups from the device: call "
-                "optimizer.refresh() after changing them, before the capture and before each replay"
-            )
-        copy = torch.zeros_like(self.copy)
-        torch._foreach_add_(copy.unbind(), table.to(copy.dtype).tolist())
-        self.held.append(copy)
-        return _argument(copy)
 
 
 class BucketCache:
@@ -202,15 +130,15 @@ class BucketCache:
         """Allocate on the bucket's device."""
         device = tables.device
         self.known = tables.segment_table, tables.chunk_table, tables.row_table
-        self.addresses = _argument(tables.segment_table), _argument(tables.chunk_table)
+        self.addresses = argument_of(tables.segment_table), argument_of(tables.chunk_table)
         self.n_segments, self.n_chunks, self.split = len(tables.perturbed), len(tables.chunk_table), _split(tables)
         # Apart for the two passes: each may have addresses of its own, step after step.
         self.ascent, self.descent = DeviceCopy(tables.grad_table, device), DeviceCopy(tables.grad_table, device)
         self.perturbed = DeviceCopy(tables.perturbed.view(torch.uint8), device)
         self.rows = DeviceCopy(tables.row_table, device, live=True)
         self.tickets = torch.zeros(2, dtype=torch.int32, device=device)
-        self.norm_ticket, self.update_ticket = _argument(self.tickets[:1]), _argument(self.tickets[1:])
-        self.partials = _argument(tables.partials)
+        self.norm_ticket, self.update_ticket = argument_of(self.tickets[:1]), argument_of(self.tickets[1:])
+        self.partials = argument_of(tables.partials)
         self.one, self.zero = (torch.full((1,), x, dtype=torch.float32, device=device) for x in (1.0, 0.0))
         self.unclipped = torch.ones(1, dtype=torch.float64, device=device)
         self.uncounted = torch.zeros(2, dtype=torch.int64, device=device)
@@ -252,7 +180,7 @@ class BucketCache:
     def counters(self, tables: Tables) -> tuple[Any, Any]:
         """Where overflows are counted, and the steps of the random numbers."""
         overflows, rounding = tables.overflows, tables.rounding
-        return tuple(_argument(self.uncounted if counter is None else counter) for counter in (overflows, rounding))
+        return tuple(argument_of(self.uncounted if counter is None else counter) for counter in (overflows, rounding))
 
     def rule(self, tables: Tables) -> tuple[int, int]:
         """The rule's code, and the states of its groups, as bits; the groups' values decide, seldom anew."""
