@@ -65,7 +65,6 @@ def detached(loss: Any) -> Any:
 class _Marks(NamedTuple):
     """What is written into a gradient, and where."""
 
-    numel: int
     positions: Tensor  # [n] int64: of the k marks, and of as many other elements if there are so many
     signed: Tensor  # [k]: the marks
 
@@ -152,7 +151,7 @@ class ClearingCheck:
         for item in reversed(marked):
             if item.marks is None or item.values is None:
                 continue
-            (_, positions, signed), now = item.marks, item.param.grad
+            (positions, signed), now = item.marks, item.param.grad
             for grad in (item.grad,) if now is None or now is item.grad else (item.grad, now):
                 if _is_plain(grad) and _order(grad) == _order(item.grad) and grad.dtype == item.grad.dtype:
                     flat, k = _flat(grad), len(signed)
@@ -204,7 +203,7 @@ def _new_marks(flat: Tensor, seed: int) -> _Marks:
     places = numbers.sample(range(n), min(2 * count, n))
     signed = [size if numbers.random() < 0.5 else -size for _ in range(count)]
     positions = torch.tensor(places, device=flat.device)
-    return _Marks(n, positions, torch.tensor(signed, dtype=flat.dtype, device=flat.device))
+    return _Marks(positions, torch.tensor(signed, dtype=flat.dtype, device=flat.device))
 
 
 def _order(grad: Tensor) -> list[tuple[int, int]]:

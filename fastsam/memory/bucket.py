@@ -54,7 +54,7 @@ class Bucket:
         self.params: list[Tensor] = []
         tables.segments = self.segments  # type: ignore[assignment]  # a list of a subclass, which nobody adds to
         self._told: tuple[Any, ...] = (None,) * 9  # what `_calls` were made of
-        self._bound: Tensor | None = None
+        self._bound: Tensor | None = None  # keeps alive what `_calls` hold the address of
         self._calls: tuple[tuple[Any, ...], ...] = ()
         self.gradients = GradientReader(tables, self.segments, shared, self.backend.by_address)
         self.published = PublishedState(tables, self.segments, shared)
