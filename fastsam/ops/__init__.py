@@ -1,7 +1,9 @@
 """The operations of a SAM step, one name each, and the choice of the backend that runs them.
 
 `grad_norm(tables, grads, out, *, clip)`, `perturb_(tables, grads, sums)` and `update_(tables, grads, *, grad_scale,
-found_inf, clip)` stand in `reference.py` with their formulas; every other backend is a twin with the same signatures.
+found_inf, clip)` are a step of SAM; `dot(tables, a, b, out)` and `combine_(tables, out, terms)` are what the other
+methods of the family need beside them. They stand in `reference.py` with their formulas; every other backend is a twin
+with the same signatures.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsam.ops import graphs, native, reference
-from fastsam.ops.tables import Tables
+from fastsam.ops.tables import Gradients, Tables
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,6 +48,12 @@ class Operations(Protocol):
         clip: Tensor | None = None,
     ) -> None:
         """Restore the weights and take the base optimizer's step."""
+
+    def dot(self, tables: Tables, a: Gradients, b: Gradients | None, out: Tensor) -> None:
+        """Write <a,a>, <a,b> and <b,b> into the slot of `out`."""
+
+    def combine_(self, tables: Tables, out: Gradients, terms: Sequence[tuple[float | Tensor, Gradients]]) -> None:
+        """Write a linear combination of one to three gradients or directions into the direction `out`."""
 
 
 def _triton_reason() -> str | None:
@@ -155,7 +163,7 @@ class Backend(NamedTuple):
 
     Attributes:
         name: one of `NAMES`.
-        operations: the three operations.
+        operations: what it runs over a bucket.
         graphs: how CUDA graphs find the groups' values; None for a backend that cannot be captured.
         by_address: whether it reaches tensors by their addresses.
         bind: what lets a whole pass be one native call; None where it cannot.

@@ -18,7 +18,7 @@ from fastsam.bases.rules import ADAPTIVE, DECAYS, MAXIMIZE, Row
 from fastsam.ops.formats import LOW_DTYPES
 from fastsam.ops.numbers import fma, philox, q_norm, raised, round_stochastically, sqrt, widen
 from fastsam.ops.reference_rules import FORMULAS, columns_of
-from fastsam.ops.tables import Operand, Tables
+from fastsam.ops.tables import Gradients, Operand, Tables
 
 CHUNK = 8192  # elements a partial sum covers
 LANES = 2048  # a chunk is 4 rows of 2048 lanes
@@ -70,7 +70,8 @@ def grad_norm(tables: Tables, grads: Sequence[Tensor | None], out: Tensor, *, cl
             if powers:
                 tables.partials[segment.chunks] = _chunk_norms(_power_steepest(w, g, row), tables.q)
             else:
-                tables.partials[segment.chunks] = _chunk_sums(g if clip is not None else _steepest(w, g, row)).double()
+                x = g if clip is not None else _steepest(w, g, row)
+                tables.partials[segment.chunks] = _chunk_sums(x, x).double()
     out[tables.slot] = q_norm(tables.partials, tables.q) if powers else _slot_sum(tables.partials)
     if clip is not None:
         clip.factor.copy_(clip_factor(clip, out))
@@ -203,6 +204,65 @@ def update_(
         tables.rounding += 1
 
 
+def dot(tables: Tables, a: Gradients, b: Gradients | None, out: Tensor) -> None:
+    """Write `<a,a>`, `<a,b>` and `<b,b>` over the bucket into its slot, in one pass over both.
+
+    Each of the three is added as `grad_norm` adds squares, so `<a,a>` has the bits of the norm without T.
+
+    Args:
+        tables: the bucket; `tables.dot_partials` is there.
+        a: gradients or a direction; None counts as zero.
+        b: the same; without it `<a,b>` and `<b,b>` are 0, and nothing is read for them.
+        out: [n_buckets, 3] float64, on the bucket's device.
+
+    Equivalent to:
+        out[tables.slot] = torch.stack([(x.double() * y.double()).sum() for x, y in ((a, a), (a, b), (b, b))])
+    """
+    tables.dot_partials.zero_()
+    seconds: Sequence[Tensor | None] = [None] * len(a) if b is None else b
+    for segment, x, y in zip(tables.segments, a, seconds, strict=True):
+        for row, (left, right) in enumerate(((x, x), (x, y), (y, y))):
+            if left is not None and right is not None and segment.numel > 0:
+                sums = _chunk_sums(widen(segment.flat(left)), widen(segment.flat(right)))
+                tables.dot_partials[row, segment.chunks] = sums.double()
+    for row in range(3):
+        out[tables.slot, row] = _slot_sum(tables.dot_partials[row])
+
+
+def combine_(tables: Tables, out: Gradients, terms: Sequence[tuple[float | Tensor, Gradients]]) -> None:
+    """Write a linear combination: out = c0 x0 + c1 x1 + c2 x2, in every segment that `out` has.
+
+    The first term is a product, the others are `fma`, in order; the coefficient is cast to the arithmetic's type once,
+    and what comes out rounded to the dtype of `out`, to nearest. A term whose coefficient is 0, or whose segment is
+    None, is left out, so that 0 * inf is 0; with no term left `out` is 0.
+
+    Args:
+        tables: the bucket.
+        out: a direction, not gradients. It may be one of the terms.
+        terms: one to three pairs of a coefficient (a number, or [] float64 on the bucket's device) and gradients or a
+            direction.
+
+    Equivalent to:
+        for o, x0, x1 in zip(out, *terms): o.copy_(c0 * x0 + c1 * x1)
+    """
+    for i, segment in enumerate(tables.segments):
+        target = out[i]
+        if target is None or segment.numel == 0:
+            continue
+        into = segment.flat(target)
+        total = torch.zeros_like(widen(into))
+        begun = torch.zeros((), dtype=torch.bool, device=tables.device)
+        for coefficient, parts in terms:
+            part = parts[i]
+            if part is None:
+                continue
+            c = torch.as_tensor(coefficient, dtype=torch.float64).to(tables.device).to(total.dtype)
+            x = widen(segment.flat(part))
+            added = torch.where(begun, fma(c, x, total), c * x)
+            total, begun = torch.where(c != 0, added, total), begun | (c != 0)
+        into.copy_(total)
+
+
 def _loss_gradient(w: Tensor, g: Tensor, row: Row) -> Tensor:
     """The gradient of the loss with weight_decay/2 |w|^2 in it, where that is to be perturbed along."""
     if not row.flags & DECAYS:
@@ -282,18 +342,22 @@ def _noise(tables: Tables, segment: Operand, stream: int) -> Tensor:
     return torch.stack((words & 0xFFFF, words >> 16), dim=2).reshape(-1)[: segment.numel]
 
 
-def _chunk_sums(x: Tensor) -> Tensor:
-    """[chunks]: the canonical sum of squares of each 8,192 elements of `x` [n]; zeros fill the last chunk."""
+def _chunk_sums(x: Tensor, y: Tensor) -> Tensor:
+    """[chunks]: the canonical sum of x y over each 8,192 elements of both [n]; zeros fill the last chunk."""
     n = x.numel()
     if n <= LANES:  # one row, and lanes beyond n only add zeros
         lanes = x.new_zeros(1, 1 << (n - 1).bit_length())
-        lanes[0, :n] = x
-        return _fold(lanes * lanes)
-    rows = x.new_zeros((n + CHUNK - 1) // CHUNK, CHUNK // LANES, LANES)
-    rows.view(-1)[:n] = x
-    acc = rows[:, 0] * rows[:, 0]
+        lanes[0, :n] = x * y
+        return _fold(lanes)
+    padded = []
+    for values in (x, y) if y is not x else (x,):
+        rows = values.new_zeros((n + CHUNK - 1) // CHUNK, CHUNK // LANES, LANES)
+        rows.view(-1)[:n] = values
+        padded.append(rows)
+    left, right = padded[0], padded[-1]
+    acc = left[:, 0] * right[:, 0]
     for k in range(1, CHUNK // LANES):
-        acc = fma(rows[:, k], rows[:, k], acc)
+        acc = fma(left[:, k], right[:, k], acc)
     return _fold(acc)
 
 

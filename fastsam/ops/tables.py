@@ -80,9 +80,15 @@ class Operand:
 
 
 class Gradients(list["Tensor | None"]):
-    """The gradients of a bucket in segment order; `table` holds their addresses where they are written down already."""
+    """One tensor or None for each segment of a bucket, of the parameter's shape and strides: gradients, or a direction.
+
+    Attributes:
+        table: [n_segments] int64 on the host: their addresses, where these are written down already.
+        dtype: of all of them; None where that is `format.grad` of the bucket.
+    """
 
     table: Tensor | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(eq=False)
@@ -106,6 +112,7 @@ class Tables:
         grad_table: [n_segments] int64 on the host: addresses of this pass's gradients, 0 for none.
         perturbed: [n_segments] bool on the host: the backup holds the weights; `perturb_` sets it, `update_` clears it.
         partials: [n_chunks] float64, scratch of `grad_norm`.
+        dot_partials: [3, n_chunks] float64, scratch of `dot`; empty where no direction was asked for yet.
         overflows: [2] int64, how many steps an overflow in the first and in the second pass changed; None but in
             slot 0.
         rounding: [1] int64, the step of the random numbers, which `update_` advances; None without stochastic rounding.
@@ -126,6 +133,7 @@ class Tables:
     grad_table: Tensor = field(default_factory=lambda: _empty(torch.int64))
     perturbed: Tensor = field(default_factory=lambda: _empty(torch.bool))
     partials: Tensor = field(default_factory=lambda: _empty(torch.float64))
+    dot_partials: Tensor = field(default_factory=lambda: _empty(torch.float64).view(3, 0))
     overflows: Tensor | None = None
     rounding: Tensor | None = None
     cache: Any = None
