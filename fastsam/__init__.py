@@ -2,13 +2,23 @@
 
 import logging
 
+from fastsam import methods, radius, when
 from fastsam.bases.lion import Lion
 from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
 from fastsam.training import asam_groups, freeze_running_stats
 
 __version__ = "0.1.0"
-__all__ = ["FusedSAM", "Lion", "__version__", "asam_groups", "freeze_running_stats"]
+__all__ = [
+    "FusedSAM",
+    "Lion",
+    "__version__",
+    "asam_groups",
+    "freeze_running_stats",
+    "methods",
+    "radius",
+    "when",
+]
 
 if (_reason := native.reason()) is not None:  # pip does not show what a successful build printed
     logging.getLogger(__name__).warning(

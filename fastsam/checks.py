@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fastsam.bases.rules import NAMES, Group
 from fastsam.memory.segments import real_dtype
 from fastsam.ops.formats import LOW_DTYPES, Precision
+from fastsam.radius import Radius
 
 REFUSED = {
     torch.optim.LBFGS: "its line search evaluates the closure at points of its own choice",
@@ -106,6 +107,17 @@ def check_p(p: float) -> None:
     """Refuse norms that have no dual norm to perturb by."""
     if not p > 1:
         raise ValueError(f"FusedSAM: p must be in (1, inf], got {p!r}; p = 1 would put all of rho on one weight")
+
+
+def check_radius(radius: Radius | None, p: float) -> None:
+    """Refuse what is no rule for the radius, and one where the length is not that of the second norm."""
+    if radius is not None and not isinstance(radius, Radius):
+        raise ValueError(
+            "FusedSAM: radius must be one of fastsam.radius (unnormalized(), mixed(0.5), loss_budget(0.1), "
+            f"Radius(...)), got {radius!r}; a number is rho"
+        )
+    if radius is not None and p != 2:
+        raise ValueError(f"FusedSAM: radius= needs p=2, got p={p!r}")
 
 
 def check_precision(precision: Precision) -> None:

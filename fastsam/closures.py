@@ -160,6 +160,34 @@ class ClearingCheck:
                     flat.index_copy_(0, positions[:k], torch.where(intact, item.values[:k], current))
 
 
+class OnePass:
+    """The gradients of a step of one pass, watched between `first_step` and `step`: nothing is to be added to them.
+
+    A second backward pass over them would add. Clearing them first is right, though wasted, and clipping is right, too;
+    so what is watched is autograd's own accumulation into the same tensor.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        """Watch the gradients of a few parameters."""
+        self.added_to = False
+        watched = [(p, p.grad) for p in params if p.grad is not None and p.is_leaf and p.requires_grad][:FEW]
+        self._handles = [
+            p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                functools.partial(self._accumulated, grad=g, version=g._version)
+            )
+            for p, g in watched
+        ]
+
+    def _accumulated(self, param: Tensor, grad: Tensor, version: int) -> None:
+        self.added_to |= param.grad is grad and grad._version == version + 1
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
 LOOKS_EVERY = 256  # steps
 FEW = 3  # of the gradients that are marked; how these change is noted in every step
 MOST_GRADIENTS, MOST_MARKS = 8, 16  # that are marked; elements of each of them

@@ -27,15 +27,19 @@ from fastsam.checks import (
     check_not_sharded,
     check_p,
     check_precision,
+    check_radius,
     check_swapping,
     check_values,
     taken_apart,
 )
-from fastsam.closures import call, detached, entry
+from fastsam.closures import OnePass, call, detached, entry
 from fastsam.memory.placing import check_duplicates, check_param, is_unused
 from fastsam.ops.formats import Precision
-from fastsam.passes import Passes
-from fastsam.progress import CLEAN, PAUSED, PERTURBED
+from fastsam.passes import ADDED_GRADIENTS, Passes
+from fastsam.progress import BASE, CLEAN, PAUSED, PERTURBED
+from fastsam.radius import Radius
+from fastsam.scaling import scale_of
+from fastsam.when import When, as_when
 
 
 class FusedSAM(Passes):
@@ -83,6 +87,13 @@ class FusedSAM(Passes):
             that have gaps or share a storage with others already (cuDNN's RNNs) stay where they are, with a warning.
             Those that leave later (`p.data = ...`, `model.cpu().cuda()`, `share_memory_()`) stay out, with a warning;
             after `.to()` another dtype or device all are moved again, without one.
+        when: which steps are SAM steps, from `fastsam.when` (`every(5)`, `after(9000)`, ...), or a function of the
+            step's number; all by default. The others are the base optimizer's own, with one pass: `step(closure)` calls
+            the closure once, and `first_step` returns False.
+        radius: how the length of the perturbation follows from that of the gradients, from `fastsam.radius`; rho by
+            default.
+        renormalize: scale the second gradients to the length of the first before the base optimizer steps with them
+            (StableSAM: Li et al., arXiv 2401.07250), and before they are clipped.
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".
@@ -118,6 +129,9 @@ class FusedSAM(Passes):
         rounding_seed: int = 0,
         state_dtype: torch.dtype | None = None,
         flatten: bool = False,
+        when: When | Callable[[int], bool] | None = None,
+        radius: Radius | None = None,
+        renormalize: bool = False,
         closure_calls: int = 2,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -132,9 +146,13 @@ class FusedSAM(Passes):
             own |= {"rounding_seed": rounding_seed, "rounding_step": 0}
         elif rounding_seed != 0:
             raise ValueError("FusedSAM: rounding_seed is for stochastic_rounding or state_dtype, neither was asked for")
+        self.when, self.radius, self.renormalize = as_when(when), radius, renormalize
+        if self.when is not None or self.counts_steps:
+            own["sam_steps"] = 0
         check_values(own)
         check_max_grad_norm(max_grad_norm)
         check_p(p)
+        check_radius(radius, p)
         chosen = ops.resolve(backend)
         check_not_sharded()
         if isinstance(base_optimizer, str):
@@ -151,6 +169,9 @@ class FusedSAM(Passes):
                 rounding_seed=rounding_seed,
                 state_dtype=state_dtype,
                 flatten=flatten,
+                when=when,
+                radius=radius,
+                renormalize=renormalize,
                 closure_calls=closure_calls,
                 backend=backend,
             )
@@ -191,8 +212,8 @@ class FusedSAM(Passes):
 
         Args:
             closure: clears the gradients, runs forward and backward, returns the loss. Called twice (once at w, once at
-                w + e), or once after `first_step`. With `closure_calls=1` the gradients at w must be there already and
-                it is called once.
+                w + e), or once after `first_step`; once, at w, in a step of one pass. With `closure_calls=1` the
+                gradients at w must be there already and it is called once, or not at all in a step of one pass.
 
         Returns:
             The loss at w (with `closure_calls=1` or after `first_step`: the closure's own), None without a closure.
@@ -207,7 +228,7 @@ class FusedSAM(Passes):
                 first.
         """
         sam = self._sam
-        if sam.base_step_asked or closure is None:
+        if sam.base_step_asked or closure is None or sam.one_pass is not None:
             return self._step_without_closure()
         loss = None
         try:
@@ -221,13 +242,15 @@ class FusedSAM(Passes):
                 loss = call(closure)
             elif self.closure_calls == 1:
                 self._require_gradients()
-                self._perturb()
-                self.zero_grad()
-                loss = call(closure)
+                if self._begin():
+                    self._perturb()
+                    self.zero_grad()
+                    loss = call(closure)
             else:
                 loss = call(closure)  # gradient at w
-                self._perturb()  # w <- w + e
-                sam.losses = detached(loss), detached(self._call_again(closure))  # gradient at w + e
+                if self._begin():
+                    self._perturb()  # w <- w + e
+                    sam.losses = detached(loss), detached(self._call_again(closure))  # gradient at w + e
             self._update()  # w <- base step from the old w with that gradient
         except BaseException:
             self._leave_perturbed()
@@ -243,8 +266,14 @@ class FusedSAM(Passes):
             except BaseException:
                 self._leave_perturbed()
                 raise
+        elif sam.one_pass is not None:
+            if self._end_one_pass():
+                raise RuntimeError(ADDED_GRADIENTS)
+            sam.turn = BASE if sam.base_step_asked else sam.turn
+            self._update()
         elif sam.base_step_asked or all(lr_is_zero(group) for group in self.param_groups):
             # A learning rate of 0 is how distributed checkpoints create state.
+            sam.turn = BASE
             self._update()
         elif any(p.grad is not None for p in self._params()):
             raise RuntimeError(
@@ -254,8 +283,11 @@ class FusedSAM(Passes):
             )
 
     @entry
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> bool:
         """Climb from w to w + e along the gradients that are there, keeping w.
+
+        With `when=`, or a method that takes two passes in some steps only, it returns False in a step of one pass: then
+        nothing was perturbed, the gradients are left in place whatever `zero_grad` says, and `step` steps with them.
 
         Under a GradScaler the gradients may stay scaled: only their direction counts. If their norm is not finite there
         is no perturbation, and this step is the base optimizer's.
@@ -268,13 +300,27 @@ class FusedSAM(Passes):
 
         Args:
             zero_grad: set the gradients to None afterwards.
+            scaler: the GradScaler that scaled the loss, for methods whose gradients of several steps are added up, and
+                for `radius`.
+
+        Returns:
+            Whether the step has a second pass.
         """
-        if self._sam.phase == PERTURBED:
+        sam = self._sam
+        if sam.one_pass is not None:  # asked again
+            return False
+        if sam.phase == PERTURBED:
             warnings.warn(
                 "FusedSAM: first_step() was called twice without a step() between; the weights are restored first",
                 stacklevel=3,
             )
             self._leave_perturbed()
+        two_passes = self._begin()
+        if scaler is not None:
+            sam.loss_scale, sam.first_scaled = scale_of(scaler, self), True
+        if not two_passes:
+            sam.one_pass = OnePass(self._params())
+            return False
         try:
             self._perturb()
         except BaseException:
@@ -282,6 +328,7 @@ class FusedSAM(Passes):
             raise
         if zero_grad:
             self.zero_grad()
+        return True
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Finish the step: the same as `step()`.

@@ -4,34 +4,105 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastsam.algebra import Algebra
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
 from fastsam.closures import CLOSURE_RECIPE, call, entry
-from fastsam.memory.buckets import Buckets
-from fastsam.progress import CLEAN, PERTURBED
-from fastsam.saving import SavedOptimizer
+from fastsam.memory.buckets import Buckets, Steer
+from fastsam.memory.directions import Vector
+from fastsam.ops.tables import Gradients
+from fastsam.progress import BASE, CLEAN, PERTURBED, PLAIN, SAM
+from fastsam.radius import Radius
 from fastsam.scaling import RECIPE as SCALER_RECIPE
 from fastsam.scaling import are_scaled, forget_scaler, scale_of_caller
 
-OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step")  # the latter where they matter
+# Of every group; the last three where they matter.
+OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step", "sam_steps")
+ADDED_GRADIENTS = (
+    "FusedSAM: a second backward pass added to the gradients of a step that has one pass. first_step() says whether "
+    "there is to be a second one: `if optimizer.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, then "
+    "optimizer.step()"
+)
 
 
-class Passes(SavedOptimizer):
+class Passes(Algebra):
     """The parts of `FusedSAM`'s step. They are called without gradients enabled.
 
     Attributes:
         p: the norm in which the perturbation has length rho.
         perturb_with_weight_decay: whether it is that of the loss with the weight decay in it.
+        radius: how the length of the perturbation follows from that of the gradients; None for rho.
+        renormalize: whether the second gradients are scaled to the length of the first.
     """
 
     p: float
     perturb_with_weight_decay: bool
+    radius: Radius | None
+    renormalize: bool
+
+    def _begin(self) -> bool:
+        """Begin a step; whether it is to have two passes."""
+        sam = self._sam
+        sam.require_running()
+        number = sam.steps
+        sam.steps += 1
+        sam.loss_scale, sam.first_scaled, sam.first_squares = 1.0, False, None
+        if self.when is not None and not self.when.decide(number):
+            sam.turn = BASE
+        else:
+            sam.turn = SAM if self.takes_two_passes() else PLAIN
+        return sam.turn == SAM
+
+    def _steer_ascent(
+        self, grads: Sequence[Gradients]
+    ) -> tuple[Sequence[Gradients], Tensor | Sequence[Gradients] | None]:
+        sam = self._sam
+        g1 = sam.directions.begin(grads)
+        sam.directions.divisor = None
+        if self.renormalize or self._measures():
+            sam.first_squares = self.squared_norm(g1)
+        along = sam.directions.here(self.ascent(g1))
+        divisor = sam.directions.divisor
+        return along, sam.directions.here(divisor) if isinstance(divisor, Vector) else divisor
+
+    def _steer_descent(self, grads: Sequence[Gradients]) -> Sequence[Gradients]:
+        sam = self._sam
+        g = sam.directions.begin(grads)
+        if sam.turn != SAM and self._measures():
+            sam.first_squares = self.squared_norm(g)
+        if sam.turn == BASE:
+            return grads
+        return sam.directions.here(self.descent(g) if sam.turn == SAM else self.plain(g))
+
+    def _measures(self) -> bool:
+        return self.when is not None and self.when.measures
+
+    def _map_sums(self, sums: Mapping[torch.device, Tensor]) -> Mapping[torch.device, Tensor]:
+        """What `perturb_` takes for the sums of squares, so that the perturbation has the radius' length."""
+        assert self.radius is not None
+        rho = next((float(group["rho"]) for group in self.param_groups if group["perturb"]), 0.0)
+        mapped = {}
+        for device, parts in sums.items():
+            scale = self.loss_scale.to(device) if isinstance(self.loss_scale, Tensor) else self.loss_scale
+            mapped[device] = torch.zeros_like(parts)
+            mapped[device][0] = self.radius.map(parts.sum(), scale, rho)
+        return mapped
+
+    def _refuse_mixed_scales(self, grad_scale: Tensor | None) -> None:
+        """Refuse what cannot be right where gradients at w are still multiplied by a GradScaler's scale."""
+        needs = self.mixes_steps or (self.radius is not None and self.radius.measures)
+        if needs and grad_scale is not None and self._sam.turn == SAM and not self._sam.first_scaled:
+            who = type(self).__name__ if self.mixes_steps else f"radius={self.radius}"
+            raise RuntimeError(
+                f"FusedSAM: {who} needs to know the loss scale of the first pass: call "
+                "optimizer.first_step(zero_grad=True, scaler=scaler)"
+            )
 
     def _sync(self) -> Buckets:
         """The buckets, caught up with the parameter groups."""
@@ -60,7 +131,20 @@ class Passes(SavedOptimizer):
         sam.require_running()
         buckets = self._sync()
         sam.phase = PERTURBED
-        buckets.perturb()
+        steers = type(self).ascent is not Algebra.ascent or self.renormalize or self._measures()
+        buckets.perturb(self._steer_ascent if steers else None, None if self.radius is None else self._map_sums)
+        torch.clear_autocast_cache()
+
+    def _perturb_without_gradients(self, along: Vector, direction: Callable[[Vector], Vector]) -> None:
+        """Climb along what is made of something else than gradients, such as the base optimizer's state."""
+        sam = self._sam
+        buckets = self._sync()
+        sam.phase = PERTURBED
+
+        def steer(parts: Sequence[Gradients]) -> tuple[Sequence[Gradients], None]:
+            return sam.directions.here(direction(sam.directions.begin(parts))), None
+
+        buckets.perturb(steer, instead=lambda: sam.directions.in_perturbed_groups(along))
         torch.clear_autocast_cache()
 
     def _update(self) -> None:
@@ -74,12 +158,20 @@ class Passes(SavedOptimizer):
         else:
             buckets.weight_watch.close()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        overflow = False
+        sam.scaling = grad_scale, found_inf
+        self._refuse_mixed_scales(grad_scale)
+        steer, overflow = self._steer_descent if self._steers_descent() else None, False
         if buckets.shared.rule is not None and not own_step and len(args) == 1 and not kwargs:
-            grads = buckets.update(grad_scale, found_inf, self.max_grad_norm)
+            grads = buckets.update(grad_scale, found_inf, self.max_grad_norm, steer, self._length_to_take())
             self._warn_without_gradients(grads)
         else:
-            overflow = self._update_by_base(buckets, grad_scale, found_inf, args, kwargs)
+            grads, overflow = self._update_by_base(buckets, grad_scale, found_inf, args, kwargs, steer)
+        if sam.turn == SAM and not overflow and type(self).after_update is not Algebra.after_update:
+            self.after_update()
+        if self.buffers:
+            sam.directions.publish(grads)
+        if self._measures():
+            self._observe(grad_scale)
         if sam.phase == PERTURBED:
             buckets.weight_watch.learn()
         sam.phase = CLEAN
@@ -87,6 +179,28 @@ class Passes(SavedOptimizer):
         base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
         if not overflow and not own_step:
             run_post_hooks(base, args, kwargs)
+
+    def _steers_descent(self) -> bool:
+        """Whether the base optimizer is to step with anything else than the gradients, or these are to be measured."""
+        cls, turn = type(self), self._sam.turn
+        if turn == SAM:
+            return cls.descent is not Algebra.descent or cls.after_update is not Algebra.after_update
+        return self._measures() or (turn == PLAIN and cls.plain is not Algebra.plain)
+
+    def _length_to_take(self) -> Tensor | None:
+        """[] float64: the squared length that what the base optimizer steps with is scaled to; None for its own."""
+        return self._sam.first_squares if self.renormalize and self._sam.turn == SAM else None
+
+    def _observe(self, grad_scale: Tensor | None) -> None:
+        """Tell `when` how long the gradients at w were."""
+        squares = self._sam.first_squares
+        if squares is None or self.when is None:
+            return
+        if grad_scale is not None and not self._sam.first_scaled:
+            squares = squares / grad_scale.to(squares.device, non_blocking=True).double().reshape(()).square()
+        elif self._sam.first_scaled:
+            squares = squares / self.loss_scale**2
+        self.when.observe(squares)
 
     def _run_pre_hooks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Call the base optimizer's own pre-hooks on the restored weights; what it is to step with."""
@@ -104,18 +218,27 @@ class Passes(SavedOptimizer):
         found_inf: Tensor | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> bool:
-        """Restore, and let the base optimizer take a step of its own; whether an overflow kept it from that."""
+        steer: Steer | None,
+    ) -> tuple[list[Gradients], bool]:
+        """Restore, and let the base optimizer take a step of its own.
+
+        Returns:
+            The gradients, and whether an overflow kept it from stepping.
+        """
         grads = buckets.gather(ascent=False)
         buckets.require_memory(grads, ascent=False)
         buckets.sync_values()
-        factors = {} if self.max_grad_norm is None else buckets.clip(grads, self.max_grad_norm, grad_scale)
+        along = grads if steer is None else steer(grads)
+        factors = buckets.factors_for(along, self.max_grad_norm, grad_scale, self._length_to_take())
         self._restore_below_autograd()
         overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
+        directions: dict[Tensor, Tensor | None] = {}
+        for bucket, part in zip(buckets.items, along if along is not grads else (), strict=False):
+            directions.update(zip(bucket.params, part, strict=True))
         if not overflow:
-            step_base(self.base_optimizer, buckets.masters(), grad_scale, factors, args, kwargs)
+            step_base(self.base_optimizer, buckets.masters(), grad_scale, factors, args, kwargs, directions)
         buckets.finish_base_step(overflow)
-        return overflow
+        return grads, overflow
 
     def _restore_below_autograd(self) -> None:
         """Restore the weights for the base optimizer, which may differentiate the gradients once more (AdaHessian).
@@ -151,10 +274,19 @@ class Passes(SavedOptimizer):
         self._sam.phase = phase
         torch.clear_autocast_cache()
 
+    def _end_one_pass(self) -> bool:
+        """Where a step of one pass has begun, end that; whether a second backward pass added to its gradients."""
+        watched, self._sam.one_pass = self._sam.one_pass, None
+        if watched is None:
+            return False
+        watched.close()
+        return watched.added_to
+
     @entry
     def restore(self) -> None:
         """Bring the weights back, bit for bit, without an update; nothing happens if they are not perturbed."""
         sam = self._sam
+        self._end_one_pass()
         if sam.phase == PERTURBED:
             sam.buckets.restore()
             sam.phase = CLEAN

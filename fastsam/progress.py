@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastsam.closures import ClearingCheck
+from torch import Tensor
+
+from fastsam.closures import ClearingCheck, OnePass
 from fastsam.memory.buckets import Buckets
+from fastsam.memory.directions import Directions
 from fastsam.scaling import UnscalingCheck
 
 CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
+SAM, PLAIN, BASE = "two passes", "one pass", "the base optimizer's own"
 
 
 class Progress:
@@ -22,6 +26,14 @@ class Progress:
         unscaling: whether a GradScaler unscaled the gradients of the second pass.
         no_gradients_warned: whether a step without any gradient was warned of.
         losses: at w and at w + e, of the last step(closure).
+        directions: what methods compute with.
+        turn: what the step that began last is: SAM, PLAIN with one pass, or BASE, the base optimizer's own.
+        one_pass: the gradients that a step of one pass began with, from first_step() to step().
+        steps: how many steps began.
+        loss_scale: what the gradients at w are multiplied by.
+        first_scaled: whether `first_step` was told so.
+        scaling: the loss scale and the overflow flag of the update that is being made.
+        first_squares: [] float64, the squared length of the gradients at w, where it is needed later.
     """
 
     def __init__(self, buckets: Buckets) -> None:
@@ -33,6 +45,14 @@ class Progress:
         self.unscaling = UnscalingCheck()
         self.no_gradients_warned = False
         self.losses: tuple[Any, Any] = (None, None)
+        self.directions = Directions(buckets)
+        self.turn = SAM
+        self.one_pass: OnePass | None = None
+        self.steps = 0
+        self.loss_scale: float | Tensor = 1.0
+        self.first_scaled = False
+        self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.first_squares: Tensor | None = None
 
     def require_clean(self, what: str) -> None:
         """Refuse what needs the unperturbed weights.

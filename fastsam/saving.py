@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fastsam.memory.segments import has_storage
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, Progress
 from fastsam.stats import Stats, read_stats
+from fastsam.when import When
 
 COPIED = (  # attributes that copies and pickles have, too
     "base_optimizer",
@@ -26,6 +28,9 @@ COPIED = (  # attributes that copies and pickles have, too
     "p",
     "perturb_with_weight_decay",
     "precision",
+    "radius",
+    "renormalize",
+    "when",
 )
 
 
@@ -37,19 +42,32 @@ class SavedOptimizer(Optimizer):
         precision: how parameters, states and their rounding are kept.
         flatten: whether the weights are in flat buffers.
         max_grad_norm: what the gradients of the second pass are clipped to.
+        when: which steps are SAM steps; None for all.
+        buffers: names of the directions that are saved, as `optimizer.state[p][name]` from p's first update on, with
+            their dtype; None for float32 (or the weights' own, where they are float64, or 16-bit and rounded
+            stochastically).
+        options: names of the attributes that copies and pickles have, too.
     """
 
     base_optimizer: Optimizer
     precision: Precision
     flatten: bool
     max_grad_norm: float | None
+    when: When | None
     _sam: Progress
+
+    buffers: ClassVar[Mapping[str, torch.dtype | None]] = {}
+    options: ClassVar[tuple[str, ...]] = ()
 
     def _new_progress(self, backend: str) -> Progress:
         """Where a step is that has not begun, with buckets that are still to be filled."""
         base = self.base_optimizer
         rule = RULES.get(type(base))
-        return Progress(Buckets(rule, backend, self.precision, base.defaults, self.param_groups, self.state))
+        buckets = Buckets(rule, backend, self.precision, base.defaults, self.param_groups, self.state)
+        buckets.shared.buffers = self.buffers
+        progress = Progress(buckets)
+        progress.steps = int(self.param_groups[0].get("sam_steps", 0)) if self.param_groups else 0
+        return progress
 
     def _params(self) -> list[Tensor]:
         """All parameters, in the order of the groups."""
@@ -117,7 +135,7 @@ class SavedOptimizer(Optimizer):
         buckets.state = self.state
         buckets.sync_state()
         buckets.refresh_masters()
-        self._note_rounding_step()
+        self._note_counters()
         out = super().state_dict()
         as_torch_saves(out["state"], self._params(), buckets)
         return out
@@ -138,9 +156,14 @@ class SavedOptimizer(Optimizer):
         ignored = ("old_p", "master") if fused and not self.precision.master_weights else ("old_p",)
         given = loadable(state_dict, self.param_groups, ignored)
         super().load_state_dict(given)
-        keep_wide(self.state, self._params(), given, self.precision)
+        keep_wide(self.state, self._params(), given, self.precision, self.buffers)
         if self.precision.draws:
             buckets.set_rounding_step(max(int(group.get("rounding_step", 0)) for group in self.param_groups))
+        first = self.param_groups[0]
+        self._sam.steps = int(first.get("sam_steps", 0))
+        if self.when is not None:
+            prefix = "when_"
+            self.when.load({key.removeprefix(prefix): first[key] for key in first if key.startswith(prefix)})
         if buckets.items and self._sam.phase == CLEAN:
             self._sync().sync_values()  # copies into the flat tensors: addresses stay
 
@@ -148,19 +171,24 @@ class SavedOptimizer(Optimizer):
         """The buckets, caught up with the parameter groups."""
         raise NotImplementedError
 
-    def _note_rounding_step(self) -> None:
-        """Write the step of the random numbers, which the device counts, into the groups."""
+    def _note_counters(self) -> None:
+        """Write into the groups what is counted elsewhere: steps of the random numbers, steps, what `when` knows."""
+        counted: dict[str, Any] = {}
         if self.precision.draws:
-            step = self._sam.buckets.rounding_step()
-            for group in self.param_groups:
-                group["rounding_step"] = step
+            counted["rounding_step"] = self._sam.buckets.rounding_step()
+        if "sam_steps" in self.defaults:
+            counted["sam_steps"] = self._sam.steps
+        if self.when is not None:
+            counted |= {f"when_{key}": value for key, value in self.when.state().items()}
+        for group in self.param_groups:
+            group.update(counted)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and deep-copied: no tables of addresses, no backup."""
         self._sam.require_clean("copying or pickling the optimizer")
         self._sam.buckets.sync_state()
-        self._note_rounding_step()
-        copied = {name: getattr(self, name) for name in COPIED}
+        self._note_counters()
+        copied = {name: getattr(self, name) for name in (*COPIED, *self.options)}
         return {**super().__getstate__(), **copied, "_backend": self._sam.buckets.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,6 +34,21 @@ def scale_of_caller() -> float | None:
     return None
 
 
+def scale_of(scaler: torch.amp.GradScaler, optimizer: Any) -> float | torch.Tensor:
+    """What the optimizer's gradients are multiplied by now: 1 after unscale_, else [] float64, which nothing waits for.
+
+    Raises:
+        ValueError: it is no GradScaler.
+    """
+    if not isinstance(scaler, torch.amp.GradScaler):
+        raise ValueError(f"FusedSAM: scaler must be a torch.amp.GradScaler, got {scaler!r}")
+    scale = scaler._scale
+    if not scaler.is_enabled() or scale is None:
+        return 1.0
+    known = scaler._per_optimizer_states.get(id(optimizer))
+    return 1.0 if known is not None and known["stage"].name == "UNSCALED" else scale.double().reshape(())
+
+
 class UnscalingCheck:
     """Whether a GradScaler unscaled the gradients of the second pass, where it says that the user asked it to.
 

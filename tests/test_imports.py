@@ -28,10 +28,13 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         "",  # the package's own file: names and choice of the backends
     ),
     "memory": (
-        *("segments", "shared", "pages", "placing", "gradients", "state", "writes", "flat", "bucket"),
-        *("grouping", "buckets", "checkpoint"),
+        *("segments", "shared", "pages", "placing", "gradients", "vectors", "state", "writes", "flat", "bucket"),
+        *("grouping", "buckets", "directions", "checkpoint"),
     ),
-    "": ("checks", "closures", "scaling", "stats", "progress", "saving", "passes", "optimizer", "training"),
+    "": (
+        *("radius", "when", "checks", "closures", "scaling", "stats", "progress", "saving", "algebra", "passes"),
+        *("optimizer", "training"),
+    ),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo"),
 }
 ORDER = [f"{wing}.{name}".strip(".") for wing, names in FLOORS.items() for name in names] + ["__main__"]

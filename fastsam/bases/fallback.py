@@ -59,6 +59,7 @@ def step_base(
     factors: Mapping[torch.device, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    directions: Mapping[Tensor, Tensor | None],
 ) -> None:
     """Let the base optimizer step, below its hooks. Loss scales and clip factors are applied to copies of gradients.
 
@@ -71,6 +72,7 @@ def step_base(
         factors: [] float64, the factor on the gradients of each device; none without clipping.
         args: what the class's step is called with, the optimizer first.
         kwargs: the same, by keyword.
+        directions: what it steps with instead of these parameters' gradients.
     """
     step = type(base).step
     if getattr(step, "hooked", False):
@@ -80,8 +82,10 @@ def step_base(
         params = [p for group in base.param_groups for p in group["params"]]
         grads = [owners.get(id(p), p).grad for p in params]
         try:
-            for p, grad in zip(params, grads, strict=True):
-                if grad is not None:
+            for p, own_grad in zip(params, grads, strict=True):
+                grad = directions.get(owners.get(id(p), p), own_grad)
+                if own_grad is not None and grad is not None:
+                    grad = grad if id(p) in owners else grad.to(own_grad.dtype)
                     grad = grad.to(p.dtype) if id(p) in owners else grad
                     p.grad = _prepared(grad, grad_scale, factors.get(grad.device))
             if own:

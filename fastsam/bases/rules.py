@@ -222,12 +222,25 @@ def row(group: Group, rule: Rule | None, device: torch.device | None = None, dec
     beta1, beta2, eps, rule_flags, extra = rule.values(group) if rule else Values()
     rho, eta = float(group["rho"]), float(group["eta"])
     if rule is None:
-        weight_decay, lr, address = _decay_for_the_climb(group) if decays else 0.0, 0.0, 0
+        weight_decay, (lr, address, lr_flag) = _decay_for_the_climb(group) if decays else 0.0, (0.0, 0, 0)
     else:
-        weight_decay, lr, address = float(group.get("weight_decay", 0.0)), group["lr"], 0
-    flags |= DECAYS * (decays and weight_decay != 0)
-    if isinstance(lr, torch.Tensor) and lr.device == device and lr.numel() == 1 and lr.dtype in LR_DTYPES:
-        flags |= LR_FLOAT64 * (lr.dtype == torch.float64)
-        address, lr = lr.data_ptr(), 0.0
+        weight_decay, (lr, address, lr_flag) = float(group.get("weight_decay", 0.0)), _lr(group, device)
+    flags |= DECAYS * (decays and weight_decay != 0) | lr_flag | rule_flags
     seed = int(group.get("rounding_seed", 0))
-    return Row(float(lr), weight_decay, beta1, beta2, eps, rho, eta, flags | rule_flags, extra, address, seed)
+    return Row(lr, weight_decay, beta1, beta2, eps, rho, eta, flags, extra, address, seed)
+
+
+def descent_row(group: Group, device: torch.device | None = None) -> Row:
+    """What `SGD`'s kernels read of a group for a step without momentum and decay, whatever its base optimizer is."""
+    lr, address, lr_flag = _lr(group, device)
+    flags = MAXIMIZE * bool(group.get("maximize", False)) | lr_flag
+    seed = int(group.get("rounding_seed", 0))
+    return Row(lr, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, flags, lr_address=address, seed=seed)
+
+
+def _lr(group: Group, device: torch.device | None) -> tuple[float, int, int]:
+    """A group's learning rate, or 0 and the address where kernels of that device read it, with its dtype's flag."""
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and lr.device == device and lr.numel() == 1 and lr.dtype in LR_DTYPES:
+        return 0.0, lr.data_ptr(), LR_FLOAT64 * (lr.dtype == torch.float64)
+    return float(lr), 0, 0

@@ -248,7 +248,7 @@ def time_optimizers(settings: Settings, rounds: int = 200) -> dict[str, Timing]:
         for scale in (1.0, 0.5):  # stand in for those of the two passes
             loss = scale * F.cross_entropy(models[0](images), labels)
             gradients.append(torch.autograd.grad(loss, list(models[0].parameters())))
-        rivals: list[tuple[Callable[[], None], ...]]
+        rivals: list[tuple[Callable[[], Any], ...]]
         if method == recipe.label:
             base = recipe.optimizer(models[0].parameters(), **kwargs)
             rivals = [(base.step,)]

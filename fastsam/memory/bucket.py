@@ -9,18 +9,22 @@ up later share a page of their own. With `flatten=True` the weights have such pa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastsam import ops
+from fastsam.bases.rules import SGD, Row
 from fastsam.memory.flat import FlatWeights
 from fastsam.memory.gradients import GradientReader
 from fastsam.memory.pages import page
 from fastsam.memory.segments import Segment, address_of, is_dense, layout, real_numel
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import PublishedState
+from fastsam.memory.vectors import Vectors
 from fastsam.ops import graphs
 from fastsam.ops.reference import CHUNK
 from fastsam.ops.tables import ALIGN, Gradients, Tables
@@ -35,6 +39,7 @@ class Bucket:
         shared: what all buckets of the optimizer have in common.
         tables: what an operation is told.
         gradients: where the gradients are read.
+        vectors: directions, and what a method keeps from step to step.
         published: what `optimizer.state` shows.
         segments: the parameters in the order of the tables.
         params: the same, the parameters alone.
@@ -57,7 +62,8 @@ class Bucket:
         self._bound: Tensor | None = None  # keeps alive what `_calls` hold the address of
         self._calls: tuple[tuple[Any, ...], ...] = ()
         self.gradients = GradientReader(tables, self.segments, shared, self.backend.by_address)
-        self.published = PublishedState(tables, self.segments, shared)
+        self.vectors = Vectors(tables, self.segments, shared)
+        self.published = PublishedState(tables, self.segments, shared, self.vectors)
         self.segment_table_current = False  # whether it knows all states
         self.versions: list[int] = []  # of all parameters when their masters were last what they are rounded from
         self.without_backup: list[int] = []  # segments that a first pass may perturb, but has not yet
@@ -286,6 +292,7 @@ class Bucket:
         tables = self.tables
         yield from (tables.segment_table, tables.chunk_table, tables.partials, tables.overflows, tables.rounding)
         yield tables.cache
+        yield from self.vectors.pages()
         for segment in self.segments:
             yield from (segment.backup, *segment.states, segment.master, segment.progress, segment.param.detach())
 
@@ -323,9 +330,24 @@ class Bucket:
     # The perturbation, seen from the host. The operations themselves keep `perturbed`, so that no interrupt falls
     # between a write to the weights and the note of it.
 
-    def perturb(self, grads: Gradients, sums: Tensor) -> None:
-        """Back up and climb."""
-        self.backend.operations.perturb_(self.tables, grads, sums)
+    @contextmanager
+    def reading(self, vector: Gradients) -> Iterator[None]:
+        """Within the block operations read a direction in the gradients' place, which may be of another dtype."""
+        tables, format = self.tables, self.tables.format
+        if vector.dtype is None or vector.dtype == format.grad:
+            yield
+            return
+        tables.format = format._replace(grad=vector.dtype)
+        try:
+            yield
+        finally:
+            tables.format = format
+
+    def perturb(self, grads: Gradients, sums: Tensor, along: Gradients | None = None) -> None:
+        """Back up and climb, along another direction than the gradients if one is given for the same segments."""
+        direction = grads if along is None else along
+        with self.reading(direction):
+            self.backend.operations.perturb_(self.tables, direction, sums)
         self.note_perturbation(grads, self._written(grads))
 
     def note_perturbation(self, grads: Gradients, written: list[Tensor]) -> None:
@@ -334,13 +356,49 @@ class Bucket:
         torch.autograd.graph.increment_version(written)
 
     def update(
-        self, grads: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None
+        self,
+        grads: Gradients,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clip: Tensor | None = None,
+        along: Gradients | None = None,
     ) -> None:
-        """Restore and take the base step."""
-        written = self._written(grads)
+        """Restore and take the base step, with another direction than the gradients if one is given."""
+        written, direction = self._written(grads), grads if along is None else along
         scale, overflow = self.on_device(grad_scale), self.on_device(found_inf)
-        self.backend.operations.update_(self.tables, grads, grad_scale=scale, found_inf=overflow, clip=clip)
+        with self.reading(direction):
+            self.backend.operations.update_(self.tables, direction, grad_scale=scale, found_inf=overflow, clip=clip)
         self.note_update(grads, written)
+
+    def descend(
+        self,
+        direction: Gradients,
+        rows: list[Row],
+        row_table: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take a step of gradient descent with these values of the groups; the base optimizer's state stays."""
+        tables = self.tables
+        if graphs.capturing(tables.device):
+            raise RuntimeError(
+                "FusedSAM: a step with a term beside the base optimizer's cannot be captured in a CUDA graph"
+            )
+        plain = replace(
+            tables,
+            rule=SGD,
+            rows=rows,
+            row_table=row_table,
+            counts=[False] * len(rows),
+            perturbed=torch.zeros_like(tables.perturbed),
+            overflows=None,
+            cache=None,
+        )
+        plain.format = tables.format._replace(grad=direction.dtype or tables.format.grad)
+        written = self._written(direction)
+        scale, overflow = self.on_device(grad_scale), self.on_device(found_inf)
+        self.backend.operations.update_(plain, direction, grad_scale=scale, found_inf=overflow)
+        self.note_update(direction, written)
 
     def note_update(self, grads: Gradients, written: list[Tensor]) -> None:
         """Let autograd notice stale graphs, and keep what the replays of a captured graph read."""

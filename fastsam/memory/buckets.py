@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastsam.bases.rules import Group, Row, row
+from fastsam.bases.rules import Group, Row, descent_row, row
 from fastsam.memory.bucket import Bucket
 from fastsam.memory.grouping import Grouping
 from fastsam.memory.segments import layout
 from fastsam.memory.shared import State
 from fastsam.ops import graphs
 from fastsam.ops.native import reader
-from fastsam.ops.reference import Clip, clip_factor
+from fastsam.ops.reference import CLIP_EPS, Clip, clip_factor
 from fastsam.ops.tables import Gradients
+
+Steer: TypeAlias = Callable[[Sequence[Gradients]], Sequence[Gradients]]
+SteerAscent: TypeAlias = Callable[
+    [Sequence[Gradients]], tuple[Sequence[Gradients], Tensor | Sequence[Gradients] | None]
+]
+MapSums: TypeAlias = Callable[[Mapping[torch.device, Tensor]], Mapping[torch.device, Tensor]]
 
 
 class Buckets(Grouping):
@@ -162,43 +168,71 @@ class Buckets(Grouping):
             for bucket, (grads, written) in zip(self.items, found, strict=True)
         ]
 
-    def perturb(self) -> None:
-        """Norm over all buckets, then backup and perturbation; for p = inf there is no norm."""
+    def perturb(
+        self,
+        steer: SteerAscent | None = None,
+        map_sums: MapSums | None = None,
+        instead: Callable[[], list[Gradients]] | None = None,
+    ) -> None:
+        """Norm over all buckets, then backup and perturbation; for p = inf there is no norm.
+
+        Args:
+            steer: gives the direction to climb along, in each bucket, for the gradients there; and what it is divided
+                by, if not its own norm: that of other vectors, or the root of a number, [] float64.
+            map_sums: gives what `perturb_` is to take for the sums of squares.
+            instead: gives what is taken for the gradients.
+        """
         if self.known_entries is not None and self._has_masters():
             self.sync_state()
         self.refresh_masters()
         self.weight_watch.begin()
-        if (ran := self.run_pass(ascent=True)) is not None:
+        plain = steer is None and map_sums is None and instead is None
+        if plain and (ran := self.run_pass(ascent=True)) is not None:
             for bucket, grads, written in ran:
                 bucket.note_perturbation(grads, written)
             self.weight_watch.remember()
             return
         read = self.gather(ascent=True)
+        if instead is not None:
+            read = instead()
         self.require_memory(read, ascent=True)
         self.sync_values()
-        for bucket, grads in zip(self.items, read, strict=True):
-            if self.shared.q != 1:
-                bucket.backend.operations.grad_norm(bucket.tables, grads, self.sums[bucket.tables.device])
-        self._share_sums(self.sums)
+        along, divisor = (read, None) if steer is None else steer(read)
+        if isinstance(divisor, Tensor):
+            for device, own in self.sums.items():
+                own.zero_()[0].copy_(divisor, non_blocking=device.type == "cuda")
+        elif self.shared.q != 1:
+            for bucket, measured in zip(self.items, along if divisor is None else divisor, strict=True):
+                with bucket.reading(measured):
+                    bucket.backend.operations.grad_norm(bucket.tables, measured, self.sums[bucket.tables.device])
+            self._share_sums(self.sums)
+        sums = self.sums if map_sums is None else map_sums(self.sums)
         try:
-            for bucket, grads in zip(self.items, read, strict=True):
-                bucket.perturb(grads, self.sums[bucket.tables.device])
+            for bucket, grads, direction in zip(self.items, read, along, strict=True):
+                bucket.perturb(grads, sums[bucket.tables.device], direction)
         finally:  # if one fails, the others' writes are still ours
             self.weight_watch.remember()
 
     def update(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float | None = None
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_norm: float | None = None,
+        steer: Steer | None = None,
+        first_squares: Tensor | None = None,
     ) -> list[Gradients]:
-        """Restore and take the base optimizer's step; the gradients it was taken with.
+        """Restore and take the base optimizer's step; the gradients of this pass.
 
         Args:
             grad_scale: [] or [1] float32, the loss scale of the gradients.
             found_inf: [] or [1] float32, not 0 where they overflowed.
             max_norm: what the gradients are clipped to.
+            steer: gives what the base optimizer steps with, in each bucket, for the gradients there.
+            first_squares: [] float64, the squared length to which that is scaled.
         """
         self.sync_state()
-        plain = grad_scale is None and found_inf is None and max_norm is None
-        if plain and (ran := self.run_pass(ascent=False)) is not None:
+        plain = grad_scale is None and found_inf is None and max_norm is None and first_squares is None
+        if plain and steer is None and (ran := self.run_pass(ascent=False)) is not None:
             for bucket, grads, written in ran:
                 bucket.note_update(grads, written)
             read = [grads for _, grads, _ in ran]
@@ -206,9 +240,10 @@ class Buckets(Grouping):
             read = self.gather(ascent=False)
             self.require_memory(read, ascent=False)
             self.sync_values()
-            factors = {} if max_norm is None else self.clip(read, max_norm, grad_scale)
-            for bucket, grads in zip(self.items, read, strict=True):
-                bucket.update(grads, grad_scale, found_inf, factors.get(bucket.tables.device))
+            along = read if steer is None else steer(read)
+            factors = self.factors_for(along, max_norm, grad_scale, first_squares)
+            for bucket, grads, direction in zip(self.items, read, along, strict=True):
+                bucket.update(grads, grad_scale, found_inf, factors.get(bucket.tables.device), direction)
         published = False
         for bucket, grads in zip(self.items, read, strict=True):
             if bucket.published.unpublished:
@@ -217,6 +252,34 @@ class Buckets(Grouping):
             self.watch.remember(self.state, self.segments())
         return read
 
+    def factors_for(
+        self,
+        grads: Sequence[Gradients],
+        max_norm: float | None,
+        grad_scale: Tensor | None,
+        first_squares: Tensor | None = None,
+    ) -> dict[torch.device, Tensor]:
+        """[] float64 on each device: what these gradients are multiplied by in the update; none if by nothing.
+
+        Args:
+            grads: what the base optimizer steps with.
+            max_norm: what their norm is clipped to, after the other factor.
+            grad_scale: their loss scale.
+            first_squares: [] float64, the squared length to which they are scaled, with the same loss scale.
+        """
+        if first_squares is None:
+            return {} if max_norm is None else self.clip(grads, max_norm, grad_scale)
+        self.clip(grads, float("inf"), None)  # for the norm
+        factors = {}
+        for device, squares in self.second_sums.items():
+            first, length = first_squares.to(device, non_blocking=True).sqrt(), squares.sum().sqrt()
+            factor = torch.where((first / length).isfinite(), first / length, 1.0)
+            if max_norm is not None:
+                scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).double().reshape(())
+                factor = factor * (max_norm / (factor * length / scale + CLIP_EPS)).clamp(max=1.0)
+            factors[device] = factor
+        return factors
+
     def clip(
         self, grads: Sequence[Gradients], max_norm: float, grad_scale: Tensor | None
     ) -> dict[torch.device, Tensor]:
@@ -224,7 +287,8 @@ class Buckets(Grouping):
         for bucket, g in zip(self.items, grads, strict=True):
             device = bucket.tables.device
             clip = Clip(max_norm, self.factors[device], bucket.on_device(grad_scale))
-            bucket.backend.operations.grad_norm(bucket.tables, g, self.second_sums[device], clip=clip)
+            with bucket.reading(g):
+                bucket.backend.operations.grad_norm(bucket.tables, g, self.second_sums[device], clip=clip)
         if len(self.factors) > 1:  # each launch knew the sums of its own device
             self._share_sums(self.second_sums)
             for device, factor in self.factors.items():
@@ -244,6 +308,18 @@ class Buckets(Grouping):
         self._share_sums(self.second_sums)
         device = self.items[0].tables.device
         return float((self.second_sums[device].sum() / self.sums[device].sum()).sqrt())
+
+    def descend(self, along: Sequence[Gradients], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take a plain step of gradient descent, w <- w - lr along, beside the base optimizer and its state.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, in which the values of the groups are the base optimizer's.
+        """
+        groups, device = self.shared.groups, self._kernels_device()
+        rows = [descent_row(group, device) for group in groups]
+        row_table = torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(len(rows), -1)
+        for bucket, direction in zip(self.items, along, strict=True):
+            bucket.descend(direction, rows, row_table, grad_scale, found_inf)
 
     def masters(self) -> dict[Tensor, Tensor]:
         """The float32 master of each parameter that has one, as `optimizer.state` shows it."""

@@ -32,10 +32,11 @@ def as_torch_saves(state: dict[int, dict[str, Any]], params: Sequence[Tensor], b
             continue
         if segment.step > 0 or rule.eager:
             state[i] = {**state[i], **{name: segment.views[name].cpu().clone() for name in rule.counters}}
-        elif segment.master is not None:
-            state[i] = {"master": state[i]["master"]}
         else:
-            del state[i]
+            kept = ("master", *buckets.shared.buffers)
+            state[i] = {name: value for name, value in state[i].items() if name in kept}
+            if not state[i]:
+                del state[i]
 
 
 def loadable(state_dict: Mapping[str, Any], groups: Sequence[Group], ignored: Collection[str]) -> dict[str, Any]:
@@ -52,8 +53,10 @@ def loadable(state_dict: Mapping[str, Any], groups: Sequence[Group], ignored: Co
     return {"state": {k: held for k, held in state.items() if held}, "param_groups": completed}
 
 
-def keep_wide(state: State, params: Sequence[Tensor], loaded: Mapping[str, Any], precision: Precision) -> None:
-    """Put into `state` what torch has cast to the parameters' dtype: NAdam's number, masters and their states."""
+def keep_wide(
+    state: State, params: Sequence[Tensor], loaded: Mapping[str, Any], precision: Precision, buffers: Collection[str]
+) -> None:
+    """Put into `state` what torch has cast to the parameters' dtype: NAdam's number, masters and states, `buffers`."""
     keys = [key for group in loaded["param_groups"] for key in group["params"]]
     for param, held in zip(params, (loaded["state"].get(key, {}) for key in keys), strict=True):
         masters = precision.format_of(real_dtype(param)).masters
@@ -61,5 +64,7 @@ def keep_wide(state: State, params: Sequence[Tensor], loaded: Mapping[str, Any],
             if name == "mu_product":
                 device = value.device if isinstance(value, Tensor) else torch.device("cpu")
                 state[param][name] = torch.as_tensor(value, dtype=torch.float32, device=device).clone()
+            elif name in buffers and isinstance(value, Tensor):
+                state[param][name] = value.detach().to(param.device, copy=True)
             elif masters and name != "step" and isinstance(value, Tensor) and value.is_floating_point():
                 state[param][name] = value.detach().to(param.device, copy=True)

@@ -75,8 +75,8 @@ class Grouping:
             self.watch.remember(self.state, self.segments())
 
     def _watches_state(self) -> bool:
-        """Whether anything of `optimizer.state` is ours; without a rule or masters all of it is the base's."""
-        return self.shared.rule is not None or self._has_masters()
+        """Whether anything of `optimizer.state` is ours; otherwise all of it is the base's."""
+        return self.shared.rule is not None or self._has_masters() or bool(self.shared.buffers)
 
     def _has_masters(self) -> bool:
         return self.shared.precision.master_weights
@@ -111,6 +111,7 @@ class Grouping:
         self.last_rounding_step = self.rounding_step()
         for bucket in self.items:
             bucket.copy_back()
+            bucket.vectors.publish(None, self.state)
             bucket.published.detach_state(self.state)
             self.shared.captures.hold(*bucket.captured_gradients)
         self.items, self.params = [], []  # if memory runs out, the next step begins with `_regroup`

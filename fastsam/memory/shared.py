@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -33,6 +33,8 @@ class Shared:
         q: exponent of the gradient's norm: 2, p / (p - 1) for another norm of the perturbation, 1 for no norm.
         decays: whether the perturbation is that of the loss with the weight decay in it.
         captures: what captured CUDA graphs read.
+        buffers: the vectors that a method keeps in `optimizer.state` beside the rule's states, by name, with their
+            dtype; None for that of directions.
     """
 
     rule: Rule | None
@@ -45,6 +47,7 @@ class Shared:
     q: float = 2.0
     decays: bool = False
     captures: Captures = field(default_factory=Captures)
+    buffers: Mapping[str, torch.dtype | None] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
     def name_of(self, param: Tensor) -> str:

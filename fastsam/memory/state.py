@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsam.memory.segments import Segment, layout, own_storage
 from fastsam.memory.shared import Shared, State
+from fastsam.memory.vectors import Vectors
 from fastsam.ops.native import reader
 from fastsam.ops.tables import Tables
 
@@ -24,9 +25,9 @@ class PublishedState:
         unpublished: indices of the segments whose state is not in `optimizer.state` yet.
     """
 
-    def __init__(self, tables: Tables, segments: Sequence[Segment], shared: Shared) -> None:
+    def __init__(self, tables: Tables, segments: Sequence[Segment], shared: Shared, vectors: Vectors) -> None:
         """Nothing is shown yet."""
-        self.tables, self.segments, self.shared = tables, segments, shared
+        self.tables, self.segments, self.shared, self.vectors = tables, segments, shared, vectors
         self.unpublished: list[int] = []
 
     def note_published(self, state: State, segments: Iterable[Segment]) -> None:
@@ -58,6 +59,9 @@ class PublishedState:
                 self._load_master(segment, held, id(segment) in perturbed)
             if segment.published:
                 self._publish(segment, state)
+        for name in self.shared.buffers:
+            if name in self.vectors.items:
+                self.vectors.load(name, state)
         named = [i for i, segment in enumerate(self.segments) if self._names(segment)]
         self.unpublished = [i for i in named if not self.segments[i].published]
 
@@ -165,7 +169,7 @@ class PublishedState:
             for name, view in segment.views.items():
                 if held.get(name) is not view:
                     continue
-                wide = name in COUNTERS or self.tables.format.masters
+                wide = name in COUNTERS or name in self.shared.buffers or self.tables.format.masters
                 dtype = view.dtype if wide else segment.param.dtype
                 held[name] = view.to(segment.param.device, dtype, copy=True)
             if "master" in segment.views and segment.param.dtype != segment.layout.dtype:
