@@ -21,12 +21,12 @@ inline bool is_on(const Tensor& tensor, Place place) {
 }
 inline const char* name_of(Place place) { return place == Place::kCpu ? "on the CPU" : "on a CUDA device"; }
 
-// The data of a tensor that must be contiguous, at `place`, of `dtype`, with `rows` rows (-1: any) of `columns` (0: of
-// one dimension).
+// The data of a tensor that must be contiguous, at `place`, of `dtype`, with `rows` rows (-1: any) of `columns` (-1:
+// any, 0: of one dimension).
 inline void* checked(const char* operation, const char* name, const Tensor& tensor, Place place, ScalarType dtype,
                      int64_t rows, int64_t columns) {
   using torch::headeronly::toString;
-  const int64_t dim = columns > 0 ? 2 : 1;
+  const int64_t dim = columns != 0 ? 2 : 1;
   STD_TORCH_CHECK(is_on(tensor, place) && tensor.is_contiguous(), operation, ": ", name, " must be contiguous, ",
                   name_of(place));
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, operation, ": ", name, " must have dtype ", toString(dtype), ", got ",
@@ -34,10 +34,12 @@ inline void* checked(const char* operation, const char* name, const Tensor& tens
   STD_TORCH_CHECK(tensor.dim() == dim, operation, ": ", name, " must have ", dim, " dimension(s), got ", tensor.dim());
   STD_TORCH_CHECK(rows < 0 || tensor.size(0) == rows, operation, ": ", name, " must have ", rows, " rows, got ",
                   tensor.size(0));
-  STD_TORCH_CHECK(columns == 0 || tensor.size(1) == columns, operation, ": ", name, " must have ", columns,
+  STD_TORCH_CHECK(columns <= 0 || tensor.size(1) == columns, operation, ": ", name, " must have ", columns,
                   " columns, got ", tensor.size(1));
   return tensor.data_ptr();
 }
+
+constexpr const char* kDtypeNames[kDtypes] = {"float32", "float64", "bfloat16", "float16"};
 
 // From fastsam/ops/native.py: four dtypes of four bits each, and whether rounding is stochastic.
 inline Format checked_format(const char* operation, int64_t format) {
@@ -52,15 +54,27 @@ inline Format checked_format(const char* operation, int64_t format) {
 // What the formats that fastsam/ops/formats.py makes have in common: float64 stands alone, masters are float32, and
 // states are narrower than what they are computed from only if that is float32.
 inline void check_served(const char* operation, const Format& format) {
-  constexpr const char* kNames[kDtypes] = {"float32", "float64", "bfloat16", "float16"};
   bool served = (format.source == format.weight || format.source == kFloat32) &&
                 (format.state == format.source || format.source == kFloat32);
   for (const Dtype each : {format.grad, format.source, format.state}) {
     served = served && (each == kFloat64) == (format.weight == kFloat64);
   }
-  STD_TORCH_CHECK(served, operation, ": there is no kernel for weights of dtype ", kNames[format.weight],
-                  " computed in ", kNames[format.source], ", gradients of dtype ", kNames[format.grad],
-                  " and states of dtype ", kNames[format.state]);
+  STD_TORCH_CHECK(served, operation, ": there is no kernel for weights of dtype ", kDtypeNames[format.weight],
+                  " computed in ", kDtypeNames[format.source], ", gradients of dtype ", kDtypeNames[format.grad],
+                  " and states of dtype ", kDtypeNames[format.state]);
+}
+
+// Gradients or a direction: a table of addresses on the host and the dtype of what lies there, as one of the codes
+// above. What is not float64 is computed in float32, so that float64 stands beside float64 only: beside `arithmetic`.
+inline Operand checked_operand(const char* operation, const char* name, const std::optional<Tensor>& addresses,
+                               int64_t dtype, int64_t n_segments, int64_t arithmetic) {
+  if (!addresses) return {nullptr, kFloat32};
+  STD_TORCH_CHECK(0 <= dtype && dtype < kDtypes, operation, ": ", name, " must have a dtype with a code in [0, ",
+                  static_cast<int>(kDtypes), "), got ", dtype);
+  STD_TORCH_CHECK((dtype == kFloat64) == (arithmetic == kFloat64), operation,
+                  ": float64 stands beside float64 only, got ", name, " of dtype ", kDtypeNames[dtype]);
+  const void* const table = checked(operation, name, *addresses, Place::kCpu, ScalarType::Long, n_segments, 0);
+  return {static_cast<const int64_t*>(table), static_cast<Dtype>(dtype)};
 }
 
 inline Rule checked_rule(const char* operation, int64_t rule) {
@@ -90,6 +104,21 @@ inline double* checked_slots(const char* operation, const Tensor& sums, int64_t 
   double* const slots = static_cast<double*>(checked(operation, "sums", sums, place, ScalarType::Double, -1, 0));
   STD_TORCH_CHECK(0 <= slot && slot < sums.size(0), operation, ": slot must be in [0, ", sums.size(0), "), got ", slot);
   return slots;
+}
+
+// What `dot` writes: the buckets' products, of which row `slot` is this bucket's.
+inline double* checked_products(const char* operation, const Tensor& out, int64_t slot, Place place) {
+  double* const rows = static_cast<double*>(checked(operation, "out", out, place, ScalarType::Double, -1, kProducts));
+  STD_TORCH_CHECK(0 <= slot && slot < out.size(0), operation, ": slot must be in [0, ", out.size(0), "), got ", slot);
+  return rows + slot * kProducts;
+}
+
+// Its scratch: a row of partial sums for each product.
+inline double* checked_product_partials(const char* operation, const Tensor& partials, int64_t n_chunks, Place place) {
+  void* const rows = checked(operation, "partials", partials, place, ScalarType::Double, kProducts, -1);
+  STD_TORCH_CHECK(partials.size(1) == n_chunks, operation, ": partials must have ", n_chunks, " columns, got ",
+                  partials.size(1));
+  return static_cast<double*>(rows);
 }
 
 // Where bound operands are kept.

@@ -92,6 +92,38 @@ void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tenso
   cpu::update(launch);
 }
 
+void dot(Tensor segments, Tensor chunks, Tensor a, int64_t a_dtype, std::optional<Tensor> b, int64_t b_dtype,
+         Tensor partials, Tensor out, int64_t slot) {
+  cpu::Dot launch{};
+  checked("dot", "segments", segments, Place::kCpu, ScalarType::Long, -1, 8);
+  launch.chunks = static_cast<const Chunk*>(checked("dot", "chunks", chunks, Place::kCpu, ScalarType::Int, -1, 4));
+  launch.n_chunks = chunks.size(0);
+  launch.a = checked_operand("dot", "a", a, a_dtype, segments.size(0), a_dtype);
+  launch.b = checked_operand("dot", "b", b, b_dtype, segments.size(0), a_dtype);
+  launch.partials = checked_product_partials("dot", partials, launch.n_chunks, Place::kCpu);
+  cpu::dot(launch, checked_products("dot", out, slot, Place::kCpu));
+}
+
+void combine_(Tensor segments, Tensor chunks, Tensor out, int64_t out_dtype, Tensor a, int64_t a_dtype,
+              std::optional<Tensor> b, int64_t b_dtype, std::optional<Tensor> c, int64_t c_dtype, double a_value,
+              double b_value, double c_value, std::optional<Tensor> a_coefficient, std::optional<Tensor> b_coefficient,
+              std::optional<Tensor> c_coefficient) {
+  cpu::Combination launch{};
+  checked("combine_", "segments", segments, Place::kCpu, ScalarType::Long, -1, 8);
+  launch.chunks = static_cast<const Chunk*>(checked("combine_", "chunks", chunks, Place::kCpu, ScalarType::Int, -1, 4));
+  launch.n_chunks = chunks.size(0);
+  launch.out = checked_operand("combine_", "out", out, out_dtype, segments.size(0), out_dtype);
+  const auto term = [&](const char* name, const std::optional<Tensor>& addresses, int64_t dtype, double value,
+                        const char* coefficient_name, const std::optional<Tensor>& coefficient) {
+    return Term{checked_operand("combine_", name, addresses, dtype, segments.size(0), out_dtype), value,
+                scalar<double>("combine_", coefficient_name, coefficient, Place::kCpu, ScalarType::Double)};
+  };
+  launch.terms[0] = term("a", a, a_dtype, a_value, "a_coefficient", a_coefficient);
+  launch.terms[1] = term("b", b, b_dtype, b_value, "b_coefficient", b_coefficient);
+  launch.terms[2] = term("c", c, c_dtype, c_value, "c_coefficient", c_coefficient);
+  cpu::combine(launch);
+}
+
 struct Operands {
   cpu::Launch launch;
   double* sums;
@@ -152,6 +184,14 @@ STABLE_TORCH_LIBRARY(fastsam, m) {
       "Tensor(a!) perturbed, Tensor? grad_scale, Tensor? found_inf, Tensor? clip, "
       "Tensor(b!)? overflows, Tensor(c!)? rounding) -> ()");
   m.def(
+      "dot(Tensor segments, Tensor chunks, Tensor a, int a_dtype, Tensor? b, int b_dtype, "
+      "Tensor(a!) partials, Tensor(b!) out, int slot) -> ()");
+  m.def(
+      "combine_(Tensor segments, Tensor chunks, Tensor out, int out_dtype, Tensor a, int a_dtype, Tensor? b, int "
+      "b_dtype, "
+      "Tensor? c, int c_dtype, float a_value, float b_value, float c_value, "
+      "Tensor? a_coefficient, Tensor? b_coefficient, Tensor? c_coefficient) -> ()");
+  m.def(
       "bind_(int format, int rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials, "
       "Tensor perturbed, Tensor sums, int slot, float q, Tensor? overflows, Tensor? rounding, Tensor(a!) bound) -> ()");
 }
@@ -160,6 +200,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
   m.impl("perturb_", TORCH_BOX(&perturb_));
   m.impl("update_", TORCH_BOX(&update_));
+  m.impl("dot", TORCH_BOX(&dot));
+  m.impl("combine_", TORCH_BOX(&combine_));
   m.impl("bind_", TORCH_BOX(&bind_));
 }
 

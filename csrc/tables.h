@@ -11,6 +11,8 @@ constexpr int kLanes = 2048;  // a chunk is 4 rows of 2048 lanes
 constexpr int kSlots = 1024;  // lanes over which the partial sums of chunks are added
 constexpr int kUnit = 64;     // chunk starts and positions are counted in units of 64 elements
 constexpr int kMaxStates = 3;
+constexpr int kProducts = 3;        // <a,a>, <a,b>, <b,b>
+constexpr int kMostTerms = 3;       // of a linear combination
 constexpr double kNormEps = 1e-12;  // added to the norm; the paper's code divides by the bare norm
 
 constexpr double kClipEps = 1e-6;  // added to the norm that gradients are clipped by, as torch does
@@ -71,6 +73,18 @@ struct Chunk {  // up to kChunk elements of one segment, 4 int32
   int32_t start;     // in units, within the segment
   int32_t length;    // in elements
   int32_t position;  // in units, within the bucket
+};
+
+// Gradients or a direction: a tensor of one dtype for each segment, or none.
+struct Operand {
+  const int64_t* addresses;  // [n_segments] on the host, 0 = none; null: there is no such operand
+  Dtype dtype;
+};
+
+struct Term {  // of a linear combination
+  Operand operand;
+  double coefficient;
+  const double* address;  // of the coefficient, where it is read on the bucket's device; or null
 };
 
 constexpr int kRowColumns = sizeof(Row) / 8;

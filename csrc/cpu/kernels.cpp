@@ -1,6 +1,7 @@
 // The loops, compiled once for each instruction set (FASTSAM_ISA names it). No templates of std, everything in the
 // set's namespace: the linker could keep the AVX-512 copy of a shared inline function for processors that cannot run
 // it.
+#include "../math/combine.h"
 #include "../math/perturb.h"
 #include "../math/rules.h"
 #include "launch.h"
@@ -273,14 +274,97 @@ static void update(const Launch& launch, int64_t begin, int64_t end) {
   store_fence(launch.stream);
 }
 
+// ---- dot: reads 2n elements, writes three partial sums a chunk.
+
+// Add the products of a tile, which lies within one row, to its lanes. x may be y.
+template <class T>
+static void add_products(const T* x, const T* y, T* __restrict lanes, int n) {
+  for (int i = 0; i < n; i++) lanes[i] = fma(x[i], y[i], lanes[i]);
+}
+
+// An operand's elements in a chunk; no address where the segment has none.
+static Elements elements_of(const Operand& operand, const Chunk& chunk) {
+  const int64_t address = operand.addresses ? operand.addresses[chunk.segment] : 0;
+  return address ? at(address, operand.dtype, chunk) : Elements{nullptr, operand.dtype};
+}
+
+template <class T>
+static void dot(const cpu::Dot& launch, int64_t begin, int64_t end) {
+  alignas(kLine) T lanes[kProducts][kLanes], pairs[kLanes / 2], x_tile[kTile], y_tile[kTile];
+  for (int64_t c = begin; c < end; c++) {
+    const Chunk& chunk = launch.chunks[c];
+    const int n = chunk.length, width = tree_width(n, kLanes);
+    const Elements x = elements_of(launch.a, chunk), y = elements_of(launch.b, chunk);
+    const bool there[kProducts] = {x.address != nullptr, x.address && y.address, y.address != nullptr};
+    for (int i = 0; i < width; i++) lanes[0][i] = lanes[1][i] = lanes[2][i] = 0;
+    for (int start = 0; start < n; start += kTile) {
+      const int m = tile_size(start, n), lane = start % kLanes;
+      const T* const xt = x.address ? load(x + start, x_tile, m) : nullptr;
+      const T* const yt = y.address ? load(y + start, y_tile, m) : nullptr;
+      if (there[0]) add_products(xt, xt, lanes[0] + lane, m);
+      if (there[1]) add_products(xt, yt, lanes[1] + lane, m);
+      if (there[2]) add_products(yt, yt, lanes[2] + lane, m);
+    }
+    for (int k = 0; k < kProducts; k++) {
+      launch.partials[k * launch.n_chunks + c] = there[k] ? fold(lanes[k], pairs, width) : 0;
+    }
+  }
+}
+
+// ---- combine_: reads n elements for each term that is left, writes n.
+
+template <int kTerms, class T>
+static void combine_tile(const T* c, const T* x0, const T* x1, const T* x2, T* out, int n) {
+  const T own[kMostTerms] = {c[0], c[1], c[2]};
+#pragma GCC ivdep  // out may be one of the operands
+  for (int i = 0; i < n; i++) {
+    T x[kMostTerms];
+    if (kTerms > 0) x[0] = x0[i];
+    if (kTerms > 1) x[1] = x1[i];
+    if (kTerms > 2) x[2] = x2[i];
+    out[i] = combined<kTerms>(own, x);
+  }
+}
+
+template <int kTerms, class T>
+static void combine_chunk(const Terms<T, Elements>& terms, Elements out, int n, bool stream) {
+  alignas(kLine) T tiles[kMostTerms][kTile], out_results[kTile];
+  for (int start = 0; start < n; start += kTile) {
+    const int m = tile_size(start, n);
+    const T* x[kMostTerms] = {};
+    for (int k = 0; k < kTerms; k++) x[k] = load(terms.x[k] + start, tiles[k], m);
+    T* const result = results(out + start, out_results, stream);
+    combine_tile<kTerms>(terms.c, x[0], x[1], x[2], result, m);
+    write(result, nullptr, out + start, m, stream);
+  }
+}
+
+template <class T>
+static void combine(const cpu::Combination& launch, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; c++) {
+    const Chunk& chunk = launch.chunks[c];
+    const Elements out = elements_of(launch.out, chunk);
+    if (!out.address) continue;
+    Terms<T, Elements> terms;
+    for (const Term& term : launch.terms) {
+      const Elements x = elements_of(term.operand, chunk);
+      terms.add(term.coefficient, x.address, x);
+    }
+    if (terms.n == 0) combine_chunk<0>(terms, out, chunk.length, launch.stream);
+    if (terms.n == 1) combine_chunk<1>(terms, out, chunk.length, launch.stream);
+    if (terms.n == 2) combine_chunk<2>(terms, out, chunk.length, launch.stream);
+    if (terms.n == 3) combine_chunk<3>(terms, out, chunk.length, launch.stream);
+  }
+  store_fence(launch.stream);
+}
+
 #define FASTSAM_NAME_(isa) #isa
 #define FASTSAM_NAME(isa) FASTSAM_NAME_(isa)
 
 extern const cpu::Kernels kernels = {
-    FASTSAM_NAME(FASTSAM_ISA),
-    {grad_norm<float>, grad_norm<double>},
-    {perturb<float>, perturb<double>},
-    {update<float>, update<double>},
+    FASTSAM_NAME(FASTSAM_ISA),         {grad_norm<float>, grad_norm<double>},
+    {perturb<float>, perturb<double>}, {update<float>, update<double>},
+    {dot<float>, dot<double>},         {combine<float>, combine<double>},
 };
 
 }  // namespace fastsam::FASTSAM_ISA

@@ -14,21 +14,38 @@ namespace {
 
 constexpr int64_t kGrain = 32768 / kUnit;  // below this many elements a second thread costs more than it saves
 
-int64_t units(const Launch& launch) {
+template <class L>
+int64_t units(const L& launch) {
   if (launch.n_chunks == 0) return 0;
   const Chunk& last = launch.chunks[launch.n_chunks - 1];
   return last.position + (last.length + kUnit - 1) / kUnit;
 }
 
 // Each thread takes a contiguous range of chunks with about the same number of elements.
-void run_loop(const Launch& launch, const Loop (&loops)[2]) {
-  const Loop loop = loops[launch.format.source == kFloat64];
+template <class L>
+void run_loop(const L& launch, LoopOver<L> loop) {
   const auto first_at = [&](int64_t position) {
     const auto before = [](const Chunk& chunk, int64_t value) { return chunk.position < value; };
     return std::lower_bound(launch.chunks, launch.chunks + launch.n_chunks, position, before) - launch.chunks;
   };
   torch::stable::parallel_for(0, units(launch), kGrain,
                               [&](int64_t begin, int64_t end) { loop(launch, first_at(begin), first_at(end)); });
+}
+
+void run_loop(const Launch& launch, const Loop (&loops)[2]) {
+  run_loop(launch, loops[launch.format.source == kFloat64]);
+}
+
+// Partial sums of chunks: lane i mod 1024 takes them in order.
+double slot_sum(const double* partials, int64_t n) {
+  double lanes[kSlots];
+  const int width = baseline::tree_width(n, kSlots);
+  std::fill(lanes, lanes + width, 0.0);
+  for (int64_t i = 0; i < n; i++) lanes[i % kSlots] += partials[i];
+  for (int half = width / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) lanes[i] = lanes[2 * i] + lanes[2 * i + 1];
+  }
+  return lanes[0];
 }
 
 // What perturb_ reads and writes of an element.
@@ -49,7 +66,10 @@ int update_bytes(const Launch& launch) {
 }
 
 // Streaming stores win a few percent beyond the last-level cache and cost a factor of 3 to 4 inside it.
-bool beyond_cache(const Launch& launch, int bytes) { return units(launch) * kUnit * bytes > cache_size(); }
+template <class L>
+bool beyond_cache(const L& launch, int bytes) {
+  return units(launch) * kUnit * bytes > cache_size();
+}
 
 }  // namespace
 
@@ -60,14 +80,7 @@ double grad_norm(const Launch& launch) {
       for (int64_t i = 0; i < launch.n_chunks; i++) f(launch.partials[i]);
     });
   }
-  double lanes[kSlots];
-  const int width = baseline::tree_width(launch.n_chunks, kSlots);
-  std::fill(lanes, lanes + width, 0.0);
-  for (int64_t i = 0; i < launch.n_chunks; i++) lanes[i % kSlots] += launch.partials[i];
-  for (int half = width / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; i++) lanes[i] = lanes[2 * i] + lanes[2 * i + 1];
-  }
-  return lanes[0];
+  return slot_sum(launch.partials, launch.n_chunks);
 }
 
 void perturb(Launch& launch) {
@@ -94,6 +107,21 @@ void update(Launch& launch) {
     launch.perturbed[i] = false;
   }
   if (launch.rounding && launch.rule != kNoRule) ++*launch.rounding;
+}
+
+void dot(const Dot& launch, double* out) {
+  run_loop(launch, kernels().dot[launch.a.dtype == kFloat64]);
+  for (int i = 0; i < kProducts; i++) out[i] = slot_sum(launch.partials + i * launch.n_chunks, launch.n_chunks);
+}
+
+void combine(Combination& launch) {
+  int bytes = kSizes[launch.out.dtype];
+  for (Term& term : launch.terms) {
+    if (term.address) term.coefficient = *term.address;
+    if (term.operand.addresses) bytes += kSizes[term.operand.dtype];
+  }
+  launch.stream = beyond_cache(launch, bytes);
+  run_loop(launch, kernels().combine[launch.out.dtype == kFloat64]);
 }
 
 }  // namespace fastsam::cpu

@@ -31,12 +31,31 @@ struct Launch {
   bool stream = false;  // write around the caches
 };
 
+struct Dot {
+  const Chunk* chunks;  // [n_chunks]
+  int64_t n_chunks;
+  Operand a, b;
+  double* partials;  // [kProducts, n_chunks]
+};
+
+struct Combination {
+  const Chunk* chunks;  // [n_chunks]
+  int64_t n_chunks;
+  Operand out;
+  Term terms[kMostTerms];
+  bool stream;  // write around the caches
+};
+
 // Work on the chunks [begin, end).
-using Loop = void (*)(const Launch&, int64_t begin, int64_t end);
+template <class L>
+using LoopOver = void (*)(const L&, int64_t begin, int64_t end);
+using Loop = LoopOver<Launch>;
 
 struct Kernels {  // in float32, in float64
   const char* isa;
   Loop grad_norm[2], perturb[2], update[2];
+  LoopOver<Dot> dot[2];
+  LoopOver<Combination> combine[2];
 };
 
 // The loops of the instruction set in use, at first the best this processor has, and the size of its last-level cache
@@ -52,5 +71,7 @@ bool use_isa(const char* name);
 double grad_norm(const Launch&);  // returns the bucket's sum of squares, for q != 2 its norm
 void perturb(Launch&);
 void update(Launch&);
+void dot(const Dot&, double* out);  // [kProducts]
+void combine(Combination&);
 
 }  // namespace fastsam::cpu

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fastsam.ops import reference
 from fastsam.ops.formats import Format
-from fastsam.ops.tables import ALIGN, Tables
+from fastsam.ops.tables import ALIGN, Gradients, Tables
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_RULE = -1
+MOST_TERMS = 3
 BOUND_BYTES = 416  # of csrc/bound.h
 
 
@@ -128,6 +129,40 @@ def update_(
     )
 
 
+def dot(tables: Tables, a: Gradients, b: Gradients | None, out: Tensor) -> None:
+    """Write `<a,a>`, `<a,b>` and `<b,b>` over the bucket into its slot; out: [n_buckets, 3] float64."""
+    _operations().dot(
+        tables.segment_table,
+        tables.chunk_table,
+        *_operand(tables, a),
+        *_operand(tables, b),
+        tables.dot_partials,
+        out,
+        tables.slot,
+    )
+
+
+def combine_(tables: Tables, out: Gradients, terms: Sequence[tuple[float | Tensor, Gradients]]) -> None:
+    """Write a linear combination: out = c0 x0 + c1 x1 + c2 x2, in every segment that `out` has.
+
+    A coefficient may be [] or [1] float64 on the bucket's device, which is read there, also by replays of a graph.
+    """
+    if not 1 <= len(terms) <= MOST_TERMS:
+        raise ValueError(f"combine_: there must be one to {MOST_TERMS} terms, got {len(terms)}")
+    coefficients: list[float | Tensor] = [0.0] * MOST_TERMS
+    operands: list[Gradients | None] = [None] * MOST_TERMS
+    for i, (coefficient, parts) in enumerate(terms):
+        coefficients[i], operands[i] = coefficient, parts
+    _operations().combine_(
+        tables.segment_table,
+        tables.chunk_table,
+        *_operand(tables, out),
+        *(each for parts in operands for each in _operand(tables, parts)),
+        *(0.0 if isinstance(c, Tensor) else c for c in coefficients),
+        *(c if isinstance(c, Tensor) else None for c in coefficients),
+    )
+
+
 def bind(tables: Tables, sums: Tensor) -> Tensor:
     """What `reader.run_pass` needs to run the operations over a bucket: its operands, checked once.
 
@@ -180,11 +215,24 @@ def addresses_of(tables: Tables, grads: Sequence[Tensor | None]) -> Tensor:
     table: Tensor | None = getattr(grads, "table", None)
     if table is not None:
         return table
-    table = tables.grad_table
+    return _write_addresses(tables.grad_table, grads)
+
+
+def _operand(tables: Tables, parts: Gradients | None) -> tuple[Tensor | None, int]:
+    """[n_segments] int64, addresses as above but in a table of their own, and the dtype's code; none is (None, 0)."""
+    if parts is None:
+        return None, 0
+    table = parts.table
+    if table is None:
+        table = _write_addresses(torch.empty(len(parts), dtype=torch.int64, device="cpu"), parts)
+    return table, _DTYPES[parts.dtype or tables.format.grad]
+
+
+def _write_addresses(table: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
     if reader is not None:
-        reader.fill(list(grads), table.data_ptr())
+        reader.fill(list(tensors), table.data_ptr())
     else:
-        table.copy_(torch.tensor([_address(grad) for grad in grads], dtype=torch.int64, device="cpu"))
+        table.copy_(torch.tensor([_address(tensor) for tensor in tensors], dtype=torch.int64, device="cpu"))
     return table
 
 
@@ -198,11 +246,15 @@ class _Operations:
     grad_norm: Callable[..., None]
     perturb_: Callable[..., None]
     update_: Callable[..., None]
+    dot: Callable[..., None]
+    combine_: Callable[..., None]
 
     def __init__(self, namespace: Any) -> None:
         self.grad_norm = namespace.grad_norm.default
         self.perturb_ = namespace.perturb_.default
         self.update_ = namespace.update_.default
+        self.dot = namespace.dot.default
+        self.combine_ = namespace.combine_.default
 
 
 @cache
