@@ -94,7 +94,7 @@ class _Every(_Rule):
 
 class _Randomly(_Rule):
     def decide(self, step: int) -> bool:
-        return random.Random(f"{self.parameters['seed']}:{step}").random() < self.parameters["p"]
+        return bool(random.Random(f"{self.parameters['seed']}:{step}").random() < self.parameters["p"])
 
 
 def always() -> When:

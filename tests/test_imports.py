@@ -35,6 +35,10 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         *("radius", "when", "checks", "closures", "scaling", "stats", "progress", "saving", "algebra", "passes"),
         *("optimizer", "training"),
     ),
+    "methods": (
+        *("checks", "esam", "friendly", "gsam", "looksam", "msam", "preconditioned", "sparse", "vasso", "wsam"),
+        "",  # the package's own file: all of them
+    ),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo"),
 }
 ORDER = [f"{wing}.{name}".strip(".") for wing, names in FLOORS.items() for name in names] + ["__main__"]

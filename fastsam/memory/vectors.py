@@ -51,7 +51,7 @@ class FlatVector:
         self.page.zero_()
         pieces = dict(zip(order, sorted_pieces, strict=True))
         self.pieces = [pieces[i] for i in range(len(segments))]
-        self.tensors = [_shaped(segment, piece) for segment, piece in zip(segments, self.pieces, strict=True)]
+        self.tensors: list[Tensor] = [_shaped(s, piece) for s, piece in zip(segments, self.pieces, strict=True)]
         addresses = [piece.data_ptr() if piece.numel() else ALIGN for piece in self.pieces]
         self.table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         self.written = torch.zeros(len(segments), dtype=torch.bool, device="cpu")
@@ -140,7 +140,7 @@ class Vectors:
         vector = self.items[name]
         for i, segment in enumerate(self.segments):
             view = segment.views.get(name)
-            value = state[segment.param].get(name) if segment.param in state else None
+            value: Tensor | None = state[segment.param].get(name) if segment.param in state else None
             mine = vector.tensors[i]
             if value is None:
                 if view is not None:
