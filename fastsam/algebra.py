@@ -72,6 +72,11 @@ class Algebra(SavedOptimizer):
         """The flat buffer of that name; one of `buffers` is saved, another holds what this step wrote to it."""
         return self._sam.directions.named(name)
 
+    def holds(self, name: str) -> bool:
+        """Whether one of `buffers` holds anything yet; for `takes_two_passes`."""
+        self._sync()
+        return self.direction(name).written
+
     def combine(
         self,
         out: str | Vector,

@@ -135,8 +135,8 @@ class Passes(Algebra):
         buckets.perturb(self._steer_ascent if steers else None, None if self.radius is None else self._map_sums)
         torch.clear_autocast_cache()
 
-    def _perturb_without_gradients(self, along: Vector, direction: Callable[[Vector], Vector]) -> None:
-        """Climb along what is made of something else than gradients, such as the base optimizer's state."""
+    def _perturb_without_gradients(self, source: Callable[[], Vector], direction: Callable[[Vector], Vector]) -> None:
+        """Climb along a direction that is made of something else than gradients, such as the base optimizer's state."""
         sam = self._sam
         buckets = self._sync()
         sam.phase = PERTURBED
@@ -144,7 +144,7 @@ class Passes(Algebra):
         def steer(parts: Sequence[Gradients]) -> tuple[Sequence[Gradients], None]:
             return sam.directions.here(direction(sam.directions.begin(parts))), None
 
-        buckets.perturb(steer, instead=lambda: sam.directions.in_perturbed_groups(along))
+        buckets.perturb(steer, instead=lambda: sam.directions.in_perturbed_groups(source()))
         torch.clear_autocast_cache()
 
     def _update(self) -> None:

@@ -65,7 +65,7 @@ class LookSAM(FusedSAM):
 
     def takes_two_passes(self) -> bool:
         """Every k-th time, and where there is no d yet."""
-        return self.steps % self.k == 0 or not self.direction("orthogonal_grad").written
+        return self.steps % self.k == 0 or not self.holds("orthogonal_grad")
 
     def ascent(self, g1: Vector) -> Vector:
         """Climb along g1, and keep it."""

@@ -97,9 +97,8 @@ class MSAM(FusedSAM):
             return
         rule = self._sam.buckets.shared.rule
         assert rule is not None
-        self._sync()
-        momentum = self.base_state(next(name for name in rule.states if name in MOMENTA))
-        self._perturb_without_gradients(momentum, lambda v: self.combine("ascent", (-1.0, v)))
+        name = next(name for name in rule.states if name in MOMENTA)
+        self._perturb_without_gradients(lambda: self.base_state(name), lambda v: self.combine("ascent", (-1.0, v)))
 
     def eval(self) -> None:
         """Bring the weights w back, to evaluate or to save."""

@@ -1,0 +1,447 @@
+"""Methods of the family in a training loop: resumed half-way, under a GradScaler, in copies, with `when`."""
+
+import copy
+import io
+import pickle
+import random
+
+import pytest
+import torch
+from test_methods import ADAMW, RHO, SGD, fused_step, gradient_at, groups_of, new_params
+from torch.nn import Parameter
+
+import fastsam
+from fastsam import methods, radius, when
+
+FAMILY = {
+    "gsam": (methods.GSAM, dict(alpha=0.3)),
+    "wsam": (methods.WSAM, dict(gamma=0.8)),
+    "looksam": (methods.LookSAM, dict(k=3, alpha=0.6)),
+    "friendly": (methods.FriendlySAM, dict(sigma=0.7, lmbda=0.8)),
+    "vasso": (methods.VaSSO, dict(theta=0.35)),
+    "esam": (methods.ESAM, dict(beta=0.4, seed=7)),
+    "sparse": (methods.SparseSAM, dict(sparsity=0.4, seed=5)),
+    "unnormalized": (fastsam.FusedSAM, dict(radius=radius.unnormalized())),
+    "stable": (fastsam.FusedSAM, dict(renormalize=True)),
+    "msam": (methods.MSAM, {}),
+    "every": (fastsam.FusedSAM, dict(when=when.every(3))),
+    "randomly": (methods.GSAM, dict(when=when.randomly(0.5, seed=3))),
+    "by_grad_norm": (fastsam.FusedSAM, dict(when=when.by_grad_norm(c=0.1, decay=0.7))),
+    "looksam late": (methods.LookSAM, dict(k=2, when=when.after(4))),
+}
+PRECISIONS = {
+    "float32": (torch.float32, {}),
+    "masters": (torch.bfloat16, dict(master_weights=True)),
+    "drawn": (torch.bfloat16, dict(stochastic_rounding=True, rounding_seed=11)),
+}
+each_method = pytest.mark.parametrize("name", FAMILY)
+
+
+def real_params(dtype, device):
+    return [p for p in new_params(dtype, device) if not p.is_complex()]
+
+
+def build(name, params, backend, base=SGD, **more):
+    cls, options = FAMILY[name]
+    kind, kwargs = base
+    return cls(groups_of(params), kind, RHO, backend=backend, **copy.deepcopy(options), **kwargs, **more)
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
+@each_method
+def test_a_resumed_run_goes_on_bit_for_bit(name, base, precision, backend, device):
+    dtype, options = PRECISIONS[precision]
+    params = real_params(dtype, device)
+    optimizer = build(name, params, backend, base, **options)
+    for t in range(5):
+        fused_step(optimizer, params, t)
+    if name == "msam":
+        optimizer.eval()
+    saved = through_a_file(optimizer.state_dict())
+    twins = [Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
+    resumed = build(name, twins, backend, base, **options)
+    resumed.load_state_dict(saved)
+    if name == "msam":
+        optimizer.train()
+        resumed.train()
+    for t in range(5, 10):
+        fused_step(optimizer, params, t)
+        fused_step(resumed, twins, t)
+        for p, q in zip(params, twins, strict=True):
+            assert torch.equal(p, q), t
+    for p, q in zip(params, twins, strict=True):
+        assert optimizer.state[p].keys() == resumed.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, resumed.state[q][key]), key
+
+
+@each_method
+def test_copies_go_on_alike(name, backend, device):
+    params = real_params(torch.float32, device)
+    optimizer = build(name, params, backend)
+    for t in range(4):
+        fused_step(optimizer, params, t)
+    if name == "msam":
+        optimizer.eval()
+    twins, copied = pickle.loads(pickle.dumps((params, optimizer)))
+    assert copied.options == optimizer.options
+    if name == "msam":
+        optimizer.train()
+        copied.train()
+    for t in range(4, 8):
+        fused_step(optimizer, params, t)
+        fused_step(copied, twins, t)
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+
+
+@each_method
+def test_buffers_survive_another_precision(name, backend, device):
+    """After `.double()` in the middle of training a method goes on from the buffers that it had."""
+    params = real_params(torch.float32, device)
+    optimizer = build(name, params, backend)
+    for t in range(4):
+        fused_step(optimizer, params, t)
+    if name == "msam":
+        optimizer.eval()
+    state = optimizer.state[params[5]]
+    before = {key: state[key].clone() for key in optimizer.buffers if key in state}
+    for p in params:
+        p.data = p.data.double()
+        p.grad = None
+    if name == "msam":
+        optimizer.train()
+    for t in range(4, 7):
+        if t == 4:
+            optimizer.prepare()
+            for key, value in before.items():
+                now = optimizer.state[params[5]][key]
+                torch.testing.assert_close(now.to(value.dtype), value, rtol=0, atol=0)
+        fused_step(optimizer, params, t)
+    assert all(p.isfinite().all() for p in params)
+
+
+@each_method
+def test_loss_scale_cancels(name, backend, device):
+    """With a GradScaler, one overflow in each pass: as without one where the skipped steps are undone by hand."""
+    params = real_params(torch.float32, device)
+    twins = copy.deepcopy(params)
+    optimizer, plain = build(name, params, backend), build(name, twins, backend)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=3)
+    one_pass = isinstance(optimizer, methods.MSAM)
+
+    def backward(of, t, k, scale, bad=False):
+        for p, g in gradient_at(of, t, k).items():
+            p.grad = g * scale
+        if bad:
+            of[3].grad[1, 1] = torch.inf
+
+    for t in range(8):
+        overflow = t in (2, 5)
+        backward(params, t, 1, scaler.scale(torch.ones((), device=device)).item(), overflow and one_pass)
+        if one_pass or optimizer.first_step(zero_grad=True, scaler=scaler):
+            if not one_pass:
+                backward(params, t, 2, scaler.get_scale(), overflow)
+        elif overflow:
+            params[3].grad[1, 1] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        before = [q.detach().clone() for q in twins]
+        backward(twins, t, 1, 1.0)
+        if one_pass:
+            if not overflow:
+                plain.step()
+            continue
+        if plain.first_step(zero_grad=True):
+            backward(twins, t, 2, 1.0)
+        if overflow:
+            if isinstance(plain, methods.LookSAM):  # what it would keep is what the overflow spoiled
+                pytest.skip("LookSAM's direction of a step that overflowed has no plain twin")
+            plain.restore()
+            assert all(torch.equal(q, w) for q, w in zip(twins, before, strict=True))
+            if plain.precision.draws:
+                pytest.fail("not a twin")
+        else:
+            plain.step()
+    assert scaler.get_scale() != 1024.0
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=2e-6, atol=1e-7)
+
+
+@each_method
+def test_an_overflow_leaves_nothing_behind(name, backend, device):
+    """After gradients that are not finite, in whichever pass, weights and saved buffers are finite, now and later."""
+    for bad_pass in (1, 2):
+        params = real_params(torch.float32, device)
+        optimizer = build(name, params, backend)
+        scaler = torch.amp.GradScaler(device, init_scale=64.0)
+        for t in range(7):
+            scale = scaler.scale(torch.ones((), device=device)).item()
+
+            def backward(k, t=t, scale=scale, params=params, bad_pass=bad_pass):
+                for p, g in gradient_at(params, t, k).items():
+                    p.grad = g * scale
+                if k == bad_pass and t in (1, 3):
+                    params[3].grad[2, 2] = float("nan" if t == 1 else "inf")
+
+            backward(1)
+            if not isinstance(optimizer, methods.MSAM) and optimizer.first_step(zero_grad=True, scaler=scaler):
+                backward(2)
+            scaler.step(optimizer)
+            scaler.update()
+        assert all(p.isfinite().all() for p in params)
+        for p in params:
+            for key in optimizer.buffers:
+                assert optimizer.state[p][key].isfinite().all(), key
+
+
+@pytest.mark.parametrize("cls", [methods.FriendlySAM, methods.VaSSO])
+def test_averages_need_the_scaler(cls, backend, device):
+    params = real_params(torch.float32, device)
+    optimizer = cls(params, "sgd", RHO, lr=0.1, backend=backend)
+    scaler = torch.amp.GradScaler(device, init_scale=64.0)
+    before = [p.detach().clone() for p in params]
+    for p, g in gradient_at(params, 0, 1).items():
+        p.grad = g * scaler.scale(torch.ones((), device=device))
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=f"{cls.__name__} needs to know the loss scale.*scaler=scaler"):
+        scaler.step(optimizer)
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    with pytest.raises(ValueError, match="must be a torch.amp.GradScaler"):
+        optimizer.first_step(scaler=1024.0)
+
+
+def count_calls(optimizer, params, steps):
+    calls = []
+
+    def closure():
+        calls.append(0)
+        optimizer.zero_grad()
+        loss = sum(((p - 0.3) ** 2).sum() for p in params)
+        loss.backward()
+        return loss
+
+    counts = []
+    for _ in range(steps):
+        calls.clear()
+        optimizer.step(closure)
+        counts.append(len(calls))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (when.every(3), [2, 1, 1, 2, 1, 1, 2]),
+        (when.after(4), [1, 1, 1, 1, 2, 2, 2]),
+        (when.between(1, 3), [1, 2, 2, 1, 1, 1, 1]),
+        (when.never(), [1] * 7),
+        (when.always(), [2] * 7),
+        (lambda step: step in (0, 6), [2, 1, 1, 1, 1, 1, 2]),
+    ],
+    ids=["every", "after", "between", "never", "always", "function"],
+)
+def test_when_decides_the_number_of_passes(name, expected, backend, device):
+    params = real_params(torch.float32, device)[3:5]
+    optimizer = fastsam.FusedSAM(params, "sgd", 0.1, lr=0.01, when=name, backend=backend)
+    assert count_calls(optimizer, params, 7) == expected
+
+
+def test_random_steps_are_the_seeds(backend, device):
+    params = real_params(torch.float32, device)[3:5]
+    build_one = lambda seed: fastsam.FusedSAM(  # noqa: E731
+        params, "sgd", 0.1, lr=0.001, when=when.randomly(0.4, seed), backend=backend
+    )
+    random.seed(1)
+    first, again, other = (count_calls(build_one(seed), params, 60) for seed in (5, 5, 6))
+    assert first == again != other
+    assert 12 <= first.count(2) <= 36
+
+
+def test_long_gradients_ask_for_sam(backend, device):
+    """By the norm of the step before: the moments are those of the paper's average, over steps of both kinds."""
+    param = Parameter(torch.tensor([3.0, 4.0], device=device))
+    optimizer = fastsam.FusedSAM([param], "sgd", 0.0, lr=0.0, when=when.by_grad_norm(c=1.0, decay=0.5), backend=backend)
+    lengths = [1.0, 2.0, 9.0, 1.0, 1.0, 30.0, 2.0, 2.0]
+    mean = variance = last = None
+    for length in lengths:
+        expected = last is None or last >= mean + variance**0.5
+        param.grad = torch.tensor([0.6 * length, 0.8 * length], device=device)
+        assert optimizer.first_step() == expected
+        optimizer.step()
+        last = length**2
+        mean = last if mean is None else 0.5 * mean + 0.5 * last
+        variance = 0.0 if variance is None else 0.5 * variance + 0.5 * (last - mean) ** 2
+
+
+def test_a_wasted_second_pass_is_right_and_an_added_one_refused(backend, device):
+    def run(loop):
+        param = Parameter(torch.tensor([1.0, -2.0], device=device))
+        optimizer = fastsam.FusedSAM([param], "sgd", 0.1, lr=0.1, when=when.never(), backend=backend)
+
+        def backward():
+            (param**2).sum().backward()
+
+        backward()
+        second = optimizer.first_step(zero_grad=True)
+        assert second is False and not optimizer.perturbed
+        loop(optimizer, param, backward)
+        optimizer.step()
+        return param.detach()
+
+    def nothing(optimizer, param, backward):
+        pass
+
+    def clears(optimizer, param, backward):
+        optimizer.zero_grad()
+        backward()
+
+    def clears_in_place(optimizer, param, backward):
+        param.grad.zero_()
+        backward()
+
+    def clips(optimizer, param, backward):
+        torch.nn.utils.clip_grad_norm_([param], 100.0)
+
+    def adds(optimizer, param, backward):
+        backward()
+
+    expected = run(nothing)
+    for right in (clears, clears_in_place, clips):
+        torch.testing.assert_close(run(right), expected)
+    with pytest.raises(
+        RuntimeError, match="added to the gradients of a step that has one pass.*if optimizer.first_step"
+    ):
+        run(adds)
+
+
+def test_a_step_of_one_pass_can_be_given_up(backend, device):
+    param = Parameter(torch.tensor([1.0, -2.0], device=device))
+    optimizer = fastsam.FusedSAM([param], "sgd", 0.1, lr=0.1, when=when.every(2), backend=backend)
+    for expected in (True, False, True):
+        (param**2).sum().backward()
+        assert optimizer.first_step() is expected
+        optimizer.restore()
+        optimizer.zero_grad()
+    assert torch.equal(param.detach().cpu(), torch.tensor([1.0, -2.0]))
+
+
+def test_gradients_at_hand_and_one_call(backend, device):
+    """With closure_calls=1 a step of one pass does not call the closure."""
+    param = Parameter(torch.tensor([1.0, -2.0], device=device))
+    optimizer = fastsam.FusedSAM([param], "sgd", 0.1, lr=0.1, when=when.every(2), closure_calls=1, backend=backend)
+    calls = []
+
+    def closure():
+        calls.append(0)
+        (param**2).sum().backward()
+
+    for _ in range(4):
+        optimizer.zero_grad()
+        (param**2).sum().backward()
+        optimizer.step(closure)
+    assert len(calls) == 2
+
+
+def test_rho_follows_the_learning_rate(backend, device):
+    param = Parameter(torch.ones(3, device=device))
+    optimizer = methods.GSAM([param], "sgd", 0.1, lr=0.8, backend=backend)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0.2)
+    rho = methods.RhoFollowsLR(optimizer, 0.5, 0.1, lr_min=0.2)
+    for _ in range(10):
+        lr = optimizer.param_groups[0]["lr"]
+        assert optimizer.param_groups[0]["rho"] == pytest.approx(0.1 + 0.4 * (lr - 0.2) / 0.6)
+        param.grad = torch.ones_like(param)
+        optimizer.first_step()
+        optimizer.step()
+        scheduler.step()
+        rho.step()
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(0.1)
+
+
+class Half(fastsam.FusedSAM):
+    """A user's own: the mean of both gradients."""
+
+    def ascent(self, g1):
+        self.keep(g1)
+        return g1
+
+    def descent(self, g2):
+        return self.combine("half", (0.5, g2), (0.5, self.direction("kept")))
+
+
+def test_a_users_own_method(backend, device):
+    params = real_params(torch.float64, device)
+    optimizer = Half(params, "sgd", RHO, lr=0.1, backend=backend)
+    for t in range(3):
+        g1, old = gradient_at(params, t, 1), [p.detach().clone() for p in params]
+        n = torch.cat([g.flatten() for g in g1.values()]).norm()
+        twins = [Parameter(p.detach() + RHO * g1[p] / n) for p in params]
+        g2 = gradient_at(twins, t, 2)
+        fused_step(optimizer, params, t + 10)  # no gradient is missing there
+        for p, w, g, h in zip(params, old, gradient_at(params, t, 1).values(), g2.values(), strict=True):
+            del p, w, g, h
+        for p, w in zip(params, old, strict=True):
+            p.data.copy_(w)
+        for p in params:
+            p.grad = g1[p]
+        optimizer.first_step(zero_grad=True)
+        for p, q in zip(params, twins, strict=True):
+            p.grad = g2[q]
+        optimizer.step()
+        for p, q, w in zip(params, twins, old, strict=True):
+            torch.testing.assert_close(p.detach(), w - 0.1 * (g1[p] + g2[q]) / 2, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("build_one", "message"),
+    [
+        (lambda p: methods.GSAM(p, "sgd", lr=0.1, alpha=-1.0), "GSAM: alpha must be >= 0, got -1.0"),
+        (lambda p: methods.WSAM(p, "sgd", lr=0.1, gamma=1.0), r"WSAM: gamma must be in \[0, 1\), got 1.0"),
+        (lambda p: methods.LookSAM(p, "sgd", lr=0.1, k=0), "LookSAM: k must be an integer >= 1, got 0"),
+        (lambda p: methods.FriendlySAM(p, "sgd", lr=0.1, lmbda=1.5), r"lmbda must be in \[0, 1\], got 1.5"),
+        (lambda p: methods.VaSSO(p, "sgd", lr=0.1, theta=2.0), r"VaSSO: theta must be in \[0, 1\], got 2.0"),
+        (lambda p: methods.ESAM(p, "sgd", lr=0.1, beta=0.0), r"ESAM: beta must be in \(0, 1\], got 0.0"),
+        (lambda p: methods.SparseSAM(p, "sgd", lr=0.1, sparsity=1.0), r"sparsity must be in \[0, 1\), got 1.0"),
+        (lambda p: methods.SparseSAM(p, "sgd", lr=0.1, drop="age"), "drop must be one of .*got 'age'"),
+        (lambda p: methods.MSAM(p, "sgd", lr=0.1), "MSAM: the base optimizer must be a fused one with momentum"),
+        (lambda p: methods.PreconditionedSAM(p, "sgd", lr=0.1), "must be Adam, AdamW, NAdam or RAdam, got SGD"),
+        (
+            lambda p: fastsam.FusedSAM(p, "sgd", lr=0.1, radius=0.1),
+            "radius must be one of fastsam.radius.*a number is rho",
+        ),
+        (lambda p: fastsam.FusedSAM(p, "sgd", lr=0.1, p=3.0, radius=radius.mixed(0.5)), "radius= needs p=2, got p=3.0"),
+        (lambda p: fastsam.FusedSAM(p, "sgd", lr=0.1, when=5), "when must be one of fastsam.when.*got 5"),
+        (lambda p: when.every(0), "k must be an integer >= 1, got 0"),
+        (lambda p: when.randomly(1.5), r"p must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_options_out_of_range(build_one, message):
+    with pytest.raises(ValueError, match=message):
+        build_one([Parameter(torch.ones(2))])
+
+
+def test_msam_says_what_to_do(backend, device):
+    param = Parameter(torch.tensor([1.0, -2.0], device=device))
+    optimizer = methods.MSAM([param], "sgd", 0.5, lr=0.1, momentum=0.9, backend=backend)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="call optimizer.eval.* before saving"):
+        optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="a step has one pass: call step"):
+        optimizer.first_step()
+    perturbed = param.detach().clone()
+    with optimizer.unperturbed():
+        assert not torch.equal(param, perturbed)
+    assert torch.equal(param, perturbed)
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match="step.* in evaluation mode; call optimizer.train"):
+        optimizer.step()
