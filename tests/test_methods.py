@@ -257,3 +257,33 @@ def test_steps_that_are_no_sam_steps_are_the_base_optimizers(base, backend, devi
             q.grad = grads.get(q)
         plain.base_step()
     assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["nearest", "masters", "mixed"])
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "sam"])
+def test_low_precision_is_no_further_from_float64_than_torch(name, precision, backend, device):
+    """In bfloat16 each method ends at least as near to its float64 run as its formula in torch's bfloat16 does."""
+    cls, options, rival = FAMILY[name]
+    kind, kwargs = SGD
+    exact = [p for p in new_params(torch.float64, device) if not p.is_complex()]
+    exact = [Parameter(p.detach().to(torch.bfloat16).double()) for p in exact]
+
+    def lowered():
+        keep = (lambda i: i % 2 == 0) if precision == "mixed" else (lambda i: False)
+        return [Parameter(p.detach().to(torch.float32 if keep(i) else torch.bfloat16)) for i, p in enumerate(exact)]
+
+    params, twins = lowered(), lowered()
+    more = dict(master_weights=True) if precision == "masters" else {}
+    optimizer = cls(groups_of(params), kind, RHO, backend=backend, **options, **kwargs, **more)
+    by_torch = rival(groups_of(twins), kind, RHO, foreach=False, **kwargs)
+    true = rival(groups_of(exact), kind, RHO, foreach=False, **kwargs)
+    for t in range(6):
+        fused_step(optimizer, params, t)
+        by_torch.step(functools.partial(by_hand_gradient, twins, t))
+        true.step(functools.partial(by_hand_gradient, exact, t))
+
+    def distance(found):
+        return sum(float((p.detach().double() - q.detach()).square().sum()) for p, q in zip(found, exact, strict=True))
+
+    # Without masters both round each step to the same 8 bits, at other places, so some luck is in it: up to 1.23 seen.
+    assert distance(params) <= distance(twins) * (1.0 if precision == "masters" else 1.4)
