@@ -8,6 +8,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../csrc/cuda/combine.h"
+#include "../csrc/cuda/dot.h"
 #include "../csrc/cuda/power.h"
 #include "../csrc/cuda/update.h"
 
@@ -84,8 +86,22 @@ struct Launch {  // what the test hands over; the same in test_cuda_core.py
   int64_t split_bits, by_value, seed, threads, rule;
 };
 
-template <class Body>
-void run_grid(int blocks, const Launch& launch, const Body& body) {
+struct OperandLaunch {  // of dot and combine_; the same in test_cuda_core.py
+  const Chunk* chunks;
+  const int64_t* addresses[kMostTerms + 1];
+  const double* coefficient_addresses[kMostTerms];
+  uint32_t* ticket;
+  double* partials;
+  double* out;
+  double coefficients[kMostTerms];
+  int64_t dtypes[kMostTerms + 1];
+  int64_t n_operands, n_chunks, n_segments;
+  int64_t most;  // segments that one launch serves
+  int64_t split_bits, seed, threads;
+};
+
+template <class L, class Body>
+void run_grid(int blocks, const L& launch, const Body& body) {
   std::vector<int> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   std::mt19937 random(static_cast<unsigned>(launch.seed));
@@ -190,6 +206,50 @@ void update(const Launch& launch) {
   });
 }
 
+template <class Header, class Body>
+void run_ranges(const OperandLaunch& launch, Header header, const Body& body) {
+  header.chunks = launch.chunks;
+  header.n_chunks = static_cast<int32_t>(launch.n_chunks);
+  header.split_bits = static_cast<int32_t>(launch.split_bits);
+  header.n_operands = static_cast<int32_t>(launch.n_operands);
+  for (int k = 0; k < launch.n_operands; k++) header.dtypes[k] = static_cast<Dtype>(launch.dtypes[k]);
+  int64_t first = 0;
+  do {
+    const int64_t n = std::min(launch.n_segments - first, launch.most);
+    auto args = std::make_unique<OperandArguments<Header, 4096>>();
+    static_cast<Header&>(*args) = header;
+    args->first_segment = static_cast<int32_t>(first);
+    args->n_segments = static_cast<int32_t>(n);
+    for (int k = 0; k < launch.n_operands; k++) std::copy_n(launch.addresses[k] + first, n, args->words + k * n);
+    first += n;
+    if constexpr (std::is_same<Header, DotHeader>::value) {
+      args->ticket = first == launch.n_segments ? launch.ticket : nullptr;
+    }
+    const int blocks = std::max(1, args->n_chunks << args->split_bits);
+    run_grid(blocks, launch, [&](HostContext& ctx) { body(ctx, *args); });
+  } while (first < launch.n_segments);
+}
+
+template <class T>
+void dot(const OperandLaunch& launch) {
+  DotHeader header{};
+  header.partials = launch.partials;
+  header.out = launch.out;
+  run_ranges(launch, header, [](HostContext& ctx, const auto& args) {
+    DotShared<T> shared;
+    dot_block<T>(ctx, args, shared);
+  });
+}
+
+template <class T>
+void combine(const OperandLaunch& launch) {
+  if (launch.n_chunks == 0) return;
+  CombineHeader header{};
+  std::copy_n(launch.coefficients, kMostTerms, header.coefficients);
+  std::copy_n(launch.coefficient_addresses, kMostTerms, header.addresses);
+  run_ranges(launch, header, [](HostContext& ctx, const auto& args) { combine_block<T>(ctx, args); });
+}
+
 template <class F>
 void run_operation(int operation, const Launch& launch) {
   using Climb = typename F::Climb;
@@ -233,6 +293,13 @@ extern "C" bool fastsam_run(int operation, const int* format, const FASTSAM_ISA:
 #undef FASTSAM_ROW
   runs[index](operation, *launch);
   return true;
+}
+
+extern "C" void fastsam_dot(const OperandLaunch* launch) {
+  launch->dtypes[0] == kFloat64 ? dot<double>(*launch) : dot<float>(*launch);
+}
+extern "C" void fastsam_combine(const OperandLaunch* launch) {
+  launch->dtypes[0] == kFloat64 ? combine<double>(*launch) : combine<float>(*launch);
 }
 
 extern "C" int fastsam_part(int64_t block, int split_bits, int length, int* begin) {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cases
 import pytest
+import test_dot_combine
 import test_general_p
 import torch
 from rounding import (
@@ -54,6 +55,18 @@ NUMBERS = "n_chunks n_segments n_groups n_sums slot split_bits by_value seed thr
 OFFSETS = [(0, 0), (8, 0), (0, 8), (4, 12), (12, 8), (8, 8), (2, 6), (14, 10)]  # of weights and gradients, in bytes
 
 
+class OperandLaunch(ctypes.Structure):
+    _fields_ = [
+        ("chunks", ctypes.c_void_p),
+        ("addresses", ctypes.c_void_p * 4),
+        ("coefficient_addresses", ctypes.c_void_p * 3),
+        *((name, ctypes.c_void_p) for name in ("ticket", "partials", "out")),
+        ("coefficients", ctypes.c_double * 3),
+        ("dtypes", ctypes.c_int64 * 4),
+        *((n, ctypes.c_int64) for n in "n_operands n_chunks n_segments most split_bits seed threads".split()),
+    ]
+
+
 class Launch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -94,9 +107,10 @@ def library(objects):
 
 
 class Emulated:
-    """A backend: the three operations with the signatures of `ops/reference.py`, run by the kernels' bodies."""
+    """A backend: the operations with the signatures of `ops/reference.py`, run by the kernels' bodies."""
 
-    def __init__(self, library, split_bits=0, seed=0, threads=1, by_value=3):
+    def __init__(self, library, split_bits=0, seed=0, threads=1, by_value=3, most=1 << 20):
+        self.most = most  # segments that one launch of dot or combine_ serves
         self.library, self.split_bits, self.seed, self.threads = library, split_bits, seed, threads
         self.by_value = by_value  # bits: rows, gradients
         self.tickets = torch.zeros(2, dtype=torch.int32)
@@ -139,6 +153,40 @@ class Emulated:
         counters = dict(overflows=bucket.overflows, rounding=bucket.rounding)
         self.run(UPDATE, bucket, grads, 1, perturbed=bucket.perturbed, **factors, **counters)
         bucket.perturbed.zero_()
+
+    def run_operands(self, operation, tables, operands, **fields):
+        held = [torch.tensor([0 if t is None else t.data_ptr() or 64 for t in parts]) for parts in operands]
+        launch = OperandLaunch(
+            chunks=tables.chunk_table.data_ptr(),
+            addresses=(ctypes.c_void_p * 4)(*(table.data_ptr() for table in held)),
+            dtypes=(ctypes.c_int64 * 4)(*(CODES[parts.dtype or tables.format.grad] for parts in operands)),
+            n_operands=len(operands),
+            n_chunks=len(tables.chunk_table),
+            n_segments=len(held[0]),
+            most=self.most,
+            seed=self.seed,
+            threads=self.threads,
+            **fields,
+        )
+        operation(ctypes.byref(launch))
+
+    def dot(self, tables, a, b, out):
+        ticket = self.tickets.data_ptr()
+        where = dict(ticket=ticket, partials=tables.dot_partials.data_ptr(), out=out[tables.slot].data_ptr())
+        self.run_operands(self.library.fastsam_dot, tables, [a] if b is None else [a, b], **where)
+        assert self.tickets.tolist() == [0, 0]
+
+    def combine_(self, tables, out, terms):
+        values = [0.0 if isinstance(c, torch.Tensor) else c for c, _ in terms]
+        there = [c.data_ptr() if isinstance(c, torch.Tensor) else None for c, _ in terms]
+        self.run_operands(
+            self.library.fastsam_combine,
+            tables,
+            [out, *(parts for _, parts in terms)],
+            coefficients=(ctypes.c_double * 3)(*values),
+            coefficient_addresses=(ctypes.c_void_p * 3)(*there),
+            split_bits=self.split_bits,
+        )
 
 
 def run(backend, bucket, grads1, grads2, **options):
@@ -518,6 +566,55 @@ def test_norms_for_other_p_that_are_0_or_not_finite(library, monkeypatch, p):
     test_general_p.test_no_gradient_at_all_has_a_norm_of_0("cpu", "cpu", p)
     for bad in (math.inf, -math.inf, math.nan):
         test_general_p.test_one_element_that_is_not_finite_is_noticed("cpu", "cpu", p, bad)
+
+
+# ---- dot and combine_.
+
+needs_tables = pytest.mark.skipif(
+    ops.backends()["cpu"] is not None, reason="no native library, whose tables this needs"
+)
+OPERANDS = [dict(), dict(split_bits=1, seed=11), dict(split_bits=2, seed=12, threads=3, most=4)]
+
+
+@needs_tables
+@pytest.mark.parametrize("dtypes", test_dot_combine.MIXES, ids=str)
+def test_dot_and_combine_have_the_references_bits_in_any_order_of_blocks(library, dtypes):
+    for options in OPERANDS:
+        backend = Emulated(library, **options)
+        test_dot_combine.check_dot(backend, "cpu", dtypes)
+        test_dot_combine.check_combine(backend, "cpu", dtypes)
+
+
+@needs_tables
+@pytest.mark.parametrize("offsets", test_dot_combine.OFFSETS, ids=str)
+@pytest.mark.parametrize("dtypes", test_dot_combine.MIXES, ids=str)
+def test_any_alignment_of_operands(library, dtypes, offsets):
+    backend = Emulated(library, **OPERANDS[1])
+    test_dot_combine.check_dot(backend, "cpu", dtypes, offsets)
+    test_dot_combine.check_combine(backend, "cpu", dtypes, offsets)
+
+
+@needs_tables
+@pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_access_beyond_operands(library, dtype, at_end):
+    for options in OPERANDS:
+        test_dot_combine.check_guarded(Emulated(library, **options), dtype, at_end)
+
+
+@needs_tables
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operands_that_are_not_finite(library, dtype):
+    test_dot_combine.check_not_finite(Emulated(library, **OPERANDS[1]), "cpu", dtype)
+
+
+@needs_tables
+@pytest.mark.parametrize("most", [1, 7, 299, 300])
+def test_addresses_that_take_several_launches(library, most):
+    backend = Emulated(library, split_bits=2, seed=5, most=most)
+    test_dot_combine.check_many(backend, "cpu", 300)
+    test_dot_combine.check_layouts(backend, "cpu")
+    test_dot_combine.check_nothing(backend, "cpu")
 
 
 def emulate(library, monkeypatch):

@@ -336,22 +336,26 @@ FASTSAM_DEVICE bool write_partial(Ctx& ctx, const A& args, Shared& shared, const
   return shared.last;
 }
 
-// The last block adds all partial sums: lane i mod 1024 takes them in order.
+// Thread t's lanes of the sum over chunks, folded to one value: lane i mod 1024 takes the partial sums in order.
+template <class Ctx>
+FASTSAM_DEVICE double slot_lanes(Ctx& ctx, const double* partials, int n_chunks, int t) {
+  constexpr int kEach = kSlots / kThreads;
+  double acc[kEach] = {};
+  FASTSAM_ROLLED
+  for (int i = kEach * t; i < n_chunks; i += kSlots) {
+    FASTSAM_UNROLL
+    for (int e = 0; e < kEach; e++) {
+      if (i + e < n_chunks) acc[e] += ctx.load_other(partials + i + e);
+    }
+  }
+  return pair_sum<kEach>(acc);
+}
+
+// The last block adds all partial sums.
 template <class Shared, class Ctx, class A>
 FASTSAM_DEVICE void sum_partials(Ctx& ctx, const A& args, Shared& shared) {
-  constexpr int kEach = kSlots / kThreads;
   typename Ctx::template PerThread<Several<double, 1>> sums;
-  ctx.threads([&](int t) {
-    double acc[kEach] = {};
-    FASTSAM_ROLLED
-    for (int i = kEach * t; i < args.n_chunks; i += kSlots) {
-      FASTSAM_UNROLL
-      for (int e = 0; e < kEach; e++) {
-        if (i + e < args.n_chunks) acc[e] += ctx.load_other(args.partials + i + e);
-      }
-    }
-    sums[t].each[0] = pair_sum<kEach>(acc);
-  });
+  ctx.threads([&](int t) { sums[t].each[0] = slot_lanes(ctx, args.partials, args.n_chunks, t); });
   fold_warps(ctx, sums, shared.slots);
   ctx.threads([&](int t) {
     if (t != 0) return;

@@ -6,6 +6,7 @@
 
 #include "kernel_tables.h"
 #include "launch.h"
+#include "operand_tables.h"
 #include "power.h"
 
 namespace fastsam::FASTSAM_ISA {
@@ -44,7 +45,8 @@ cudaError_t write_words(int64_t* to, int64_t n, cudaStream_t stream, const WordA
 }
 
 // The kernels' own memory behind the segments.
-gpu::Control* control_of(const gpu::Launch& launch) {
+template <class L>
+gpu::Control* control_of(const L& launch) {
   return reinterpret_cast<gpu::Control*>(const_cast<Segment*>(launch.segments) + launch.n_segments);
 }
 Row* captured_rows_of(const gpu::Launch& launch) { return reinterpret_cast<Row*>(control_of(launch) + 1); }
@@ -68,7 +70,8 @@ cudaError_t write_rows(Row* to, const gpu::Launch& launch, cudaStream_t stream) 
 
 // Small models fill a GPU better with several blocks a chunk: below some waves of blocks, the last one is a large
 // share.
-int split_bits_for(const gpu::Launch& launch) {
+template <class L>
+int split_bits_for(const L& launch) {
   static std::atomic<int> processors[kMostDevices];
   std::atomic<int>& known = processors[launch.device % kMostDevices];
   if (known == 0) {
@@ -136,6 +139,44 @@ cudaError_t launch_kernel(const Variants* kernels, const gpu::Launch& launch, He
              : launch_with(variants.large, header, launch, rows_fit, grads_fit, grid, stream);
 }
 
+// One launch for each range of segments whose operands' addresses fit; the last one gets the ticket, if there is any.
+template <int kWords, class Header, class L>
+cudaError_t launch_ranges(void (*kernel)(const OperandArguments<Header, kWords>), const Header& header, const L& launch,
+                          const Operand* const* operands, uint32_t* ticket) {
+  const int64_t most = kWords / header.n_operands;
+  const unsigned grid = static_cast<unsigned>(std::max<int64_t>(launch.n_chunks << header.split_bits, 1));
+  OperandArguments<Header, kWords> args;
+  static_cast<Header&>(args) = header;
+  int64_t first = 0;
+  do {
+    const int64_t n = std::min(launch.n_segments - first, most);
+    args.first_segment = static_cast<int32_t>(first);
+    args.n_segments = static_cast<int32_t>(n);
+    for (int k = 0; k < header.n_operands; k++) std::copy_n(operands[k]->addresses + first, n, args.words + k * n);
+    first += n;
+    if constexpr (std::is_same<Header, DotHeader>::value) args.ticket = first == launch.n_segments ? ticket : nullptr;
+    void* pointers[] = {&args};
+    const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads),
+                                               pointers, 0, static_cast<cudaStream_t>(launch.stream));
+    if (error != cudaSuccess) return error;
+  } while (first < launch.n_segments);
+  return cudaSuccess;
+}
+
+template <class Header, class L>
+cudaError_t launch_operands(const OperandVariants<Header>* kernels, Header header, const L& launch,
+                            const Operand* const* operands, int n_operands, uint32_t* ticket = nullptr) {
+  if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
+  header.chunks = launch.chunks;
+  header.n_chunks = static_cast<int32_t>(launch.n_chunks);
+  header.n_operands = n_operands;
+  for (int k = 0; k < n_operands; k++) header.dtypes[k] = operands[k]->dtype;
+  const OperandVariants<Header>& variants = kernels[operands[0]->dtype == kFloat64];
+  return launch.n_segments * n_operands <= kSmallTable<Header>
+             ? launch_ranges(variants.small, header, launch, operands, ticket)
+             : launch_ranges(variants.large, header, launch, operands, ticket);
+}
+
 const char* message(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // the next operation starts without it
@@ -192,18 +233,49 @@ cudaError_t update(const gpu::Launch& launch) {
   return launch_kernel(update_kernels(launch), launch, header, &control_of(launch)->update_ticket, false);
 }
 
+cudaError_t dot(const gpu::Dot& launch) {
+  DotHeader header{};
+  header.partials = launch.partials;
+  header.out = launch.out;
+  const Operand* const operands[] = {&launch.a, &launch.b};
+  return launch_operands(dot_kernels, header, launch, operands, launch.b.addresses ? 2 : 1,
+                         &control_of(launch)->dot_ticket);
+}
+
+cudaError_t combine(const gpu::Combination& launch) {
+  if (launch.n_chunks == 0) return cudaSuccess;
+  CombineHeader header{};
+  header.split_bits = split_bits_for(launch);
+  const Operand* operands[kMostTerms + 1] = {&launch.out};
+  int n_terms = 0;
+  for (const Term& term : launch.terms) {
+    if (!term.operand.addresses) continue;
+    header.coefficients[n_terms] = term.coefficient;
+    header.addresses[n_terms] = term.address;
+    operands[++n_terms] = &term.operand;
+  }
+  return launch_operands(combine_kernels, header, launch, operands, n_terms + 1);
+}
+
+template <class V>
+cudaError_t load(const V& variants) {
+  cudaFuncAttributes unused;
+  if (variants.small) {
+    if (const cudaError_t error = cudaFuncGetAttributes(&unused, variants.small)) return error;
+  }
+  return cudaFuncGetAttributes(&unused, variants.large);
+}
+
 // Loads what a step will launch, too: CUDA loads a kernel when it is first asked for, which may not be while capturing.
 cudaError_t upload_rows(const gpu::Launch& launch) {
   if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
   for (const Variants* kernels :
        {norm_kernels, perturb_kernels, power_norm_kernels, power_perturb_kernels, update_kernels(launch)}) {
-    const Variants& variants = variants_of(kernels, launch);
-    cudaFuncAttributes unused;
-    if (variants.small) {
-      if (const cudaError_t error = cudaFuncGetAttributes(&unused, variants.small)) return error;
-    }
-    if (const cudaError_t error = cudaFuncGetAttributes(&unused, variants.large)) return error;
+    if (const cudaError_t error = load(variants_of(kernels, launch))) return error;
   }
+  const bool in_double = launch.format.source == kFloat64;
+  if (const cudaError_t error = load(dot_kernels[in_double])) return error;
+  if (const cudaError_t error = load(combine_kernels[in_double])) return error;
   return write_rows(captured_rows_of(launch), launch, static_cast<cudaStream_t>(launch.stream));
 }
 
@@ -226,6 +298,8 @@ bool has_kernels(const Format& format) { return format_index(format) < kKnownFor
 const char* grad_norm(const Launch& launch) { return message(FASTSAM_ISA::grad_norm(launch)); }
 const char* perturb(const Launch& launch) { return message(FASTSAM_ISA::perturb(launch)); }
 const char* update(const Launch& launch) { return message(FASTSAM_ISA::update(launch)); }
+const char* dot(const Dot& launch) { return message(FASTSAM_ISA::dot(launch)); }
+const char* combine(const Combination& launch) { return message(FASTSAM_ISA::combine(launch)); }
 const char* upload_rows(const Launch& launch) { return message(FASTSAM_ISA::upload_rows(launch)); }
 const char* probe(int device) { return message(FASTSAM_ISA::probe(device)); }
 

@@ -7,8 +7,8 @@ namespace fastsam::gpu {
 
 // What follows the segments in their table, on the device: the kernels' own memory.
 struct Control {
-  uint32_t norm_ticket, update_ticket;
-  int64_t unused[7];
+  uint32_t norm_ticket, update_ticket, dot_ticket;
+  uint32_t unused[13];
 };
 static_assert(sizeof(Control) == sizeof(Segment), "one row of the table");
 // Then, in rows of the segments' table: a Row for each group, which captured graphs read; the same again, for launches
@@ -41,11 +41,33 @@ struct Launch {
   double* clip = nullptr;  // grad_norm writes it, update_ reads it
 };
 
+struct Dot {
+  int device;
+  void* stream;
+  const Segment* segments;  // [table_size()] on the device
+  const Chunk* chunks;      // [n_chunks] on the device
+  int64_t n_segments, n_chunks;
+  Operand a, b;
+  double* partials;  // [kProducts, n_chunks] on the device
+  double* out;       // [kProducts] on the device
+};
+
+struct Combination {
+  int device;
+  void* stream;
+  const Chunk* chunks;  // [n_chunks] on the device
+  int64_t n_segments, n_chunks;
+  Operand out;
+  Term terms[kMostTerms];
+};
+
 bool has_kernels(const Format&);
 // Each returns null, or what went wrong.
 const char* grad_norm(const Launch&);
 const char* perturb(const Launch&);
 const char* update(const Launch&);
+const char* dot(const Dot&);
+const char* combine(const Combination&);
 const char* upload_rows(const Launch&);  // to the device's table, for captured graphs
 const char* probe(int device);           // whether its driver takes a kernel of this library
 

@@ -139,6 +139,59 @@ void update_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tenso
   expect_success("update_", update_and_clear(launch, marks), launch.device);
 }
 
+// What both operations over operands have: segments, chunks, and where they lie. There are n segments, and the kernels'
+// own rows behind them.
+template <class L>
+L operands_launch(const char* operation, const Tensor& segments, const Tensor& chunks, int64_t n) {
+  L launch{};
+  checked(operation, "segments", segments, Place::kCuda, ScalarType::Long, -1, 8);
+  STD_TORCH_CHECK(n < segments.size(0), operation, ": there are addresses of ", n, " segments, but of all ",
+                  segments.size(0), " rows of segments some are the kernels' own");
+  launch.n_segments = n;
+  launch.chunks = static_cast<const Chunk*>(checked(operation, "chunks", chunks, Place::kCuda, ScalarType::Int, -1, 4));
+  launch.n_chunks = chunks.size(0);
+  STD_TORCH_CHECK(launch.n_chunks < 1 << 28, operation, ": at most 2^28 chunks, got ", launch.n_chunks);
+  launch.device = segments.get_device_index();
+  expect_device(operation, "chunks", chunks, launch.device);
+  STD_TORCH_CHECK(work_stream(launch.device, &launch.stream), operation,
+                  ": torch gives no current stream for cuda:", launch.device);
+  return launch;
+}
+
+void dot(Tensor segments, Tensor chunks, Tensor a, int64_t a_dtype, std::optional<Tensor> b, int64_t b_dtype,
+         Tensor partials, Tensor out, int64_t slot) {
+  gpu::Dot launch = operands_launch<gpu::Dot>("dot", segments, chunks, a.numel());
+  launch.segments = static_cast<const Segment*>(segments.data_ptr());
+  launch.a = checked_operand("dot", "a", a, a_dtype, launch.n_segments, a_dtype);
+  launch.b = checked_operand("dot", "b", b, b_dtype, launch.n_segments, a_dtype);
+  launch.partials = checked_product_partials("dot", partials, launch.n_chunks, Place::kCuda);
+  launch.out = checked_products("dot", out, slot, Place::kCuda);
+  expect_device("dot", "partials", partials, launch.device);
+  expect_device("dot", "out", out, launch.device);
+  const DeviceGuard guard(launch.device);
+  expect_success("dot", gpu::dot(launch), launch.device);
+}
+
+void combine_(Tensor segments, Tensor chunks, Tensor out, int64_t out_dtype, Tensor a, int64_t a_dtype,
+              std::optional<Tensor> b, int64_t b_dtype, std::optional<Tensor> c, int64_t c_dtype, double a_value,
+              double b_value, double c_value, std::optional<Tensor> a_coefficient, std::optional<Tensor> b_coefficient,
+              std::optional<Tensor> c_coefficient) {
+  gpu::Combination launch = operands_launch<gpu::Combination>("combine_", segments, chunks, out.numel());
+  launch.out = checked_operand("combine_", "out", out, out_dtype, launch.n_segments, out_dtype);
+  const auto term = [&](const char* name, const std::optional<Tensor>& addresses, int64_t dtype, double value,
+                        const char* coefficient_name, const std::optional<Tensor>& coefficient) {
+    const double* const address =
+        scalar<double>("combine_", coefficient_name, coefficient, Place::kCuda, ScalarType::Double);
+    if (coefficient) expect_device("combine_", coefficient_name, *coefficient, launch.device);
+    return Term{checked_operand("combine_", name, addresses, dtype, launch.n_segments, out_dtype), value, address};
+  };
+  launch.terms[0] = term("a", a, a_dtype, a_value, "a_coefficient", a_coefficient);
+  launch.terms[1] = term("b", b, b_dtype, b_value, "b_coefficient", b_coefficient);
+  launch.terms[2] = term("c", c, c_dtype, c_value, "c_coefficient", c_coefficient);
+  const DeviceGuard guard(launch.device);
+  expect_success("combine_", gpu::combine(launch), launch.device);
+}
+
 struct Operands {
   gpu::Launch launch;
   bool* marks;
@@ -230,6 +283,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
   m.impl("perturb_", TORCH_BOX(&perturb_));
   m.impl("update_", TORCH_BOX(&update_));
+  m.impl("dot", TORCH_BOX(&dot));
+  m.impl("combine_", TORCH_BOX(&combine_));
   m.impl("bind_", TORCH_BOX(&bind_));
   m.impl("upload_rows", TORCH_BOX(&upload_rows));
 }
