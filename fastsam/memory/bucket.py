@@ -285,7 +285,7 @@ class Bucket:
         """What a graph that is captured now reads and writes, apart from gradients."""
         tables = self.tables
         yield from (tables.segment_table, tables.chunk_table, tables.partials, tables.overflows, tables.rounding)
-        yield tables.cache
+        yield from (tables.dot_partials, tables.cache)
         for segment in self.segments:
             yield from (segment.backup, *segment.states, segment.master, segment.progress, segment.param.detach())
 
