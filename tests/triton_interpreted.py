@@ -6,8 +6,10 @@ ask of a table of addresses is asked of these kernels by the same functions, imp
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
+import weakref
 
 import cases
 import numpy as np
@@ -798,6 +800,8 @@ def test_operands_and_coefficients_are_checked():
         kernels.combine_(tables, g, [(torch.ones(2, dtype=FLOAT64), g)])
     with pytest.raises(RuntimeError, match="combine_: a linear combination has one to three terms, got 4"):
         kernels.combine_(tables, g, [(1.0, g)] * 4)
+    with pytest.raises(RuntimeError, match=r"dot_partials must be \[3, 7\], got \[3, 0\]"):
+        kernels.dot(dataclasses.replace(tables, dot_partials=torch.zeros(3, 0)), g, None, torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="dot: .* of torch.float32 weights cannot be torch.float64"):
         kernels.dot(tables, g, double, torch.zeros(2, 3, dtype=FLOAT64))
     with pytest.raises(RuntimeError, match="dot: .* of torch.float64 weights cannot be torch.float32"):
@@ -819,13 +823,13 @@ def test_addresses_of_directions_are_uploaded_once(monkeypatch):
         kernels.combine_(tables, kept, [(1.0, g)])
         kernels.dot(tables, kept, mean, out)
     assert tables.grad_table.tolist() == [7, 7]
-    ascent, places = tables.cache.ascent, tables.cache.places
-    assert uploads.count(ascent) == 3 and len(places.copies) == 2
-    assert [uploads.count(copy) for copy in places.copies] == [1, 1]
-    many, before = [direction(FLOAT32, i) for i in range(2 * places.MOST)], len(uploads)
+    ascent, operands = tables.cache.ascent, tables.cache.operands
+    assert uploads.count(ascent) == 3 and len(operands.copies) == 2
+    assert [uploads.count(copy) for copy in operands.copies] == [1, 1]
+    many, before = [direction(FLOAT32, i) for i in range(2 * operands.MOST)], len(uploads)
     for other in many:  # their number is bounded, and what was used last stays
         kernels.combine_(tables, kept, [(1.0, other)])
-    assert len(places.copies) == places.MOST and len(uploads) == before + len(many)
+    assert len(operands.copies) == operands.MOST and len(uploads) == before + len(many)
     for a, b in zip(kept, many[-1], strict=True):
         assert_same(a, b)
 
@@ -850,11 +854,14 @@ def test_what_a_captured_graph_reads_of_directions_is_never_written_again(monkey
     uploads = kernels.DeviceCopy._upload
     monkeypatch.setattr(kernels.DeviceCopy, "_upload", lambda *a: pytest.fail("copies") if capturing else uploads(*a))
     capturing = True
-    kernels.combine_(tables, kept, [(0.5, kept), (1.5, new)])
+    scalar = number(1.5)
+    coefficient = weakref.ref(scalar)
+    kernels.combine_(tables, kept, [(0.5, kept), (scalar, new)])
+    del scalar
     kernels.dot(tables, new, kept, torch.zeros(2, 3, dtype=FLOAT64))
     read = [table for table in (*launches[-2][1:4], *launches[-1][1:3])]
     expected = [[x.data_ptr() for x in part] for part in (kept, kept, new, new, kept)]
-    assert [table.tolist() for table in read] == expected
+    assert [table.tolist() for table in read] == expected and coefficient() is not None
     capturing, others = False, [direction(FLOAT32, i) for i in range(20)]
     for other in others:
         kernels.combine_(tables, other, [(1.0, new)])

@@ -140,11 +140,15 @@ def update_(
 def dot(tables: Tables, a: Gradients, b: Gradients | None, out: Tensor) -> None:
     """Write `<a,a>`, `<a,b>` and `<b,b>` over the bucket into its slot; out: [n_buckets, 3] float64."""
     cache = _cache_of(tables)
+    if tables.dot_partials.shape != (3, cache.n_chunks):
+        raise RuntimeError(
+            f"dot: tables.dot_partials must be [3, {cache.n_chunks}], got {list(tables.dot_partials.shape)}"
+        )
     operands = (a,) if b is None else (a, b)
     kinds = _kinds(tables, "dot", operands)
     launch = cache.launcher(tables, _dot_kernel, _narrow(tables, kinds))
-    places = [cache.places(_addresses(operand), cache.capturing) for operand in operands]
-    arguments = cache.addresses[1], places[0], places[-1], argument_of(tables.dot_partials), cache.dot_ticket
+    grads = [cache.operands(_addresses(operand), cache.capturing) for operand in operands]
+    arguments = cache.addresses[1], grads[0], grads[-1], argument_of(tables.dot_partials), cache.dot_ticket
     launch(*arguments, argument_of(out), kinds, len(operands) - 1, tables.slot, cache.n_chunks)
 
 
@@ -156,14 +160,16 @@ def combine_(tables: Tables, out: Gradients, terms: Sequence[tuple[float | Tenso
     operands = out, *(part for _, part in terms)
     kinds = _kinds(tables, "combine_", operands)
     launch = cache.launcher(tables, _combine_kernel, _narrow(tables, kinds))
-    places = [cache.places(_addresses(operand), cache.capturing) for operand in operands]
-    places += [places[0]] * (4 - len(places))  # of terms that are not there, whose coefficient is 0
+    grads = [cache.operands(_addresses(operand), cache.capturing) for operand in operands]
+    grads += [grads[0]] * (4 - len(grads))  # of terms that are not there, whose coefficient is 0
     values = [coefficient for coefficient, _ in terms] + [0.0] * (3 - len(terms))
     name, alike = "combine_: a coefficient", cache.unclipped
     scalars = [_scalar(tables, name, c, alike) if isinstance(c, Tensor) else None for c in values]
+    if cache.capturing:
+        cache.held += [scalar for scalar in scalars if scalar is not None]
     at = [0 if scalar is None else scalar.data_ptr() for scalar in scalars]
     numbers = struct.pack("3d", *(c if scalar is None else 0.0 for c, scalar in zip(values, scalars, strict=True)))
-    launch(cache.addresses[1], *places, *at, *struct.unpack("3q", numbers), kinds, cache.n_chunks, cache.split)
+    launch(cache.addresses[1], *grads, *at, *struct.unpack("3q", numbers), kinds, cache.n_chunks, cache.split)
 
 
 class BucketCache:
@@ -179,7 +185,7 @@ class BucketCache:
         self.ascent, self.descent = DeviceCopy(tables.grad_table, device), DeviceCopy(tables.grad_table, device)
         self.perturbed = DeviceCopy(tables.perturbed.view(torch.uint8), device)
         self.rows = DeviceCopy(tables.row_table, device, live=True)
-        self.places = AddressCopies(tables.grad_table, device, self.ascent, self.descent)
+        self.operands = AddressCopies(tables.grad_table, device, self.ascent, self.descent)
         self.tickets = torch.zeros(3, dtype=torch.int32, device=device)
         self.norm_ticket, self.update_ticket, self.dot_ticket = (argument_of(self.tickets[i:]) for i in range(3))
         self.partials = argument_of(tables.partials)
@@ -194,11 +200,12 @@ class BucketCache:
         self.kind_told: tuple[Any, float] = (None, 0.0)  # the groups' values and q that `norm_kind` was asked for
         self.prepared: tuple[Any, float] = (None, 0.0)  # the groups' values and q that `prepare_capture` saw
         self.captured_kind: tuple[bool, bool, bool] | None = None  # what the last captured norm has code for
+        self.held: list[Tensor] = []  # coefficients that captured graphs read
         self.capturing = False  # asked at the start of every operation
 
     def refill(self) -> None:
         """Outside of captures and of a step's end: have the memory that uploads will need."""
-        for copy in (self.ascent, self.descent, self.perturbed, self.numbers_there, self.places):
+        for copy in (self.ascent, self.descent, self.perturbed, self.numbers_there, self.operands):
             copy.refill()
 
     def serves(self, tables: Tables) -> bool:

@@ -892,7 +892,7 @@ def _places(address, kind, start, WIDE: tl.constexpr, NARROW: tl.constexpr, ALIG
 
 @triton.jit
 def _mask(address, o, length, ALIGN: tl.constexpr):
-    # The same for all elements where they are aligned: it takes no access apart.
+    # Where they are aligned, the same for all elements: wide accesses stay whole.
     there = tl.broadcast_to(address, o.shape) != 0
     if ALIGN > 0:
         return there
@@ -941,7 +941,7 @@ def _chunk_dots(a, b, kinds, start, length, WIDE: tl.constexpr, NARROW: tl.const
     rights = _places(b, _kind(kinds, 1), start, WIDE, NARROW, ALIGN)
     x, y = _row_of(lefts, rights, kinds, 0, length, NARROW, ALIGN)
     aa, ab, bb = x * x, x * y, y * y
-    if NARROW and ALIGN == 0:  # unrolled, it would take half as many registers again
+    if NARROW and ALIGN == 0:  # not unrolled, which would take half as many registers again
         k = 1
         while k * LANES < length:
             x, y = _row_of(lefts, rights, kinds, k, length, NARROW, ALIGN)
@@ -991,18 +991,14 @@ def _dot_kernel(
 
 
 @triton.jit
-def _coefficient(address, bits, WIDE: tl.constexpr):
-    # What stands at the address, or a number by its own 64 bits: arguments that are numbers would be float32.
-    value = bits.to(tl.int64).to(tl.float64, bitcast=True)
-    if address != 0:
-        value = tl.load(address.to(tl.int64).to(tl.pointer_type(tl.float64)))
-    return value.to(WIDE)
-
-
-@triton.jit
-def _term_of(grads, segment, c):
-    # Where a term's part is; 0 if it is left out, also because of its coefficient: 0 * inf is NaN.
-    return tl.where(c != 0, tl.load(grads + segment), 0)
+def _term_of(grads, segment, at, number, WIDE: tl.constexpr):
+    # A coefficient, which stands at an address or is a number, told by its 64 bits; and where its operand is: 0 if the
+    # term is left out, also because of its coefficient, as 0 * inf is NaN.
+    c = number.to(tl.int64).to(tl.float64, bitcast=True)
+    if at != 0:
+        c = tl.load(at.to(tl.int64).to(tl.pointer_type(tl.float64)))
+    c = c.to(WIDE)
+    return c, tl.where(c != 0, tl.load(grads + segment), 0)
 
 
 @triton.jit
@@ -1042,22 +1038,18 @@ def _combine_kernel(
 ):  # fmt: skip
     """Write c0 x0 + c1 x1 + c2 x2, term by term, where `outs` has an address. `split` programs a chunk.
 
-    Reads n elements for each term with a coefficient that is not 0, writes n elements. A coefficient is `number` (its
-    bits), or float64 at the address `at` if that is not 0.
+    Reads n elements for each term whose coefficient is not 0, writes n elements. A coefficient is float64 at the
+    address `at`, or where that is 0 the number with the bits `number`: a number itself would come as float32.
     """
     part = tl.program_id(0)
     segment, span = _part(chunks, part, split, n_chunks, TILE)
     start, tile, full, end, length = span
     to = tl.load(outs + segment)
     if (to != 0) & (tile < end):
-        c0, c1, c2 = (
-            _coefficient(at0, number0, WIDE),
-            _coefficient(at1, number1, WIDE),
-            _coefficient(at2, number2, WIDE),
-        )
-        factors = c0, c1, c2
-        t0, t1, t2 = _term_of(grads0, segment, c0), _term_of(grads1, segment, c1), _term_of(grads2, segment, c2)
-        terms = t0, t1, t2
+        c0, t0 = _term_of(grads0, segment, at0, number0, WIDE)
+        c1, t1 = _term_of(grads1, segment, at1, number1, WIDE)
+        c2, t2 = _term_of(grads2, segment, at2, number2, WIDE)
+        factors, terms = (c0, c1, c2), (t0, t1, t2)
         bits = _low_bits_of(to, _kind(kinds, 0), NARROW) | _low_bits_of(t0, _kind(kinds, 1), NARROW)
         bits = bits | _low_bits_of(t1, _kind(kinds, 2), NARROW) | _low_bits_of(t2, _kind(kinds, 3), NARROW)
         if bits % 16 == 0:
