@@ -73,7 +73,7 @@ def graph_memory(opt):
     found = {f"sums of {device}": t for device, t in buckets.sums.items()}
     for bucket in buckets.items:
         tables, own = bucket.tables, bucket.tables.cache
-        for name in ("segment_table", "chunk_table", "partials", "overflows", "rounding"):
+        for name in ("segment_table", "chunk_table", "partials", "dot_partials", "overflows", "rounding"):
             found[name] = getattr(tables, name)
         for name in ("tickets", "one", "zero", "unclipped", "uncounted"):  # of Triton's cache
             found[f"cache.{name}"] = getattr(own, name, None)

@@ -25,6 +25,7 @@ import fastsam
 from fastsam import ops
 from fastsam.memory import placing
 from fastsam.ops import native
+from fastsam.ops.tables import Gradients
 
 HERE = Path(__file__).parent
 if importlib.util.find_spec("triton") is None:
@@ -102,11 +103,16 @@ def compile_for(kernels):
 
 def compile_with(kernels, name, format, kind, target):
     """Compile a kernel for any GPU."""
+    kernel = getattr(kernels, VARIANTS[name][0])
+    return compile_kernel(kernels, kernel, constants_of(kernels, name, format, kind), target)
+
+
+def compile_kernel(kernels, kernel, constants, target):
     from triton import compile
     from triton.compiler import ASTSource
 
     names = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
-    kernel, constants = getattr(kernels, VARIANTS[name][0]), constants_of(kernels, name, format, kind)
+    names[kernels._INT64] = "i64"
     n = len(kernel.arg_names) - len(constants)
     signature = {arg: names.get(kernels._TYPES.get(arg), "*u8") for arg in kernel.arg_names[:n]}
     signature.update({arg: "i32" for arg in signature if arg not in kernels._TYPES})
@@ -273,6 +279,67 @@ def test_compiled_kernels_of_other_perturbations(compile_for, name, format, kind
         assert not re.search(r"\.approx|\.full|\.ftz", compiled.asm["ptx"])
 
 
+# What is computed in, whether an operand may have 16 bits, the target.
+DIRECTIONS = [
+    (torch.float32, False, ONE_TARGET),
+    *((torch.float32, True, target) for target in TARGETS),
+    (torch.float64, False, ONE_TARGET),
+]
+
+
+def compile_for_directions(kernels, name, wide, narrow, target):
+    bucket = rounding.bucket_of([torch.zeros(1, dtype=wide)], "sgd")
+    kernel = getattr(kernels, {"dot": "_dot_kernel", "combine_": "_combine_kernel"}[name])
+    return compile_kernel(kernels, kernel, kernels._constants(bucket, kernel, (narrow,)), target)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype, narrow, target", DIRECTIONS, ids=str)
+@pytest.mark.parametrize("name", ["dot", "combine_"])
+def test_compiled_kernels_of_directions(kernels, name, dtype, narrow, target):
+    from triton.backends.compiler import GPUTarget
+
+    norm, wide = name == "dot", dtype == torch.float64
+    compiled = compile_for_directions(kernels, name, dtype, narrow, GPUTarget("cuda", target, 32))
+    ptx, taken, program = compiled.asm["ptx"], resources(compiled), 32 * compiled.metadata.num_warps
+    assert taken["STACK"] == taken["LOCAL"] == 0, f"spills: {taken}"
+    threads = 2**16 // (taken["REG"] * program) * program
+    assert threads * (8 if norm else 3) * 32 >= 2**16, f"{taken}, {threads} threads"
+
+    # A product and then fused products and sums, nothing else; and no load may miss what another thread wrote.
+    assert not re.search(r"\.approx|\.full|\.ftz|ld\.global\.nc", ptx)
+    kind, elements = "f64" if wide else "f32", 8 if norm or not wide else 4
+    rows = 3 + (1 if narrow else 3)  # after the first: aligned, and not
+    assert instructions(ptx, f"fma.rn.{kind}") == elements * (rows * 3 if norm else 3 * 2)
+    assert wide or instructions(ptx, "fma.rn.f64") == 0
+    assert instructions(ptx, f"mul.rn.{kind}") + instructions(ptx, f"mul.{kind}") == elements * (
+        2 * 3 if norm else 3 * 3
+    )
+
+    size = elements * dtype.itemsize // 16  # accesses that an operand takes
+    if norm:
+        found = Counter(accesses(ptx))
+        assert found["ld", 16] == 4 * 2 * size and "ld.global.cg" in ptx
+        before = ptx[: re.search(r"\batom[.\w]*\.acq_rel[.\w]*\.add\.", ptx).start()]
+        assert before.rfind("bar.sync") > max(before.rfind("ld.global"), before.rfind("st.global"))
+    else:
+        expected = Counter({("ld", 16): 3 * size, ("st", 16): size})
+        if narrow:
+            expected |= Counter({("ld", 8): 3 * size, ("st", 8): size})
+        main = [loop for loop in loops(ptx) if not re.search(r"\.shared|bar\.sync", loop)]
+        assert [Counter(accesses(loop)) for loop in main].count(expected) == 1
+
+
+@compiled_only
+@pytest.mark.parametrize("name", ["dot", "combine_"])
+def test_directions_on_amd_gpus_spill_nothing(kernels, monkeypatch, name):
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assembly = compile_for_directions(kernels, name, torch.float32, True, GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
+    assert re.search(r"vgpr_spill_count:\s+0\b", assembly) and re.search(r"private_segment_fixed_size:\s+0\b", assembly)
+
+
 def instructions(ptx, name):
     """How often; a packed one counts twice."""
     found = re.findall(rf"\b{re.escape(name)}(x2)?\b", ptx)
@@ -280,6 +347,9 @@ def instructions(ptx, name):
 
 
 # ---- The host's side, with a driver that only takes notes.
+
+
+KERNELS = "_grad_norm_kernel", "_perturb_kernel", "_update_kernel", "_dot_kernel", "_combine_kernel"
 
 
 class Notes:
@@ -324,8 +394,8 @@ def notes(kernels, monkeypatch):
     monkeypatch.setattr(driver, "_active", notes)
     yield notes
     kernels._compiled.cache_clear()
-    for kernel in (kernels._grad_norm_kernel, kernels._perturb_kernel, kernels._update_kernel):
-        kernel.device_caches.clear()
+    for name in KERNELS:
+        getattr(kernels, name).device_caches.clear()
 
 
 def step(kernels, bucket, grads=None):
@@ -394,6 +464,47 @@ def test_three_launches_a_step_for_all_tensors_and_groups(kernels, notes):
     assert addresses[-3:] == (120, chunks, 4)
 
 
+def direction(bucket, dtype=None):
+    parts = Gradients(torch.ones_like(p, dtype=dtype) for p in bucket.params)
+    parts.dtype = dtype
+    return parts
+
+
+def combine(kernels, bucket, *dtypes):
+    """A scalar product and a linear combination of directions of these dtypes."""
+    bucket.dot_partials = torch.zeros(3, len(bucket.chunk_table), dtype=torch.float64)
+    parts, scalar = [direction(bucket, dtype) for dtype in dtypes], torch.ones(3, dtype=torch.float64)[1]
+    kernels.dot(bucket, parts[0], parts[-1] if len(parts) > 1 else None, torch.zeros(2, 3, dtype=torch.float64))
+    terms = [(c, part) for c, part in zip((0.3, scalar, 1e300), parts, strict=False)]
+    kernels.combine_(bucket, direction(bucket), terms)
+
+
+@compiled_only
+def test_one_kernel_serves_all_directions_of_a_bucket(kernels, notes, monkeypatch):
+    compilations, bucket = [], bucket_of([5, 8192, 70000], format=PLAIN[2])
+    bucket.dot_partials = torch.zeros(3, 0, dtype=torch.float64)
+    kernels.prepare_capture(bucket)
+    before = kernels._compiled.cache_info().misses
+    bucket.dot_partials = torch.zeros(3, len(bucket.chunk_table), dtype=torch.float64)
+    kernels.prepare_capture(bucket)  # now a direction was asked for
+    assert kernels._compiled.cache_info().misses == before + 2
+    for name in KERNELS:
+        monkeypatch.setattr(getattr(kernels, name), "_do_compile", lambda *a, **k: compilations.append(a))
+    monkeypatch.setattr("fastsam.ops.graphs.capturing", lambda device: True)
+    combine(kernels, bucket, torch.bfloat16)
+    combine(kernels, bucket, torch.bfloat16, torch.float32)
+    combine(kernels, bucket, torch.float32, torch.float16, None)
+    assert kernels._compiled.cache_info().misses == before + 2 and not compilations
+    chunks = len(bucket.chunk_table)
+    names = [("_dot_kernel", (chunks, 1, 1)), ("_combine_kernel", (4 * chunks, 1, 1))] * 3
+    assert [(name, grid) for name, grid, *_ in notes.launches] == names
+    for name, _, args, source in notes.launches:
+        kinds = list(source.signature.values())[: len(args)]
+        assert not any(source.attrs.values()) and "constexpr" not in kinds, name
+        numbers = [arg for arg, kind in source.signature.items() if kind == "i64"]
+        assert numbers == (["at0", "at1", "at2", "number0", "number1", "number2"] if name == "_combine_kernel" else [])
+
+
 @compiled_only
 def test_a_capture_before_the_first_step_is_refused(kernels, notes, monkeypatch):
     bucket = bucket_of([5, 8192])
@@ -414,11 +525,12 @@ def test_arguments_have_the_dtypes_that_kernels_are_compiled_for(kernels, notes,
     torch.set_default_dtype(torch.float64)  # which no tensor of ours may follow
     try:
         step(kernels, bucket_of([5, 8192]))
+        combine(kernels, bucket_of([5, 8192]), None, None, None)
     finally:
         torch.set_default_dtype(torch.float32)
     for name, _, args, source in notes.launches:
         for arg, value in zip(source.fn.arg_names, args, strict=False):
-            if arg in kernels._TYPES:
+            if isinstance(kernels._TYPES.get(arg), torch.dtype):
                 assert dtypes[value] == kernels._TYPES[arg], f"{arg} of {name}"
 
 

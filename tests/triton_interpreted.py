@@ -6,8 +6,10 @@ ask of a table of addresses is asked of these kernels by the same functions, imp
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
+import weakref
 
 import cases
 import numpy as np
@@ -58,6 +60,7 @@ from fastsam import ops
 from fastsam.bases.rules import LR_FLOAT64, Row
 from fastsam.ops import reference
 from fastsam.ops.formats import Format
+from fastsam.ops.tables import Gradients, Operand, Tables
 
 kernels = ops.backend_named("triton").operations
 capture = test_captures.capture  # a fixture
@@ -131,8 +134,8 @@ def isa(monkeypatch):
     for module in (rounding, test_native):
         monkeypatch.setattr(module, "native", kernels)
         monkeypatch.setattr(module, "bucket_of", bucket_of)
-        if not FUSES:
-            monkeypatch.setattr(module, "fma", two_roundings)
+    for module in () if FUSES else (rounding, test_native, reference):
+        monkeypatch.setattr(module, "fma", two_roundings)
 
 
 # ---- Tables of addresses, against the rounding plan.
@@ -441,7 +444,7 @@ def test_any_number_of_programs_a_chunk(monkeypatch, split):
     monkeypatch.setattr(kernels, "_PROGRAMS", split * len(bucket.chunk_table) - 1)
     assert kernels._split(bucket) == split
     check_steps(bucket, "adamw")
-    assert bucket.cache.tickets.tolist() == [0, 0]
+    assert bucket.cache.tickets.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [float("-inf"), float("nan")])
@@ -579,6 +582,290 @@ def test_a_captured_step_reads_changed_values_only_after_a_refresh(monkeypatch):
     bucket.rule, bucket.rows = None, []
     with pytest.raises(RuntimeError, match="all kernels are loaded"):
         kernels.update_(bucket, [None] * len(FEW))
+
+
+# ---- Gradients and directions, against the reference.
+
+LENGTHS = [0, 1, 63, 65, 2049, 8192, 8193]  # the last two begin with full tiles
+
+
+def tables_of(dtype, grad=None):
+    """What the operations of directions are told of a bucket, the reference's included."""
+    made = rounding.bucket_of([torch.zeros(n, dtype=dtype) for n in LENGTHS], "sgd")
+    ends = np.searchsorted(made.chunk_table[:, 0].numpy(), range(len(LENGTHS) + 1)).tolist()
+    segments = [
+        Operand(w, 0, len(w), True, i, slice(ends[i], ends[i + 1]), None, None, made.progress[i])
+        for i, w in enumerate(made.params)
+    ]
+    names = "rows", "row_table", "segment_table", "chunk_table", "grad_table", "perturbed", "partials"
+    tables = Tables(torch.device("cpu"), made.format._replace(grad=grad or dtype), slot=1, segments=segments)
+    for name in names:
+        setattr(tables, name, getattr(made, name))
+    tables.dot_partials = torch.full((3, len(made.chunk_table)), float("nan"), dtype=FLOAT64)
+    return tables
+
+
+def direction(dtype, seed, missing=(), at=0, make=shifted):
+    """Random numbers in all segments but the missing ones, `at` bytes off; without a table of addresses."""
+    args = (at,) if make is shifted else ()
+    parts = Gradients(
+        None if i in missing else copied(make(n, dtype, *args), rounding.values(n, dtype, seed + i))
+        for i, n in enumerate(LENGTHS)
+    )
+    parts.dtype = dtype
+    return parts
+
+
+def same(dtype):
+    """How results of the kernels and of the reference are compared: by all bits but for float64 (see `isa`)."""
+
+    def compare(a, b):
+        if dtype != FLOAT64:
+            nan = a.isnan() & b.isnan()
+            assert bits(torch.where(nan, 0, a)) == bits(torch.where(nan, 0, b))
+        else:
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+    return compare
+
+
+def check_dot(tables, a, b):
+    found = []
+    for operations in (reference, kernels):
+        out = torch.full((3, 3), 7.0, dtype=FLOAT64)
+        operations.dot(tables, a, b, out)
+        found.append((out, tables.dot_partials + 0.0))  # a sum of nothing but zeros has no sign
+    for expected, actual in zip(*found, strict=True):
+        same(tables.dtype)(actual, expected)
+    assert tables.cache.tickets.tolist() == [0, 0, 0]
+    return found[1][0]
+
+
+@pytest.mark.usefixtures("hints")
+@pytest.mark.parametrize(
+    "weight, dtypes, at",
+    [
+        (FLOAT32, (FLOAT32, FLOAT32), (0, 16)),
+        (FLOAT32, (FLOAT32, FLOAT32), (12, 8)),
+        (FLOAT64, (FLOAT64, FLOAT64), (8, 16)),
+        (BFLOAT16, (FLOAT32, BFLOAT16), (16, 8)),
+        (FLOAT16, (FLOAT16, FLOAT32), (2, 4)),
+        (BFLOAT16, (BFLOAT16, FLOAT16), (8, 24)),
+        (FLOAT32, (FLOAT32, None), (0, 0)),
+        (BFLOAT16, (BFLOAT16, None), (8, 0)),
+    ],
+    ids=str,
+)
+def test_scalar_products(weight, dtypes, at):
+    tables = tables_of(weight)
+    a = direction(dtypes[0], 1, (1, 4), at[0])
+    b = None if dtypes[1] is None else direction(dtypes[1], 50, (3, 4), at[1])
+    assert check_dot(tables, a, b)[1].isfinite().all()
+    a[3][7], a[6][0] = math.inf, math.nan  # the first has no partner
+    out = check_dot(tables, a, b)[1]
+    assert out.isnan().tolist() == [True, b is not None, False]
+
+
+@pytest.mark.parametrize("missing", [((), range(7)), (range(7), ()), (range(7), range(7))], ids=str)
+def test_scalar_products_with_what_is_not_there(missing):
+    a, b = (direction(FLOAT32, 1, lost) for lost in missing)
+    found = check_dot(tables_of(FLOAT32), a, b)[1].tolist()
+    assert [x > 0 for x in found] == [not missing[0], False, not missing[1]]
+
+
+def test_the_scalar_product_with_itself_is_the_norm():
+    tables, sums, g = tables_of(BFLOAT16), torch.zeros(2, dtype=FLOAT64), direction(BFLOAT16, 3, (4,))
+    kernels.grad_norm(tables, g, sums, clip=reference.Clip(1.0, torch.ones((), dtype=FLOAT64), None))  # without T
+    assert check_dot(tables, g, None)[1, 0] == sums[1]
+
+
+def test_scalar_products_in_a_bucket_without_elements(monkeypatch):
+    monkeypatch.setitem(globals(), "LENGTHS", [0, 0])
+    assert check_dot(tables_of(FLOAT32), direction(FLOAT32, 1), direction(FLOAT32, 2))[1].tolist() == [0.0] * 3
+    check_combine(tables_of(FLOAT32), FLOAT32, [(1.0, FLOAT32, ())])
+
+
+def check_combine(tables, dtype, terms, at=0, alias=None, make=shifted):
+    """terms: coefficient, dtype, missing segments, and perhaps a value of all elements; `alias`: which one is `out`."""
+    found = []
+    for operations in (reference, kernels):
+        parts = [
+            direction(of, 20 * k + 1, lost, at * of.itemsize // 4, make) for k, (_, of, lost, *_) in enumerate(terms)
+        ]
+        for part, (*_, value) in ((p, t) for p, t in zip(parts, terms, strict=True) if len(t) > 3):
+            for x in part:
+                x is None or x.fill_(value)
+        out = direction(dtype, 900, (2,), 0, make) if alias is None else parts[alias]
+        before = [[None if x is None else bits(x) for x in part] for part in parts if part is not out]
+        operations.combine_(tables, out, [(c, part) for (c, *_), part in zip(terms, parts, strict=True)])
+        assert before == [[None if x is None else bits(x) for x in part] for part in parts if part is not out]
+        found.append(out)
+    for expected, actual in zip(*found, strict=True):
+        assert (expected is None) == (actual is None)
+        if actual is not None:
+            same(tables.dtype)(actual, expected)
+    return found[1]
+
+
+@pytest.mark.usefixtures("hints")
+@pytest.mark.parametrize("at", [16, 8, 4], ids="at {}".format)
+@pytest.mark.parametrize(
+    "weight, dtypes",
+    [
+        (FLOAT32, (FLOAT32, FLOAT32, FLOAT32, FLOAT32)),
+        (FLOAT64, (FLOAT64, FLOAT64, FLOAT64)),
+        (BFLOAT16, (FLOAT32, BFLOAT16, FLOAT32)),
+        (BFLOAT16, (BFLOAT16, FLOAT16, BFLOAT16, FLOAT32)),
+        (FLOAT16, (FLOAT16, FLOAT16)),
+    ],
+    ids=str,
+)
+def test_linear_combinations(weight, dtypes, at):
+    """The last term is written over, at its own place, where it has the dtype."""
+    scalars = 1.7, torch.tensor(-0.3, dtype=FLOAT64), torch.tensor([0.6], dtype=FLOAT64)
+    terms = [(c, of, lost) for c, of, lost in zip(scalars, dtypes[1:], ((3,), (5,), (1, 3)), strict=False)]
+    alias = len(terms) - 1 if dtypes[-1] == dtypes[0] else None
+    check_combine(tables_of(weight), dtypes[0], terms, at, alias)
+
+
+def number(x):
+    return torch.tensor(x, dtype=FLOAT64)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [(0.0, FLOAT32, (), math.inf), (1.5, FLOAT32, ())],
+        [(number(0.0), BFLOAT16, (), math.nan), (number(-1.5), FLOAT32, ()), (1e-60, FLOAT32, (), math.inf)],
+        [(0.5, FLOAT32, ()), (number(-0.0), BFLOAT16, (), math.inf), (2.0, FLOAT32, (1,))],
+        [(0.0, FLOAT32, (), math.inf), (number(1e-60), FLOAT16, (), math.nan)],
+        [(number(math.inf), FLOAT32, range(7)), (1.0, FLOAT32, (3,))],
+        [(-1.0, FLOAT32, (), 0.0), (0.0, FLOAT32, (), 1.0)],  # -0.0, to which nothing is added
+        [(number(math.nan), FLOAT32, ()), (math.inf, FLOAT32, (), 0.0)],
+        [(1.0, FLOAT32, (), -0.0)],
+        [(1e300, FLOAT32, ())],
+    ],
+    ids=lambda terms: "-".join(str(float(c)) for c, *_ in terms),
+)
+def test_terms_that_are_left_out(terms):
+    check_combine(tables_of(FLOAT32), FLOAT32, terms)
+
+
+def test_one_term_with_the_coefficient_1_is_a_copy():
+    tables, every = tables_of(BFLOAT16), torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (BFLOAT16, FLOAT16):
+        source, out = direction(dtype, 1), direction(dtype, 50)
+        for i, part in ((5, every[:8192]), (6, every[-8193:])):
+            source[i].copy_(part.view(dtype))
+        kernels.combine_(tables, out, [(1.0, source)])
+        for a, b in zip(out, source, strict=True):
+            same(BFLOAT16)(a, b)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def test_linear_combinations_are_rounded_to_nearest_even_at_every_magnitude(dtype, monkeypatch):
+    values = rounding.at_every_magnitude(dtype)[0]
+    monkeypatch.setitem(globals(), "LENGTHS", [len(values)])
+    source, out = Gradients([values]), Gradients([torch.zeros(len(values), dtype=dtype)])
+    source.dtype = FLOAT32
+    kernels.combine_(tables_of(dtype), out, [(1.0, source)])
+    same(dtype)(out[0], values.to(dtype))
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["ends", "starts"])
+def test_no_access_beyond_any_direction(at_end):
+    def make(n, dtype):
+        return guarded(n, dtype, at_end) if n else shifted(n, dtype)
+
+    tables = tables_of(BFLOAT16)
+    check_dot(tables, direction(BFLOAT16, 1, (2,), make=make), direction(FLOAT32, 50, make=make))
+    terms = [(0.3, FLOAT16, (3,)), (0.7, BFLOAT16, (4,)), (number(1.3), FLOAT32, ())]
+    check_combine(tables, FLOAT32, terms, make=make)
+    check_combine(tables, BFLOAT16, terms[1:], make=make)
+
+
+@pytest.mark.parametrize("split", [2, 4])
+def test_any_number_of_programs_a_chunk_of_a_linear_combination(monkeypatch, split):
+    tables = tables_of(FLOAT32)
+    monkeypatch.setattr(kernels, "_PROGRAMS", split * len(tables.chunk_table) - 1)
+    check_combine(tables, FLOAT32, [(0.3, FLOAT32, (3,)), (1.3, FLOAT32, ())])
+    assert tables.cache.split == split
+
+
+def test_operands_and_coefficients_are_checked():
+    tables, g, double = tables_of(FLOAT32), direction(FLOAT32, 1), direction(FLOAT64, 2)
+    with pytest.raises(RuntimeError, match="combine_: a coefficient must be one element of torch.float64, got .*32"):
+        kernels.combine_(tables, g, [(torch.ones(1), g)])
+    with pytest.raises(RuntimeError, match=r"coefficient must be one element of torch.float64, got \[2\]"):
+        kernels.combine_(tables, g, [(torch.ones(2, dtype=FLOAT64), g)])
+    with pytest.raises(RuntimeError, match="combine_: a linear combination has one to three terms, got 4"):
+        kernels.combine_(tables, g, [(1.0, g)] * 4)
+    with pytest.raises(RuntimeError, match=r"dot_partials must be \[3, 7\], got \[3, 0\]"):
+        kernels.dot(dataclasses.replace(tables, dot_partials=torch.zeros(3, 0)), g, None, torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="dot: .* of torch.float32 weights cannot be torch.float64"):
+        kernels.dot(tables, g, double, torch.zeros(2, 3, dtype=FLOAT64))
+    with pytest.raises(RuntimeError, match="dot: .* of torch.float64 weights cannot be torch.float32"):
+        kernels.dot(tables_of(FLOAT64), g, None, torch.zeros(2, 3, dtype=FLOAT64))
+
+
+def test_addresses_of_directions_are_uploaded_once(monkeypatch):
+    uploads, upload = [], kernels.DeviceCopy._upload
+    monkeypatch.setattr(kernels.DeviceCopy, "_upload", lambda self, *a: (uploads.append(self), upload(self, *a)))
+    monkeypatch.setitem(globals(), "LENGTHS", [3, 5])
+    tables, sums, out = tables_of(FLOAT32), torch.zeros(2, dtype=FLOAT64), torch.zeros(2, 3, dtype=FLOAT64)
+    kept, mean = direction(FLOAT32, 1), direction(FLOAT32, 2)
+    tables.grad_table.fill_(7)  # another's
+    grads = [direction(FLOAT32, 10 * step) for step in range(3)]
+    for g in grads:
+        g.table = torch.tensor([x.data_ptr() for x in g])
+        kernels.grad_norm(tables, g, sums)
+        kernels.combine_(tables, mean, [(0.9, mean), (0.1, g)])
+        kernels.combine_(tables, kept, [(1.0, g)])
+        kernels.dot(tables, kept, mean, out)
+    assert tables.grad_table.tolist() == [7, 7]
+    ascent, operands = tables.cache.ascent, tables.cache.operands
+    assert uploads.count(ascent) == 3 and len(operands.copies) == 2
+    assert [uploads.count(copy) for copy in operands.copies] == [1, 1]
+    many, before = [direction(FLOAT32, i) for i in range(2 * operands.MOST)], len(uploads)
+    for other in many:  # their number is bounded, and what was used last stays
+        kernels.combine_(tables, kept, [(1.0, other)])
+    assert len(operands.copies) == operands.MOST and len(uploads) == before + len(many)
+    for a, b in zip(kept, many[-1], strict=True):
+        assert_same(a, b)
+
+
+def test_what_a_captured_graph_reads_of_directions_is_never_written_again(monkeypatch):
+    launches, capturing, plain = [], False, kernels._launcher
+
+    def launcher(*args):
+        launch = plain(*args)
+        return lambda *args: (launches.append(args), launch(*args))
+
+    monkeypatch.setattr(kernels, "_launcher", launcher)
+    monkeypatch.setattr(kernels.graphs, "capturing", lambda device: capturing)
+    monkeypatch.setitem(globals(), "LENGTHS", [3, 5])
+    tables, kept, new = tables_of(FLOAT32), direction(FLOAT32, 1), direction(FLOAT32, 2)
+    capturing = True
+    with pytest.raises(RuntimeError, match="take a step like it before a CUDA graph is captured"):
+        kernels.combine_(tables, kept, [(1.0, new)])
+    capturing = False
+    kernels.prepare_capture(tables)  # loads all kernels, as a direction was asked for
+    kernels.combine_(tables, kept, [(1.0, direction(FLOAT32, 3))])
+    uploads = kernels.DeviceCopy._upload
+    monkeypatch.setattr(kernels.DeviceCopy, "_upload", lambda *a: pytest.fail("copies") if capturing else uploads(*a))
+    capturing = True
+    scalar = number(1.5)
+    coefficient = weakref.ref(scalar)
+    kernels.combine_(tables, kept, [(0.5, kept), (scalar, new)])
+    del scalar
+    kernels.dot(tables, new, kept, torch.zeros(2, 3, dtype=FLOAT64))
+    read = [table for table in (*launches[-2][1:4], *launches[-1][1:3])]
+    expected = [[x.data_ptr() for x in part] for part in (kept, kept, new, new, kept)]
+    assert [table.tolist() for table in read] == expected and coefficient() is not None
+    capturing, others = False, [direction(FLOAT32, i) for i in range(20)]
+    for other in others:
+        kernels.combine_(tables, other, [(1.0, new)])
+    assert [table.tolist() for table in read] == expected
 
 
 def grads_of(seed, sizes=SIZES):

@@ -3,6 +3,7 @@
 The kernels stand in `triton_kernels.py`, the formulas of the base optimizers in `triton_rules.py`.
 """
 
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -16,14 +17,27 @@ from torch import Tensor
 from fastsam.bases import rules
 from fastsam.ops import graphs, native, reference
 from fastsam.ops.formats import LOW_DTYPES
-from fastsam.ops.tables import Tables
-from fastsam.ops.triton_kernels import NO_RULE, _grad_norm_kernel, _perturb_kernel, _update_kernel
+from fastsam.ops.tables import Gradients, Tables
+from fastsam.ops.triton_kernels import (
+    BFLOAT16,
+    FLOAT16,
+    NO_RULE,
+    _combine_kernel,
+    _dot_kernel,
+    _grad_norm_kernel,
+    _perturb_kernel,
+    _update_kernel,
+)
 from fastsam.ops.triton_rules import ADAGRAD, ADAM, LION, NADAM, RMSPROP
-from fastsam.ops.triton_tables import INTERPRETED, DeviceCopy, argument_of
+from fastsam.ops.triton_tables import INTERPRETED, AddressCopies, DeviceCopy, argument_of
 
 _STORAGE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.uint16, torch.float16: tl.float16}
+_KINDS = {torch.bfloat16: BFLOAT16.value, torch.float16: FLOAT16.value}  # of operands; 0 is what is computed in
+_INT64 = 1 << 32  # a number that is no int32
 _TYPES = {  # of the kernels' arguments: tables, and otherwise int32
     **dict.fromkeys(("segments", "grads", "overflows", "rounding"), torch.int64),
+    **dict.fromkeys(("a_grads", "b_grads", "outs", "grads0", "grads1", "grads2"), torch.int64),
+    **dict.fromkeys(("at0", "at1", "at2", "number0", "number1", "number2"), _INT64),
     **dict.fromkeys(("chunks", "ticket"), torch.int32),
     **dict.fromkeys(("rows", "partials", "out", "sums", "numbers", "clip"), torch.float64),
     **dict.fromkeys(("grad_scale", "found_inf"), torch.float32),
@@ -123,6 +137,41 @@ def update_(
     tables.perturbed.zero_()
 
 
+def dot(tables: Tables, a: Gradients, b: Gradients | None, out: Tensor) -> None:
+    """Write `<a,a>`, `<a,b>` and `<b,b>` over the bucket into its slot; out: [n_buckets, 3] float64."""
+    cache = _cache_of(tables)
+    if tables.dot_partials.shape != (3, cache.n_chunks):
+        raise RuntimeError(
+            f"dot: tables.dot_partials must be [3, {cache.n_chunks}], got {list(tables.dot_partials.shape)}"
+        )
+    operands = (a,) if b is None else (a, b)
+    kinds = _kinds(tables, "dot", operands)
+    launch = cache.launcher(tables, _dot_kernel, _narrow(tables, kinds))
+    grads = [cache.operands(_addresses(operand), cache.capturing) for operand in operands]
+    arguments = cache.addresses[1], grads[0], grads[-1], argument_of(tables.dot_partials), cache.dot_ticket
+    launch(*arguments, argument_of(out), kinds, len(operands) - 1, tables.slot, cache.n_chunks)
+
+
+def combine_(tables: Tables, out: Gradients, terms: Sequence[tuple[float | Tensor, Gradients]]) -> None:
+    """Write out = c0 x0 + c1 x1 + c2 x2; a coefficient is a number, or [] or [1] float64."""
+    if not 1 <= len(terms) <= 3:
+        raise RuntimeError(f"combine_: a linear combination has one to three terms, got {len(terms)}")
+    cache = _cache_of(tables)
+    operands = out, *(part for _, part in terms)
+    kinds = _kinds(tables, "combine_", operands)
+    launch = cache.launcher(tables, _combine_kernel, _narrow(tables, kinds))
+    grads = [cache.operands(_addresses(operand), cache.capturing) for operand in operands]
+    grads += [grads[0]] * (4 - len(grads))  # of terms that are not there, whose coefficient is 0
+    values = [coefficient for coefficient, _ in terms] + [0.0] * (3 - len(terms))
+    name, alike = "combine_: a coefficient", cache.unclipped
+    scalars = [_scalar(tables, name, c, alike) if isinstance(c, Tensor) else None for c in values]
+    if cache.capturing:
+        cache.held += [scalar for scalar in scalars if scalar is not None]
+    at = [0 if scalar is None else scalar.data_ptr() for scalar in scalars]
+    numbers = struct.pack("3d", *(c if scalar is None else 0.0 for c, scalar in zip(values, scalars, strict=True)))
+    launch(cache.addresses[1], *grads, *at, *struct.unpack("3q", numbers), kinds, cache.n_chunks, cache.split)
+
+
 class BucketCache:
     """What the kernels need of one bucket beside its tables, and what of a launch is the same in every step."""
 
@@ -136,8 +185,9 @@ class BucketCache:
         self.ascent, self.descent = DeviceCopy(tables.grad_table, device), DeviceCopy(tables.grad_table, device)
         self.perturbed = DeviceCopy(tables.perturbed.view(torch.uint8), device)
         self.rows = DeviceCopy(tables.row_table, device, live=True)
-        self.tickets = torch.zeros(2, dtype=torch.int32, device=device)
-        self.norm_ticket, self.update_ticket = argument_of(self.tickets[:1]), argument_of(self.tickets[1:])
+        self.operands = AddressCopies(tables.grad_table, device, self.ascent, self.descent)
+        self.tickets = torch.zeros(3, dtype=torch.int32, device=device)
+        self.norm_ticket, self.update_ticket, self.dot_ticket = (argument_of(self.tickets[i:]) for i in range(3))
         self.partials = argument_of(tables.partials)
         self.one, self.zero = (torch.full((1,), x, dtype=torch.float32, device=device) for x in (1.0, 0.0))
         self.unclipped = torch.ones(1, dtype=torch.float64, device=device)
@@ -150,11 +200,12 @@ class BucketCache:
         self.kind_told: tuple[Any, float] = (None, 0.0)  # the groups' values and q that `norm_kind` was asked for
         self.prepared: tuple[Any, float] = (None, 0.0)  # the groups' values and q that `prepare_capture` saw
         self.captured_kind: tuple[bool, bool, bool] | None = None  # what the last captured norm has code for
+        self.held: list[Tensor] = []  # coefficients that captured graphs read
         self.capturing = False  # asked at the start of every operation
 
     def refill(self) -> None:
         """Outside of captures and of a step's end: have the memory that uploads will need."""
-        for copy in (self.ascent, self.descent, self.perturbed, self.numbers_there):
+        for copy in (self.ascent, self.descent, self.perturbed, self.numbers_there, self.operands):
             copy.refill()
 
     def serves(self, tables: Tables) -> bool:
@@ -202,7 +253,7 @@ class BucketCache:
         if launch is None:
             if self.capturing:  # no time to load a kernel
                 raise RuntimeError(_TOO_LATE)
-            programs = self.n_chunks * (1 if kernel is _grad_norm_kernel else self.split)
+            programs = self.n_chunks * (1 if kernel in (_grad_norm_kernel, _dot_kernel) else self.split)
             launch = _launcher(kernel, tables.device, programs, _constants(tables, kernel, kind))
             self.launchers[key] = launch
         return launch
@@ -232,11 +283,38 @@ def _scalar(tables: Tables, name: str, value: Tensor | None, neutral: Tensor) ->
     return value if value.device == tables.device else value.to(tables.device, non_blocking=True)
 
 
+def _addresses(operand: Gradients) -> Tensor:
+    """[n_segments] int64: an operand's addresses; not written into the bucket's table, where another's may be."""
+    if operand.table is not None:
+        return operand.table
+    return torch.tensor([native._address(part) for part in operand], dtype=torch.int64, device="cpu")
+
+
+def _kinds(tables: Tables, name: str, operands: Sequence[Gradients]) -> int:
+    """What the operands are stored as, two bits each."""
+    wide, kinds = torch.float64 if tables.dtype == torch.float64 else torch.float32, 0
+    for i, operand in enumerate(operands):
+        dtype = tables.format.grad if operand.dtype is None else operand.dtype
+        if dtype != wide and (dtype not in _KINDS or wide == torch.float64):
+            raise RuntimeError(f"{name}: gradients and directions of {tables.dtype} weights cannot be {dtype}")
+        kinds |= _KINDS.get(dtype, 0) << 2 * i
+    return kinds
+
+
+def _narrow(tables: Tables, kinds: int = 0) -> bool:
+    """Whether operands may have 16 bits: in a bucket with such dtypes always, so that it needs one kernel."""
+    return kinds != 0 or tables.dtype in LOW_DTYPES or tables.format.grad in LOW_DTYPES
+
+
 def _constants(tables: Tables, kernel: Any, kind: tuple[int, ...]) -> tuple[Any, ...]:
     """What the kernel is compiled for: its kind, the bucket's format, what is computed in, the tile."""
     format, double = tables.format, tables.dtype == torch.float64
     types = tuple(_STORAGE[dtype] for dtype in (format.weight, format.grad, format.source))
     wide, tile = tl.float64 if double else tl.float32, 512 if double else 1024
+    if kernel is _dot_kernel:
+        return wide, *kind
+    if kernel is _combine_kernel:
+        return wide, *kind, tile
     if kernel is _grad_norm_kernel:
         return *types, wide, *kind
     if kernel is _perturb_kernel:  # it has nothing to do with states
@@ -317,12 +395,18 @@ def _compiled(kernel: Any, device: torch.device, constants: tuple[Any, ...]) -> 
 
 def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
     """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand."""
-    options = {"num_warps": 8 if kernel is _grad_norm_kernel else 4, "enable_fp_fusion": False}
+    options = {"num_warps": 8 if kernel in (_grad_norm_kernel, _dot_kernel) else 4, "enable_fp_fusion": False}
     named = dict(zip(kernel.arg_names[-len(constants) :], constants, strict=True))
     rule, states = named.get("RULE", NO_RULE.value), named.get("STATES", 0).bit_count()
-    wide, masters, drawn = named["WIDE"] == tl.float64, named["SOURCE"] != named["STORAGE"], named.get("DRAWN", False)
+    wide, masters, drawn = (
+        named["WIDE"] == tl.float64,
+        named.get("SOURCE") != named.get("STORAGE"),
+        named.get("DRAWN", False),
+    )
     if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers, 80 or 64
-        if drawn and (rule != ADAM.value or states == 2):  # it takes what the random numbers need, but for one
+        if kernel is _combine_kernel and named["NARROW"]:
+            options["maxnreg"] = 72
+        elif drawn and (rule != ADAM.value or states == 2):  # it takes what the random numbers need, but for one
             if rule == RMSPROP.value and states == 2 and named["SOURCE"] == tl.float32:
                 options["maxnreg"] = 96
         elif rule in (ADAGRAD.value, LION.value):
@@ -368,6 +452,9 @@ def prepare_capture(tables: Tables) -> None:
         cache.launcher(tables, _perturb_kernel, *norm[:2])
         cache.launcher(tables, _update_kernel, *cache.rule(tables))
         cache.prepared = tables.rows, tables.q
+    if tables.dot_partials.numel() > 0:  # a direction was asked for
+        for kernel in (_dot_kernel, _combine_kernel):
+            cache.launcher(tables, kernel, _narrow(tables))
 
 
 def upload_values(tables: Tables) -> None:

@@ -53,6 +53,9 @@ SEGMENT_COLUMNS = tl.constexpr(8)
 
 NO_RULE = tl.constexpr(-1)
 
+# Kinds of gradients and directions that are not of the type of the arithmetic, which is 0.
+BFLOAT16, FLOAT16 = tl.constexpr(1), tl.constexpr(2)
+
 
 # Loads and stores. Low precision is widened exactly and rounded once, to nearest even. NaN payloads are not kept.
 # ALIGN is what the addresses are multiples of, in bytes; 0 where nothing is known, and then accesses are masked, too.
@@ -415,6 +418,18 @@ def _squares(g, lanes, length, acc, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _slot_sum(partials, n_chunks):
+    # Of the chunks' partial sums: chunk i is added to lane i mod 1,024, then the lanes in adjacent pairs.
+    lanes = tl.arange(0, SLOTS)
+    acc = tl.zeros([SLOTS], tl.float64)
+    i = 0
+    while i < n_chunks:
+        acc += tl.load(partials + i + lanes, mask=i + lanes < n_chunks, other=0.0, cache_modifier=".cg")
+        i += SLOTS
+    return _fold(acc, 10)
+
+
+@triton.jit
 def _clip_factor(max_norm, total, grad_scale):
     # torch.nn.utils.clip_grad_norm_: the factor, at most 1, that brings gradients of this squared norm down to
     # max_norm. NaN where the norm is not finite, so that it shows.
@@ -464,13 +479,7 @@ def _grad_norm_kernel(
         if POWER:
             tl.store(out + slot, _partials_norm(partials, n_chunks, tl.load(numbers)))
         else:
-            lanes = tl.arange(0, SLOTS)
-            acc = tl.zeros([SLOTS], tl.float64)
-            i = 0
-            while i < n_chunks:
-                acc += tl.load(partials + i + lanes, mask=i + lanes < n_chunks, other=0.0, cache_modifier=".cg")
-                i += SLOTS
-            tl.store(out + slot, _fold(acc, 10))
+            tl.store(out + slot, _slot_sum(partials, n_chunks))
         if clips != 0:
             tl.debug_barrier()  # what one warp stored is read by all
             scale = tl.load(grad_scale).to(tl.float64)
@@ -851,3 +860,202 @@ def _update_kernel(
                 )  # fmt: skip
         elif restores:
             _copy(tl.load(segment + WEIGHT), kept, span, STORAGE, SOURCE, TILE)
+
+
+# Gradients and directions: operands of any dtype. What each one is stored as, its kind, is told when the kernel runs:
+# WIDE, which is also what is computed in, or one of the two types of 16 bits where NARROW says that there may be any.
+# One kernel so serves all dtypes, and what is not there (address 0) is not read.
+
+
+@triton.jit
+def _kind(kinds, INDEX: tl.constexpr):
+    return (kinds >> 2 * INDEX) & 3
+
+
+@triton.jit
+def _low_bits_of(address, kind, NARROW: tl.constexpr):
+    # Zero modulo ALIGN where `_places` may be told ALIGN: accesses have as many elements, whatever these are stored as.
+    if NARROW:
+        return tl.where(kind == 0, address, address * 2)
+    else:
+        return address
+
+
+@triton.jit
+def _places(address, kind, start, WIDE: tl.constexpr, NARROW: tl.constexpr, ALIGN: tl.constexpr):
+    # Where an operand is, as WIDE and as 16 bits: the addresses, one of which is 0, and the pointers.
+    wide, narrow = address, address
+    if NARROW:
+        wide, narrow = tl.where(kind == 0, address, 0), tl.where(kind == 0, 0, address)
+    return wide, _pointer(wide, start, WIDE, ALIGN), narrow, _pointer(narrow, start, tl.uint16, ALIGN // 2)
+
+
+@triton.jit
+def _mask(address, o, length, ALIGN: tl.constexpr):
+    # Where they are aligned, the same for all elements: wide accesses stay whole.
+    there = tl.broadcast_to(address, o.shape) != 0
+    if ALIGN > 0:
+        return there
+    else:
+        return (o < length) & there
+
+
+@triton.jit
+def _load_of(places, kind, o, length, NARROW: tl.constexpr, ALIGN: tl.constexpr):
+    # An operand's values, widened; 0 where it is not there.
+    at_wide, wide, at_narrow, narrow = places
+    x = tl.load(wide + o, mask=_mask(at_wide, o, length, ALIGN), other=0.0)
+    if NARROW:
+        bits = tl.load(narrow + o, mask=_mask(at_narrow, o, length, ALIGN), other=0)
+        half = tl.where(kind == BFLOAT16, _widen(bits), _widen(bits.to(tl.float16, bitcast=True)))
+        x = tl.where(at_narrow != 0, half, x)
+    return x
+
+
+@triton.jit
+def _store_of(places, kind, o, x, length, NARROW: tl.constexpr, ALIGN: tl.constexpr):
+    # Values, rounded to nearest.
+    at_wide, wide, at_narrow, narrow = places
+    tl.store(wide + o, x, mask=_mask(at_wide, o, length, ALIGN))
+    if NARROW:
+        half = _narrow(x, tl.float16).to(tl.uint16, bitcast=True)
+        bits = tl.where(kind == BFLOAT16, _narrow(x, tl.uint16), half)
+        tl.store(narrow + o, bits, mask=_mask(at_narrow, o, length, ALIGN))
+
+
+# The scalar products.
+
+
+@triton.jit
+def _row_of(lefts, rights, kinds, k, length, NARROW: tl.constexpr, ALIGN: tl.constexpr):
+    # The k-th row of lanes of both operands.
+    o = k * LANES + tl.arange(0, LANES)
+    x = _load_of(lefts, _kind(kinds, 0), o, length, NARROW, ALIGN)
+    return x, _load_of(rights, _kind(kinds, 1), o, length, NARROW, ALIGN)
+
+
+@triton.jit
+def _chunk_dots(a, b, kinds, start, length, WIDE: tl.constexpr, NARROW: tl.constexpr, ALIGN: tl.constexpr):
+    # The canonical sums of a a, a b and b b over a chunk; a sum of what is not there is 0.
+    lefts = _places(a, _kind(kinds, 0), start, WIDE, NARROW, ALIGN)
+    rights = _places(b, _kind(kinds, 1), start, WIDE, NARROW, ALIGN)
+    x, y = _row_of(lefts, rights, kinds, 0, length, NARROW, ALIGN)
+    aa, ab, bb = x * x, x * y, y * y
+    if NARROW and ALIGN == 0:  # not unrolled, which would take half as many registers again
+        k = 1
+        while k * LANES < length:
+            x, y = _row_of(lefts, rights, kinds, k, length, NARROW, ALIGN)
+            aa, ab, bb = _fma(x, x, aa), _fma(x, y, ab), _fma(y, y, bb)
+            k += 1
+    else:
+        for k in tl.static_range(1, CHUNK // LANES):
+            x, y = _row_of(lefts, rights, kinds, k, length, NARROW, ALIGN)
+            aa, ab, bb = _fma(x, x, aa), _fma(x, y, ab), _fma(y, y, bb)
+    both = (a != 0) & (b != 0)  # x y is NaN where one is infinite and the other not there
+    return _fold(aa, 11), tl.where(both, _fold(ab, 11), 0.0), _fold(bb, 11)
+
+
+@triton.jit(do_not_specialize=list(range(10)))
+def _dot_kernel(
+    chunks, a_grads, b_grads, partials, ticket, out, kinds, pairs, slot, n_chunks,
+    WIDE: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Write `sum(a a)`, `sum(a b)` and `sum(b b)` into `out[slot]`. One program a chunk.
+
+    Reads 2n elements, n where `pairs` is 0 (there is no b, and its sums are 0), writes three partial sums a chunk; the
+    last program adds these up.
+    """
+    chunk = tl.program_id(0)
+    segment, start, length = _chunk(chunks, chunk, n_chunks)
+    a = tl.load(a_grads + segment)
+    b = tl.load(b_grads + segment, mask=pairs != 0, other=0)
+    aa = tl.full([], 0.0, tl.float64)
+    ab, bb = aa, aa
+    if ((a | b) != 0) & (length > 0):
+        bits = _low_bits_of(a, _kind(kinds, 0), NARROW) | _low_bits_of(b, _kind(kinds, 1), NARROW)
+        if (bits % 16 == 0) & (length == CHUNK):
+            sums = _chunk_dots(a, b, kinds, start, length, WIDE, NARROW, 16)
+        else:
+            sums = _chunk_dots(a, b, kinds, start, length, WIDE, NARROW, 0)
+        aa, ab, bb = sums[0].to(tl.float64), sums[1].to(tl.float64), sums[2].to(tl.float64)
+    there = chunk < n_chunks
+    tl.store(partials + chunk, aa, mask=there)
+    tl.store(partials + n_chunks + chunk, ab, mask=there)
+    tl.store(partials + 2 * n_chunks + chunk, bb, mask=there)
+    if _arrive(ticket):
+        for k in tl.static_range(0, 3):
+            tl.store(out + 3 * slot + k, _slot_sum(partials + k * n_chunks, n_chunks))
+
+
+# Linear combinations.
+
+
+@triton.jit
+def _term_of(grads, segment, at, number, WIDE: tl.constexpr):
+    # A coefficient, which stands at an address or is a number, told by its 64 bits; and where its operand is: 0 if the
+    # term is left out, also because of its coefficient, as 0 * inf is NaN.
+    c = number.to(tl.int64).to(tl.float64, bitcast=True)
+    if at != 0:
+        c = tl.load(at.to(tl.int64).to(tl.pointer_type(tl.float64)))
+    c = c.to(WIDE)
+    return c, tl.where(c != 0, tl.load(grads + segment), 0)
+
+
+@triton.jit
+def _with_term(total, begun, c, x, there):
+    # The first term is a product; what is left out changes nothing.
+    return tl.where(there, tl.where(begun, _fma(c, x, total), c * x), total)
+
+
+@triton.jit
+def _combine_tiles(
+    to, terms, factors, kinds, start, tile, end, length,
+    WIDE: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    t0, t1, t2 = terms
+    c0, c1, c2 = factors
+    kind, kind0, kind1, kind2 = _kind(kinds, 0), _kind(kinds, 1), _kind(kinds, 2), _kind(kinds, 3)
+    to = _places(to, kind, start, WIDE, NARROW, ALIGN)
+    places0 = _places(t0, kind0, start, WIDE, NARROW, ALIGN)
+    places1 = _places(t1, kind1, start, WIDE, NARROW, ALIGN)
+    places2 = _places(t2, kind2, start, WIDE, NARROW, ALIGN)
+    while tile < end:
+        o = tile * TILE + tl.arange(0, TILE)
+        x0 = _load_of(places0, kind0, o, length, NARROW, ALIGN)
+        x1 = _load_of(places1, kind1, o, length, NARROW, ALIGN)
+        x2 = _load_of(places2, kind2, o, length, NARROW, ALIGN)
+        total = tl.where(t0 != 0, c0 * x0, 0.0)
+        total = _with_term(total, t0 != 0, c1, x1, t1 != 0)
+        total = _with_term(total, (t0 | t1) != 0, c2, x2, t2 != 0)
+        _store_of(to, kind, o, total, length, NARROW, ALIGN)
+        tile += 1
+
+
+@triton.jit(do_not_specialize=list(range(14)))
+def _combine_kernel(
+    chunks, outs, grads0, grads1, grads2, at0, at1, at2, number0, number1, number2, kinds, n_chunks, split,
+    WIDE: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write c0 x0 + c1 x1 + c2 x2, term by term, where `outs` has an address. `split` programs a chunk.
+
+    Reads n elements for each term whose coefficient is not 0, writes n elements. A coefficient is float64 at the
+    address `at`, or where that is 0 the number with the bits `number`: a number itself would come as float32.
+    """
+    part = tl.program_id(0)
+    segment, span = _part(chunks, part, split, n_chunks, TILE)
+    start, tile, full, end, length = span
+    to = tl.load(outs + segment)
+    if (to != 0) & (tile < end):
+        c0, t0 = _term_of(grads0, segment, at0, number0, WIDE)
+        c1, t1 = _term_of(grads1, segment, at1, number1, WIDE)
+        c2, t2 = _term_of(grads2, segment, at2, number2, WIDE)
+        factors, terms = (c0, c1, c2), (t0, t1, t2)
+        bits = _low_bits_of(to, _kind(kinds, 0), NARROW) | _low_bits_of(t0, _kind(kinds, 1), NARROW)
+        bits = bits | _low_bits_of(t1, _kind(kinds, 2), NARROW) | _low_bits_of(t2, _kind(kinds, 3), NARROW)
+        if bits % 16 == 0:
+            _combine_tiles(to, terms, factors, kinds, start, tile, full, length, WIDE, NARROW, TILE, 16)
+            tile = full
+        elif bits % 8 == 0:
+            _combine_tiles(to, terms, factors, kinds, start, tile, full, length, WIDE, NARROW, TILE, 8)
+            tile = full
+        _combine_tiles(to, terms, factors, kinds, start, tile, end, length, WIDE, NARROW, TILE, 0)

@@ -82,3 +82,41 @@ class DeviceCopy:
         torch._foreach_add_(copy.unbind(), table.to(copy.dtype).tolist())
         self.held.append(copy)
         return argument_of(copy)
+
+
+class AddressCopies:
+    """Copies of the addresses of gradients and directions: of several tables of one length at a time.
+
+    A table is found again by its values, whoever wrote it down: a direction's, which never change, are uploaded once,
+    and a gradient's not again where `known` has them.
+    """
+
+    MOST = 8  # tables; one call takes four
+
+    def __init__(self, table: Tensor, device: torch.device, *known: DeviceCopy) -> None:
+        """No copies yet but those known, which others write and hold at least one."""
+        self.table, self.device, self.known = table, device, known
+        self.copies: list[DeviceCopy] = []  # the least recently used one first
+
+    def __call__(self, table: Tensor, capturing: bool = False) -> Any:
+        """Where the addresses are on the device, until MOST - 1 other tables were asked for."""
+        values = string_at(table.data_ptr(), table.nbytes)
+        for copy in (*reversed(self.copies), *self.known):
+            if copy.written == values:
+                break
+        else:
+            copy = self._least_used() if not capturing else self.known[0]  # which writes nothing in a capture
+        if copy in self.copies:
+            self.copies.append(self.copies.pop(self.copies.index(copy)))
+        return copy(table, capturing)
+
+    def refill(self) -> None:
+        """Have memory for the next uploads."""
+        for copy in self.copies:
+            copy.refill()
+
+    def _least_used(self) -> DeviceCopy:
+        if len(self.copies) < self.MOST:
+            self.copies.append(DeviceCopy(self.table, self.device))
+            return self.copies[-1]
+        return self.copies[0]
