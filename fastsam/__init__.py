@@ -6,12 +6,14 @@ from fastsam import methods, radius, when
 from fastsam.bases.lion import Lion
 from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
+from fastsam.sam_step import SAMStep
 from fastsam.training import asam_groups, freeze_running_stats
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedSAM",
     "Lion",
+    "SAMStep",
     "__version__",
     "asam_groups",
     "freeze_running_stats",

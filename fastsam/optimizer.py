@@ -36,9 +36,8 @@ from fastsam.closures import OnePass, call, detached, entry
 from fastsam.memory.placing import check_duplicates, check_param, is_unused
 from fastsam.ops.formats import Precision
 from fastsam.passes import ADDED_GRADIENTS, Passes
-from fastsam.progress import BASE, CLEAN, PAUSED, PERTURBED
+from fastsam.progress import BASE, CLEAN, PAUSED, PERTURBED, SAM
 from fastsam.radius import Radius
-from fastsam.scaling import scale_of
 from fastsam.when import When, as_when
 
 
@@ -242,13 +241,13 @@ class FusedSAM(Passes):
                 loss = call(closure)
             elif self.closure_calls == 1:
                 self._require_gradients()
-                if self._begin():
+                if self.begin_step():
                     self._perturb()
                     self.zero_grad()
                     loss = call(closure)
             else:
                 loss = call(closure)  # gradient at w
-                if self._begin():
+                if self.begin_step():
                     self._perturb()  # w <- w + e
                     sam.losses = detached(loss), detached(self._call_again(closure))  # gradient at w + e
             self._update()  # w <- base step from the old w with that gradient
@@ -266,7 +265,7 @@ class FusedSAM(Passes):
             except BaseException:
                 self._leave_perturbed()
                 raise
-        elif sam.one_pass is not None:
+        elif sam.one_pass is not None or (sam.begun and sam.turn != SAM):
             if self._end_one_pass():
                 raise RuntimeError(ADDED_GRADIENTS)
             sam.turn = BASE if sam.base_step_asked else sam.turn
@@ -315,9 +314,8 @@ class FusedSAM(Passes):
                 stacklevel=3,
             )
             self._leave_perturbed()
-        two_passes = self._begin()
-        if scaler is not None:
-            sam.loss_scale, sam.first_scaled = scale_of(scaler, self), True
+        two_passes = self.begin_step()
+        self._note_scale(scaler)
         if not two_passes:
             sam.one_pass = OnePass(self._params())
             return False

@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 
 from fastsam.algebra import Algebra
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
-from fastsam.closures import CLOSURE_RECIPE, call, entry
+from fastsam.closures import CLOSURE_RECIPE, OnePass, call, entry
 from fastsam.memory.buckets import Buckets, Steer
 from fastsam.memory.directions import Vector
 from fastsam.ops.tables import Gradients
 from fastsam.progress import BASE, CLEAN, PERTURBED, PLAIN, SAM
 from fastsam.radius import Radius
 from fastsam.scaling import RECIPE as SCALER_RECIPE
-from fastsam.scaling import are_scaled, forget_scaler, scale_of_caller
+from fastsam.scaling import are_scaled, forget_scaler, scale_of, scale_of_caller
 
 # Of every group; the last three where they matter.
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step", "sam_steps")
@@ -46,11 +46,18 @@ class Passes(Algebra):
     radius: Radius | None
     renormalize: bool
 
-    def _begin(self) -> bool:
-        """Begin a step; whether it is to have two passes."""
+    def begin_step(self) -> bool:
+        """Begin a step before its first pass; whether it has a second one.
+
+        Not needed: `first_step` and `step` begin a step themselves. It is for loops that must know before the first
+        pass, because they give that a part of the batch or spare its communication where a second one follows. Where
+        none does, run one pass and call `step`.
+        """
         sam = self._sam
+        if sam.begun:
+            return sam.turn == SAM
         sam.require_running()
-        number = sam.steps
+        number, sam.begun = sam.steps, True
         sam.steps += 1
         sam.loss_scale, sam.first_scaled, sam.first_squares = 1.0, False, None
         if self.when is not None and not self.when.decide(number):
@@ -135,6 +142,42 @@ class Passes(Algebra):
         buckets.perturb(self._steer_ascent if steers else None, None if self.radius is None else self._map_sums)
         torch.clear_autocast_cache()
 
+    @entry
+    def _climb_again(self, scaler: torch.amp.GradScaler | None) -> None:
+        """In a step with several perturbations: climb along the gradients that are there now."""
+        self._note_scale(scaler)
+        self._perturb()
+
+    def _note_scale(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Note what the gradients at w are multiplied by, where somebody says so."""
+        if scaler is not None:
+            self._sam.loss_scale, self._sam.first_scaled = scale_of(scaler, self), True
+
+    @entry
+    def _take_direction(self) -> list[tuple[Tensor, Tensor]]:
+        """After a second pass: restore, and give what the base optimizer would step with, parameter by parameter."""
+        sam = self._sam
+        buckets = self._sync()
+        grads = buckets.gather(ascent=False)
+        buckets.require_memory(grads, ascent=False)
+        buckets.sync_values()
+        along = self._steer_descent(grads) if self._steers_descent() else grads
+        length = self._length_to_take()
+        factors = {} if length is None else buckets.factors_for(along, None, None, length)
+        kept = []
+        for bucket, part in zip(buckets.items, along, strict=True):
+            factor = factors.get(bucket.tables.device, 1.0)
+            tensors = zip(bucket.params, part, strict=True)
+            kept += [(param, tensor * factor) for param, tensor in tensors if tensor is not None]
+        buckets.restore()
+        sam.phase = CLEAN
+        torch.clear_autocast_cache()
+        return kept
+
+    def _step_with_gradients(self) -> None:
+        """Let the next `step()` be one with the gradients that are there."""
+        self._sam.turn, self._sam.one_pass = BASE, OnePass(())
+
     def _perturb_without_gradients(self, source: Callable[[], Vector], direction: Callable[[Vector], Vector]) -> None:
         """Climb along a direction that is made of something else than gradients, such as the base optimizer's state."""
         sam = self._sam
@@ -172,6 +215,7 @@ class Passes(Algebra):
             sam.directions.publish(grads)
         if self._measures():
             self._observe(grad_scale)
+        sam.begun = False
         if sam.phase == PERTURBED:
             buckets.weight_watch.learn()
         sam.phase = CLEAN
@@ -287,6 +331,7 @@ class Passes(Algebra):
         """Bring the weights back, bit for bit, without an update; nothing happens if they are not perturbed."""
         sam = self._sam
         self._end_one_pass()
+        sam.begun = False
         if sam.phase == PERTURBED:
             sam.buckets.restore()
             sam.phase = CLEAN

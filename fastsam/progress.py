@@ -28,6 +28,7 @@ class Progress:
         losses: at w and at w + e, of the last step(closure).
         directions: what methods compute with.
         turn: what the step that began last is: SAM, PLAIN with one pass, or BASE, the base optimizer's own.
+        begun: whether that is known for the step that is being taken.
         one_pass: the gradients that a step of one pass began with, from first_step() to step().
         steps: how many steps began.
         loss_scale: what the gradients at w are multiplied by.
@@ -47,6 +48,7 @@ class Progress:
         self.losses: tuple[Any, Any] = (None, None)
         self.directions = Directions(buckets)
         self.turn = SAM
+        self.begun = False
         self.one_pass: OnePass | None = None
         self.steps = 0
         self.loss_scale: float | Tensor = 1.0

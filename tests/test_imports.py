@@ -39,9 +39,13 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         *("checks", "esam", "friendly", "gsam", "looksam", "msam", "preconditioned", "sparse", "vasso", "wsam"),
         "",  # the package's own file: all of them
     ),
+    "top": ("sam_step",),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo"),
 }
-ORDER = [f"{wing}.{name}".strip(".") for wing, names in FLOORS.items() for name in names] + ["__main__"]
+TOP = ("", "top")  # what lies in the package itself: below the methods, and above
+ORDER = [f"{'' if wing in TOP else wing}.{name}".strip(".") for wing, names in FLOORS.items() for name in names] + [
+    "__main__"
+]
 EMPTY = ("", "bases", "memory", "commands")  # these packages' own files only say what is in them, or name it again
 
 

@@ -1,0 +1,440 @@
+"""SAMStep: a whole training step in one call, with all that is easily wrong in one written by hand."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from fastsam.algebra import Algebra
+from fastsam.methods.msam import MSAM
+from fastsam.optimizer import FusedSAM
+from fastsam.training import freeze_running_stats
+
+Batch = tuple[Any, ...]
+
+
+class SAMStep:
+    """Forward and backward passes, perturbation and update of one step: `loss = step(inputs, targets)`.
+
+    In the second pass running statistics of normalisation layers are left alone and dropout draws the same masks, so
+    that each batch counts once and both gradients are of one function. Afterwards the random generators are where one
+    pass would have left them. If anything raises, the weights come back.
+
+    Args:
+        model: the module; inside DistributedDataParallel, if it is.
+        optimizer: a FusedSAM or one of `fastsam.methods`, with `when`, clipping and all.
+        loss_fn: `loss_fn(model(*inputs), targets)` for a call `step(*inputs, targets)`: the mean over the samples, or
+            the loss of each, [batch], of which the mean is taken.
+        forward_backward: instead of `loss_fn`, for several losses, several models or what else a batch needs:
+            `forward_backward(backward, *batch)` calls `backward(loss)` in place of `loss.backward()`, as often as it
+            likes, and returns what the step is to return.
+        scaler: a GradScaler; it is called in the order that it wants, once a step.
+        autocast: a dtype for `torch.autocast` around the forward passes, or None.
+        micro_batches: in how many parts each batch is run, for want of memory. Parts are along the first dimension of
+            every tensor of the batch and count by their samples.
+        sharpness: what the perturbation is made for: "batch" (one perturbation from the gradient of all micro-batches,
+            which are then run again) or "micro" (m-SAM: each micro-batch its own, and the step with the mean of the
+            second gradients; arXiv 2010.01412, section 4.1). Smaller parts generalise better there.
+        perturb: under DistributedDataParallel "global" (the first gradients are averaged over the ranks, as on one
+            large GPU) or "local" (m-SAM: each rank perturbs by its own part, without communication in the first pass).
+        ascent_fraction: the share of the batch, its first samples, that the first pass sees; in (0, 1].
+        select: the share of the samples in the second pass, in (0, 1]: those whose loss the perturbation raises most
+            (ESAM, arXiv 2110.03141), found by a third forward pass. Needs the loss of each sample.
+        same_rng: whether the second pass draws the random numbers of the first, as the paper's code does.
+        functional: Functional-SAM (arXiv 2502.02407): the second backward pass begins with the first pass's gradient
+            of the loss with respect to the model's output.
+        second_order: the exact gradient of the loss at w + e(w) with respect to w, by double backward (arXiv
+            2010.01412, eq. 3 and appendix C.4), of which SAM leaves a term out: an experiment for small models, which
+            keeps the graphs of both passes and of the first's gradient. For plain SAM, on one process.
+
+    Example:
+        >>> step = fastsam.SAMStep(model, optimizer, nn.functional.cross_entropy)
+        >>> for inputs, targets in loader:
+        ...     loss = step(inputs, targets)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: FusedSAM,
+        loss_fn: Callable[..., Tensor] | None = None,
+        *,
+        forward_backward: Callable[..., Any] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        autocast: torch.dtype | None = None,
+        micro_batches: int = 1,
+        sharpness: str = "batch",
+        perturb: str = "global",
+        ascent_fraction: float = 1.0,
+        select: float = 1.0,
+        same_rng: bool = True,
+        functional: bool = False,
+        second_order: bool = False,
+    ) -> None:
+        """See the class."""
+        self.model: Any = model  # or a wrapper of one
+        self.optimizer, self.loss_fn, self.forward_backward = optimizer, loss_fn, forward_backward
+        self.scaler, self.autocast, self.micro_batches = scaler, autocast, micro_batches
+        self.sharpness, self.perturb, self.same_rng = sharpness, perturb, same_rng
+        self.ascent_fraction, self.select = ascent_fraction, select
+        self.functional, self.second_order = functional, second_order
+        self._check()
+        self._first_call = True
+
+    def _check(self) -> None:
+        if not isinstance(self.optimizer, FusedSAM):
+            raise ValueError(f"SAMStep: optimizer must be a FusedSAM, got {type(self.optimizer).__name__}")
+        if (self.loss_fn is None) == (self.forward_backward is None):
+            raise ValueError("SAMStep: give either loss_fn or forward_backward")
+        if not isinstance(self.micro_batches, int) or self.micro_batches < 1:
+            raise ValueError(f"SAMStep: micro_batches must be an integer >= 1, got {self.micro_batches!r}")
+        for name, value, known in (
+            ("sharpness", self.sharpness, ("batch", "micro")),
+            ("perturb", self.perturb, ("global", "local")),
+        ):
+            if value not in known:
+                raise ValueError(f"SAMStep: {name} must be one of {known}, got {value!r}")
+        for name, share in (("ascent_fraction", self.ascent_fraction), ("select", self.select)):
+            if not 0 < share <= 1:
+                raise ValueError(f"SAMStep: {name} must be in (0, 1], got {share!r}")
+        if self.perturb == "local" and not hasattr(self.model, "no_sync"):
+            raise ValueError(
+                "SAMStep: perturb='local' is for a model inside DistributedDataParallel; others have one part"
+            )
+        for name, asked in (
+            ("select", self.select < 1),
+            ("functional", self.functional),
+            ("second_order", self.second_order),
+        ):
+            if asked and self.loss_fn is None:
+                raise ValueError(f"SAMStep: {name} needs loss_fn: what forward_backward does is its own")
+        if self.functional and self.select < 1:
+            raise ValueError("SAMStep: functional and select exclude each other: the samples of the passes differ")
+        if self.functional and self.ascent_fraction < 1:
+            raise ValueError("SAMStep: functional needs ascent_fraction=1: the samples of the passes must be the same")
+        if self.micro and type(self.optimizer).after_update is not Algebra.after_update and self._adds_a_term():
+            raise ValueError(
+                f"SAMStep: {type(self.optimizer).__name__} has a term beside the base optimizer's step, of which "
+                "sharpness='micro' would need the mean; use sharpness='batch', or WSAM's decoupled=False"
+            )
+        if self.second_order:
+            self._check_second_order()
+
+    def _adds_a_term(self) -> bool:
+        return bool(getattr(self.optimizer, "decoupled", True))
+
+    @property
+    def micro(self) -> bool:
+        """Whether each micro-batch has a perturbation of its own."""
+        return self.sharpness == "micro" and self.micro_batches > 1
+
+    def __call__(self, *batch: Any) -> Any:
+        """Take a step.
+
+        Args:
+            *batch: what the model takes, and last the targets; for `forward_backward` what it takes.
+
+        Returns:
+            The mean loss at w over what the first pass saw, detached; or what `forward_backward` returned, in the last
+            part where there are several.
+        """
+        parts, optimizer = _split(batch, self.micro_batches), self.optimizer
+        optimizer.zero_grad()
+        try:
+            if isinstance(optimizer, MSAM):
+                loss = self._pass(parts, synchronised=True)
+            elif not optimizer.begin_step():
+                loss = self._pass(parts, synchronised=True)
+            elif self.second_order:
+                loss = self._second_order_pass(parts)
+            elif self.micro:
+                loss = self._micro_passes(parts)
+            else:
+                loss = self._two_passes(parts)
+            self._finish()
+        except BaseException:
+            if not isinstance(optimizer, MSAM):
+                optimizer.restore()
+            raise
+        self._first_call = False
+        return loss
+
+    def _finish(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    # The passes.
+
+    def _two_passes(self, parts: Sequence[Batch]) -> Any:
+        """Both passes over all parts, with one perturbation between them."""
+        ascent = [_first_samples(part, self.ascent_fraction) for part in parts]
+        rng = _Generators(self.same_rng, parts)
+        kept: list[Tensor] = []
+        loss = self._pass(ascent, synchronised=self._synchronised(), keep=kept)
+        rng.rewind()
+        self.optimizer.first_step(zero_grad=True, scaler=self.scaler)
+        with freeze_running_stats(self.model):
+            if self.select < 1:
+                parts = self._selected(parts, kept)
+                rng.rewind()
+            self._pass(parts, synchronised=True, outputs_from=kept if self.functional else None)
+        rng.forward()
+        return loss
+
+    def _synchronised(self) -> bool:
+        """Whether ranks average the first pass's gradients."""
+        # DistributedDataParallel learns the order of a static graph in its first iteration, which must communicate.
+        return self.perturb == "global" or (self._first_call and bool(getattr(self.model, "static_graph", False)))
+
+    def _micro_passes(self, parts: Sequence[Batch]) -> Any:
+        """Both passes over each part, with a perturbation for each; the mean of what the base is to step with."""
+        optimizer, total = self.optimizer, sum(map(_samples, parts))
+        mean: dict[Tensor, Tensor] = {}
+        losses = []
+        for part in parts:
+            optimizer.zero_grad()
+            kept: list[Tensor] = []
+            rng = _Generators(self.same_rng, [part])
+            losses.append(self._pass([_first_samples(part, self.ascent_fraction)], self._synchronised(), kept))
+            rng.rewind()
+            optimizer._climb_again(self.scaler)
+            optimizer.zero_grad()
+            chosen = part
+            with freeze_running_stats(self.model):
+                if self.select < 1:
+                    (chosen,) = self._selected([part], kept)
+                    rng.rewind()
+                self._pass([chosen], synchronised=True, outputs_from=kept if self.functional else None)
+            rng.forward()
+            share = _samples(part) / total
+            for param, direction in optimizer._take_direction():
+                wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
+                mean[param] = mean[param].add_(wide, alpha=share) if param in mean else wide * share
+            self._first_call = False
+        optimizer.zero_grad()
+        for param, direction in mean.items():
+            param.grad = direction.to(param.dtype)
+        optimizer._step_with_gradients()
+        return _mean(losses, parts)
+
+    def _pass(
+        self,
+        parts: Sequence[Batch],
+        synchronised: bool,
+        keep: list[Tensor] | None = None,
+        outputs_from: Sequence[Tensor] | None = None,
+    ) -> Any:
+        """Forward and backward of all parts, whose gradients add up to that of the mean over all samples.
+
+        Args:
+            parts: the micro-batches.
+            synchronised: whether ranks average the gradients.
+            keep: gets what a later pass needs of this one: each part's losses, or the gradients of its output.
+            outputs_from: the gradients of the outputs to begin the backward passes with.
+        """
+        total = sum(map(_samples, parts))
+        losses: list[Any] = []
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with self._communicating(synchronised and last):
+                weight = _samples(part) / total
+                if self.forward_backward is not None:
+                    losses.append(self.forward_backward(self._backward_of(weight), *part))
+                    continue
+                with self._autocast():
+                    outputs = self.model(*part[:-1])
+                    values = self._loss(outputs, part[-1])
+                    loss = values.mean() if values.dim() > 0 else values
+                losses.append(loss.detach())
+                if outputs_from is not None:
+                    torch.autograd.backward(outputs, outputs_from[i])
+                    continue
+                if keep is not None and self.functional:
+                    scaled = self._scaled(loss * weight)
+                    (gradient,) = torch.autograd.grad(scaled, outputs, retain_graph=True)
+                    keep.append(gradient)
+                    torch.autograd.backward(outputs, gradient)
+                    continue
+                if keep is not None and self.select < 1:
+                    keep.append(values.detach())
+                torch.autograd.backward(self._scaled(loss * weight if weight != 1 else loss))
+        return _mean(losses, parts)
+
+    def _loss(self, outputs: Any, targets: Any) -> Tensor:
+        assert self.loss_fn is not None
+        values = self.loss_fn(outputs, targets)
+        if self.select < 1 and values.dim() != 1:
+            raise ValueError(
+                "SAMStep: select needs a loss_fn that gives the loss of each sample, [batch] (reduction='none'), got "
+                f"shape {list(values.shape)}"
+            )
+        return values
+
+    def _selected(self, parts: Sequence[Batch], before: Sequence[Tensor]) -> list[Batch]:
+        """Of each part the samples whose loss the perturbation raises most."""
+        chosen = []
+        for part, losses in zip(parts, before, strict=True):
+            with torch.no_grad(), self._autocast():
+                raised = self._loss(self.model(*part[:-1]), part[-1])[: len(losses)] - losses
+            count = max(math.ceil(self.select * len(losses)), 1)
+            places = raised.topk(count).indices.sort().values
+            chosen.append(tree_map_only(Tensor, functools.partial(_rows, places=places, total=len(losses)), part))
+        return chosen
+
+    def _backward_of(self, weight: float) -> Callable[..., None]:
+        def backward(loss: Tensor, **kwargs: Any) -> None:
+            torch.autograd.backward(self._scaled(loss * weight if weight != 1 else loss), **kwargs)
+
+        return backward
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        return torch.autocast(device, dtype=self.autocast)
+
+    @contextmanager
+    def _communicating(self, synchronised: bool) -> Iterator[None]:
+        """Forward and backward within the block; ranks average the gradients at its end, or do not."""
+        with ExitStack() as stack:
+            if not synchronised and hasattr(self.model, "no_sync"):
+                stack.enter_context(self.model.no_sync())
+            yield
+
+    # The second-order term.
+
+    def _check_second_order(self) -> None:
+        optimizer = self.optimizer
+        plain = type(optimizer) is FusedSAM and optimizer.p == 2 and optimizer.radius is None
+        adaptive = any(group["adaptive"] for group in optimizer.param_groups)
+        if not plain or adaptive or self.micro_batches > 1 or self.scaler is not None or self.functional:
+            raise ValueError(
+                "SAMStep: second_order is for plain SAM with p=2, without adaptive groups, other methods, radius, "
+                "micro-batches, GradScaler and functional"
+            )
+        if self.select < 1 or self.ascent_fraction < 1 or hasattr(self.model, "no_sync"):
+            raise ValueError("SAMStep: second_order takes the whole batch on one process")
+
+    def _second_order_pass(self, parts: Sequence[Batch]) -> Tensor:
+        """The gradient of L(w + rho g / (|g| + 1e-12)) with respect to w, g = grad L(w) a function of w."""
+        (part,) = parts
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        rho_of = {
+            id(p): group["rho"] if group["perturb"] else 0.0
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        rng = _Generators(self.same_rng, parts)
+        with self._autocast():
+            loss = self._loss(self.model(*part[:-1]), part[-1]).mean()
+        climbing = [p for p in named.values() if rho_of.get(id(p))]
+        grads = torch.autograd.grad(loss, climbing, create_graph=True, allow_unused=True)
+        pairs = [(p, g) for p, g in zip(climbing, grads, strict=True) if g is not None]
+        rng.rewind()
+        n = torch.stack([g.square().sum() for _, g in pairs]).sum().sqrt() + 1e-12
+        moved = {id(p): p + g * (rho_of[id(p)] / n) for p, g in pairs}
+        with freeze_running_stats(self.model), self._autocast():
+            outputs = torch.func.functional_call(
+                self.model, {name: moved.get(id(p), p) for name, p in named.items()}, part[:-1]
+            )
+            second = self._loss(outputs, part[-1]).mean()
+        rng.forward()
+        params = list(named.values())
+        for p, g in zip(params, torch.autograd.grad(second, params, allow_unused=True), strict=True):
+            p.grad = g
+        self.optimizer._step_with_gradients()
+        return loss.detach()
+
+
+class _Generators:
+    """Random generators of the CPU and of the batch's GPUs, to be set back for the second pass and forward after it."""
+
+    def __init__(self, wanted: bool, parts: Sequence[Batch]) -> None:
+        """Remember where they are."""
+        self.wanted = wanted
+        tensors = [leaf for leaf in tree_flatten(list(parts))[0] if isinstance(leaf, Tensor)]
+        self.devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"}) if wanted else []
+        self.begun = self._states()
+        self.ended: tuple[Tensor, list[Tensor]] | None = None
+
+    def _states(self) -> tuple[Tensor, list[Tensor]] | None:
+        if not self.wanted:
+            return None
+        return torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in self.devices]
+
+    def _set(self, states: tuple[Tensor, list[Tensor]] | None) -> None:
+        if states is None:
+            return
+        torch.set_rng_state(states[0])
+        for i, state in zip(self.devices, states[1], strict=True):
+            torch.cuda.set_rng_state(state, i)
+
+    def rewind(self) -> None:
+        """After a pass: to where they were before the first; where the first left them is remembered."""
+        if self.ended is None:
+            self.ended = self._states()
+        self._set(self.begun)
+
+    def forward(self) -> None:
+        """To where the first pass left them."""
+        self._set(self.ended)
+
+
+def _samples(batch: Batch) -> int:
+    """How many samples a batch has: the length of its first tensor's first dimension; 1 without tensors."""
+    first = next((leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
+    return 1 if first is None else len(first)
+
+
+def _split(batch: Batch, n: int) -> list[Batch]:
+    """A batch in n parts along the first dimension of all its tensors; fewer where there are not so many samples."""
+    total = _samples(batch)
+    if n == 1:
+        return [batch]
+    sizes = [total // n + (i < total % n) for i in range(n)]
+    ends = [sum(sizes[: i + 1]) for i in range(n)]
+
+    return [
+        tree_map_only(Tensor, functools.partial(_rows, places=slice(end - size, end), total=total), batch)
+        for end, size in zip(ends, sizes, strict=True)
+        if size > 0
+    ]
+
+
+def _rows(tensor: Tensor, places: slice | Tensor, total: int) -> Tensor:
+    """Some samples of a tensor; all of it where it has another first dimension than the batch."""
+    if tensor.dim() == 0 or len(tensor) != total:
+        return tensor
+    return tensor[places if isinstance(places, slice) else places.to(tensor.device)]
+
+
+def _first_samples(batch: Batch, share: float) -> Batch:
+    """The first samples of a batch, at least one."""
+    total = _samples(batch)
+    count = max(math.ceil(share * total), 1)
+    if count >= total:
+        return batch
+    found: Batch = tree_map_only(Tensor, functools.partial(_rows, places=slice(count), total=total), batch)
+    return found
+
+
+def _mean(losses: Sequence[Any], parts: Sequence[Batch]) -> Any:
+    """The mean of the parts' losses by their samples; the last one where they are no single numbers."""
+    if len(losses) == 1 or not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
+        last = losses[-1]
+        return last.detach() if isinstance(last, Tensor) else last
+    sizes = [_samples(part) for part in parts]
+    return sum(loss.detach() * (n / sum(sizes)) for loss, n in zip(losses, sizes, strict=True))
