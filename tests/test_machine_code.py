@@ -28,7 +28,7 @@ THREADS, REGISTERS = 256, 65536  # of a block, of a processor
 TYPES = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = [*PLAIN, *(mixed(*pair) for pair in MIXED), *MASTERS, *STOCHASTIC]
 # In the order of csrc/cuda/update.h.
-KERNELS = ["grad_norm", "perturb", "power_norm", "power_perturb"]
+KERNELS = ["grad_norm", "perturb", "power_norm", "power_perturb", "dot", "combine"]
 UPDATES = "restore plain sgd adam amsgrad rmsprop centered adagrad nadam radam lion".split()
 UNDER_WAY = 64 * 1024  # bytes a processor has to wait for to keep the memory busy
 
@@ -97,7 +97,8 @@ def kernel_of(symbol, arch):
     pattern = r"(\w+)<(?:\(\S+Kernel\)(\d+), )?(\d+), \S*Types<(.*?)> ?>\("
     match = re.search(pattern, demangled(symbol))
     if match is None:
-        return None
+        match = re.search(r"(\w+)<(\d+), (float|double)>\(", demangled(symbol))  # whatever the operands are stored as
+        return match and Kernel(match[1], PLAIN[match[3] == "double"], int(match[2]), arch)
     *types, draws = match[4].replace("fastsam::cuda::", "").split(", ")
     source, grad, weight, state = (TYPES[each] for each in types)
     name = UPDATES[int(match[2])] if match[2] else match[1]
@@ -114,6 +115,8 @@ def demangled(symbol):
 def shared(name, format):
     """The format whose kernel serves this one: what an operation has no use for makes no difference."""
     weight, grad, source, _, stochastic = format
+    if name in ("dot", "combine"):  # what is computed in
+        return PLAIN[weight == torch.float64]
     if name in ("grad_norm", "power_norm"):
         return Format(source, grad, source, source)
     if name in ("perturb", "power_perturb"):
@@ -138,11 +141,11 @@ def small():
 
 @cache
 def code(arch):
-    """Instructions of the kernels that are read, without their addresses."""
+    """Addresses and instructions of the kernels that are read."""
     wanted = {small()[kernel._replace(arch=arch)].symbol: kernel._replace(arch=arch) for kernel in READ_KERNELS}
     text = output("-sass", "-arch", f"sm_{arch}", "-fun", ",".join(wanted))
     pieces = re.split(r"Function : (\w+)", text)[1:]
-    pattern = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);")
+    pattern = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
     return {wanted[s]: pattern.findall(body) for s, body in zip(pieces[::2], pieces[1::2], strict=True) if s in wanted}
 
 
@@ -167,6 +170,7 @@ BYTES = {
     STOCHASTIC[3]: (48, 64, 80),
 }
 READ_KERNELS = {Kernel(name, PLAIN[i], 0, 0): 16 * loads for name, loads in FIGURES.items() for i in (0, 2)}
+READ_KERNELS |= {Kernel("dot", PLAIN[0], 0, 0): 128, Kernel("combine", PLAIN[0], 0, 0): 96}
 READ_KERNELS |= {
     Kernel(name, shared(name, format), 0, 0): least
     for format, figures in BYTES.items()
@@ -181,8 +185,9 @@ def bytes_under_way(kernel, instructions):
     """
     four = kernel.format.source == torch.float32 and kernel.format.grad in LOW_DTYPES and not kernel.format.stochastic
     wide = r"LDG\S*\.128|LDG\S*\.EF\S*\.64" if four else r"LDG\S*\.128"
-    most, waiting = 0, []
-    for text in instructions:
+    most, waiting, arriving = 0, [], {}  # the last: what jumps bring along, by where they lead
+    for address, text in instructions:
+        waiting = max(waiting, arriving.pop(address, []), key=len)
         body = re.sub(r"^@!?U?P\w+\s+", "", text)
         name, _, operands = body.partition(" ")
         registers = {int(n) for n in re.findall(r"\bR(\d+)\b", operands)}
@@ -193,8 +198,12 @@ def bytes_under_way(kernel, instructions):
                 waiting = []
             waiting.append(load)
             most = max(most, sum(4 * len(load) for load in waiting))
-        elif name in ("BRA", "EXIT", "RET.REL.NODEC") and not text.startswith("@"):
-            waiting = []
+        elif name in ("BRA", "EXIT", "RET.REL.NODEC"):
+            if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)\s*$", operands)):
+                there = f"{int(target[1], 16):04x}"
+                arriving[there] = max(arriving.get(there, []), list(waiting), key=len)
+            if not text.startswith("@"):
+                waiting = []
         elif any(registers & load for load in waiting):
             waiting = []
     return most
@@ -283,6 +292,8 @@ def test_ptx_rounds_as_the_formulas_say():
         # in the tail. perturb_'s only one is the decay in the loss; its loops are there with and without ASAM.
         ("perturb", PLAIN[0], 1 * (2 * (2 * 4 + 4) + 1)),
         ("plain", PLAIN[0], 2 * (2 * 4 + 4 + 1)),
+        ("dot", PLAIN[0], 3 * (4 * 4 + 2 * 4)),  # four runs of 4 at a time; elsewhere 8 lanes one by one
+        ("combine", PLAIN[0], (1 + 2) * (2 * 4 + 1)),  # of two and of three terms, and one by one
         ("sgd", PLAIN[0], 4 * (2 * 4 + 4 + 1) + 2 * 1),  # and one element at a time without momentum
         ("adam", PLAIN[0], 4 * (4 + 4 + 1)),
         ("adam", MASTERS[0], 4 * (2 * 4 + 4 + 1)),  # two vectors at a time
@@ -312,8 +323,8 @@ def test_accesses_are_16_bytes_wide_and_enough_are_under_way(arch):
         enough = 48 * 1024 if kernel.name == "radam" else UNDER_WAY
         assert small()[kernel].threads(arch) * loads >= enough, kernel
         copies = kernel.name == "perturb" and kernel.format.masters  # 4 elements of 2 bytes are all that it writes
-        if kernel.name != "grad_norm":
-            assert any(re.search(r"STG\S*\.64" if copies else r"STG\S*\.128", text) for text in instructions), kernel
+        if kernel.name not in ("grad_norm", "dot"):
+            assert any(re.search(r"STG\S*\.64" if copies else r"STG\S*\.128", text) for _, text in instructions), kernel
 
 
 def table():

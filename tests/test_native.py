@@ -41,6 +41,7 @@ from rounding import (
 
 from fastsam.ops import native
 from fastsam.ops.formats import Format
+from fastsam.ops.tables import Gradients
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=f"no native library: {native.reason()}")
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -456,6 +457,47 @@ def test_tables_are_checked():
     bucket.chunk_table = bucket.chunk_table[:, :3]
     with pytest.raises(RuntimeError, match=r"grad_norm: chunks must be contiguous, on the CPU"):
         native.grad_norm(bucket, grads, sums)
+
+
+def test_operands_are_checked():
+    bucket = fresh_bucket("sgd", torch.float32)
+    bucket.dot_partials = torch.zeros(3, len(bucket.chunk_table), dtype=F64)
+    out = torch.zeros(2, 3, dtype=F64)
+
+    def operand(dtype, n=12, table=torch.int64):
+        parts = Gradients([None] * n)
+        parts.table, parts.dtype = torch.zeros(n, dtype=table), dtype
+        return parts
+
+    a = operand(F32)
+    native.dot(bucket, a, None, out)
+    native.combine_(bucket, a, [(1, a), (torch.ones((), dtype=F64), operand(BF16)), (torch.ones(1, dtype=F64), a)])
+    with pytest.raises(RuntimeError, match="dot: float64 stands beside float64 only, got b of dtype float64"):
+        native.dot(bucket, a, operand(F64), out)
+    with pytest.raises(RuntimeError, match="combine_: float64 stands beside float64 only, got c of dtype bfloat16"):
+        native.combine_(bucket, operand(F64), [(1.0, operand(F64)), (1.0, operand(F64)), (1.0, operand(BF16))])
+    with pytest.raises(RuntimeError, match=f"dot: b must have {len(SIZES)} rows, got 3"):
+        native.dot(bucket, a, operand(F32, 3), out)
+    with pytest.raises(RuntimeError, match=f"combine_: out must have {len(SIZES)} rows, got 3"):
+        native.combine_(bucket, operand(F32, 3), [(1.0, a)])
+    with pytest.raises(RuntimeError, match="combine_: a must have dtype Long, got Int"):
+        native.combine_(bucket, a, [(1.0, operand(F32, table=torch.int32))])
+    with pytest.raises(RuntimeError, match="dot: out must have 3 columns, got 2"):
+        native.dot(bucket, a, a, out[:, :2].contiguous())
+    with pytest.raises(RuntimeError, match="combine_: b_coefficient must be one element of dtype Double"):
+        native.combine_(bucket, a, [(1.0, a), (torch.ones(()), a)])
+    for terms in ([], [(1.0, a)] * 4):
+        with pytest.raises(ValueError, match=f"combine_: there must be one to 3 terms, got {len(terms)}"):
+            native.combine_(bucket, a, terms)
+    bucket.dot_partials = bucket.dot_partials[:, 1:].contiguous()
+    with pytest.raises(RuntimeError, match=f"dot: partials must have {len(bucket.chunk_table)} columns, got"):
+        native.dot(bucket, a, a, out)
+    bucket.dot_partials, bucket.slot = torch.zeros(3, len(bucket.chunk_table), dtype=F64), 2
+    with pytest.raises(RuntimeError, match=r"dot: slot must be in \[0, 2\), got 2"):
+        native.dot(bucket, a, a, out)
+    code = torch.ops.fastsam.dot
+    with pytest.raises(RuntimeError, match=r"dot: a must have a dtype with a code in \[0, 4\), got 4"):
+        code(bucket.segment_table, bucket.chunk_table, a.table, 4, None, 0, bucket.dot_partials, out, 1)
 
 
 # ---- The reader.
