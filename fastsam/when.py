@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,25 +74,37 @@ def _whole(name: str, value: int, least: int) -> int:
 class _Rule(When):
     """One of this module's, which can be pickled: its parameters say all."""
 
+    name: ClassVar[str]
+
     def __init__(self, **parameters: Any) -> None:
         self.parameters = parameters
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__.lower()}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"
 
 
 class _Between(_Rule):
+    def __repr__(self) -> str:
+        first, end = self.parameters["first"], self.parameters["end"]
+        if end is not None:
+            return f"between({first}, {end})" if end else "never()"
+        return f"after({first})" if first else "always()"
+
     def decide(self, step: int) -> bool:
         first, end = self.parameters["first"], self.parameters["end"]
         return bool(first <= step and (end is None or step < end))
 
 
 class _Every(_Rule):
+    name = "every"
+
     def decide(self, step: int) -> bool:
         return bool(step % self.parameters["k"] == 0)
 
 
 class _Randomly(_Rule):
+    name = "randomly"
+
     def decide(self, step: int) -> bool:
         return bool(random.Random(f"{self.parameters['seed']}:{step}").random() < self.parameters["p"])
 
@@ -146,6 +158,7 @@ _MOMENTS = ("mean", "variance", "last")
 
 
 class _ByGradNorm(_Rule):
+    name = "by_grad_norm"
     measures = True
 
     def __init__(self, **parameters: Any) -> None:
