@@ -39,7 +39,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         *("checks", "esam", "friendly", "gsam", "looksam", "msam", "preconditioned", "sparse", "vasso", "wsam"),
         "",  # the package's own file: all of them
     ),
-    "commands": ("diagnosis", "demo_training", "demo_results", "demo"),
+    "commands": ("diagnosis", "demo_training", "demo_results", "demo", "methods"),
 }
 ORDER = [f"{wing}.{name}".strip(".") for wing, names in FLOORS.items() for name in names] + ["__main__"]
 EMPTY = ("", "bases", "memory", "commands")  # these packages' own files only say what is in them, or name it again
