@@ -7,7 +7,7 @@ from fastsam.bases.lion import Lion
 from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
 from fastsam.sam_step import SAMStep
-from fastsam.training import asam_groups, freeze_running_stats
+from fastsam.training import asam_groups, freeze_running_stats, norm_layers_only
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "asam_groups",
     "freeze_running_stats",
     "methods",
+    "norm_layers_only",
     "radius",
     "when",
 ]

@@ -1,4 +1,4 @@
-"""`python -m fastsam`: the diagnosis; `python -m fastsam demo`: the demo."""
+"""`python -m fastsam`: the diagnosis; `python -m fastsam demo`: the demo; `python -m fastsam methods`: all methods."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastsam.commands import demo, diagnosis
+from fastsam.commands import demo, diagnosis, methods
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,18 +17,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "backends agree (exit status 0 only if they do).",
     )
     commands = parser.add_subparsers(dest="command", metavar="command")
-    story, _, details = (demo.__doc__ or "").partition("\n\n")
-    demo.add_arguments(
-        commands.add_parser(
-            "demo",
-            help="train a small network on real handwritten digits, with and without SAM",
-            description=story,
-            epilog=details,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+    for module, help in (
+        (demo, "train a small network on real handwritten digits, with and without SAM"),
+        (methods, "list the methods of the SAM family: passes, memory, what is saved, paper, how to write it"),
+    ):
+        story, _, details = (module.__doc__ or "").partition("\n\n")
+        parse = argparse.RawDescriptionHelpFormatter
+        name = module.__name__.rpartition(".")[2]
+        module.add_arguments(
+            commands.add_parser(name, help=help, description=story, epilog=details, formatter_class=parse)
         )
-    )
     options = parser.parse_args(arguments)
-    return demo.main(options) if options.command == "demo" else diagnosis.main()
+    known = {"demo": demo.main, "methods": methods.main}
+    return known[options.command](options) if options.command else diagnosis.main()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Passes(Algebra):
         if self.renormalize or self._measures():
             sam.first_squares = self.squared_norm(g1)
         along = sam.directions.here(self.ascent(g1))
-        divisor = sam.directions.divisor
+        divisor, sam.directions.divisor = sam.directions.divisor, None  # it may hold the gradients
         return along, sam.directions.here(divisor) if isinstance(divisor, Vector) else divisor
 
     def _steer_descent(self, grads: Sequence[Gradients]) -> Sequence[Gradients]:

@@ -1,4 +1,4 @@
-"""What needs the model, not only its parameters: normalisation layers in the second pass, ASAM's groups."""
+"""What needs the model, not only its parameters: normalisation layers in the second pass, groups of ASAM and SAM-ON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # and what derives from them
 
 
 @contextmanager
@@ -99,4 +101,49 @@ def asam_groups(model: nn.Module, rho: float = 0.5, eta: float = 0.01) -> list[d
         {"params": weights, "rho": rho, "adaptive": True, "eta": eta},
         {"params": others, "rho": rho, "adaptive": False, "eta": 0.0},
     ]
+    return [group for group in groups if group["params"]]
+
+
+def norm_layers_only(
+    model: nn.Module, *, layers: tuple[type[nn.Module], ...] = (), **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups for SAM-ON (Mueller et al., arXiv 2306.04226): only normalisation layers are perturbed.
+
+    These are scale and shift of BatchNorm in any dimension, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm,
+    RMSNorm and of classes that derive from them; less than a thousandth of most networks. The norm of the gradients is
+    taken over them alone, and only they need a backup. The base optimizer steps with all parameters.
+
+    Args:
+        model: frozen parameters are kept, so that they can be thawed later; shared ones are listed once, as perturbed
+            if any layer that has them is a normalisation layer.
+        layers: further classes of normalisation layers, which derive from none of torch's.
+        **options: of both groups (`rho`, `adaptive`, `eta`, `lr`, ...). What is to differ, such as `weight_decay`, can
+            be written into the groups afterwards.
+
+    Returns:
+        The group that is perturbed, and, if there are other parameters, the group that is not, for `FusedSAM`.
+
+    Raises:
+        ValueError: there is no normalisation layer with parameters, or `perturb` is among the options.
+
+    Example:
+        >>> opt = FusedSAM(norm_layers_only(model, rho=0.5), torch.optim.SGD, lr=0.1, momentum=0.9)
+    """
+    if "perturb" in options:
+        raise ValueError("norm_layers_only: perturb is what it decides; leave it out of the options")
+    scales = {
+        param
+        for module in model.modules()
+        if isinstance(module, (*NORM_LAYERS, *layers))
+        for param in module.parameters(recurse=False)
+    }
+    if not scales:
+        raise ValueError(
+            "norm_layers_only: the model has no normalisation layer with parameters, so nothing would be perturbed; "
+            "name classes that derive from none of torch's: norm_layers_only(model, layers=(MyNorm,))"
+        )
+    params = list(model.parameters())
+    perturbed = [param for param in params if param in scales]
+    others = [param for param in params if param not in scales]
+    groups = [{**options, "params": perturbed, "perturb": True}, {**options, "params": others, "perturb": False}]
     return [group for group in groups if group["params"]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def _whole(name: str, value: int, least: int) -> int:
 class _Rule(When):
     """One of this module's, which can be pickled: its parameters say all."""
 
-    name = ""
+    name: ClassVar[str]
 
     def __init__(self, **parameters: Any) -> None:
         self.parameters = parameters
@@ -84,7 +84,11 @@ class _Rule(When):
 
 
 class _Between(_Rule):
-    name = "between"
+    def __repr__(self) -> str:
+        first, end = self.parameters["first"], self.parameters["end"]
+        if end is not None:
+            return f"between({first}, {end})" if end else "never()"
+        return f"after({first})" if first else "always()"
 
     def decide(self, step: int) -> bool:
         first, end = self.parameters["first"], self.parameters["end"]

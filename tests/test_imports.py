@@ -40,7 +40,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         "",  # the package's own file: all of them
     ),
     "top": ("sam_step",),
-    "commands": ("diagnosis", "demo_training", "demo_results", "demo"),
+    "commands": ("diagnosis", "demo_training", "demo_results", "demo", "methods"),
 }
 TOP = ("", "top")  # what lies in the package itself: below the methods, and above
 ORDER = [f"{'' if wing in TOP else wing}.{name}".strip(".") for wing, names in FLOORS.items() for name in names] + [

@@ -1,4 +1,4 @@
-"""What needs the model: running statistics stay those of the first pass, and ASAM's groups are its authors'."""
+"""What needs the model: running statistics stay those of the first pass, groups of ASAM and SAM-ON are right."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastsam import FusedSAM, asam_groups, freeze_running_stats
+from fastsam import FusedSAM, asam_groups, freeze_running_stats, norm_layers_only
 
 
 class OwnBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -242,3 +242,93 @@ def test_a_step_is_the_paper_s():
     opt.first_step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach() - old[name], rho * scale[name].square() * p.grad / norm)
+
+
+# --- SAM-ON ----------------------------------------------------------------------------------------------------------
+
+
+class OwnNorm(nn.Module):
+    """A normalisation layer that derives from none of torch's."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.scale * x / x.std()
+
+
+SCALED = {  # layers with parameters of their own, and an input
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(4), (8, 4)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(4), (2, 4, 3, 3)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(4), (2, 4, 3, 3, 3)),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(4), None),
+    "lazy": (lambda: nn.LazyBatchNorm1d(), (8, 4)),
+    "subclass": (lambda: OwnBatchNorm(4), (8, 4)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(4, affine=True), (2, 4, 3, 3)),
+    "LayerNorm": (lambda: nn.LayerNorm(4), (8, 4)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (8, 4)),
+    "RMSNorm": (lambda: nn.RMSNorm(4), (8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_every_normalisation_layer_is_perturbed_and_nothing_else(name):
+    make, shape = SCALED[name]
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "nested": nn.Sequential(make(), nn.Conv2d(4, 4, 1))})
+    if shape is not None:
+        model["nested"][0](torch.randn(shape))  # a lazy one gets its parameters
+    perturbed, others = norm_layers_only(model)
+    named = {name for name, _ in model.named_parameters() if name.startswith("nested.0")}
+    assert len(named) == (1 if name == "RMSNorm" else 2)
+    assert perturbed["perturb"] is True and others["perturb"] is False
+    assert set(names_of(model, [perturbed])[0]) == named
+    assert set(names_of(model, [others])[0]) == {name for name, _ in model.named_parameters()} - named
+
+
+def transformer():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Linear(5, 8), block, OwnNorm(8), nn.Linear(8, 3)).double()
+
+
+@pytest.mark.parametrize("layers", [(), (OwnNorm,)])
+def test_the_norm_is_over_normalisation_layers_and_others_do_not_move(layers):
+    model = transformer()
+    opt = FusedSAM(norm_layers_only(model, layers=layers, rho=0.7), "sgd", lr=0.1, momentum=0.9)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norms = {name for name in old if "norm" in name} | ({"2.scale"} if layers else set())
+    model(torch.randn(4, 6, 5, dtype=torch.float64)).square().mean().backward()
+    norm = sum(p.grad.square().sum() for name, p in model.named_parameters() if name in norms).sqrt()
+    opt.first_step()
+    for name, p in model.named_parameters():
+        if name in norms:
+            torch.testing.assert_close(p.detach() - old[name], 0.7 * p.grad / norm)
+        else:
+            assert torch.equal(p, old[name])
+    opt.step()
+    assert all(not torch.equal(p, old[name]) for name, p in model.named_parameters())  # all of them step
+
+
+def test_every_parameter_is_in_one_group_with_the_options():
+    model = transformer()
+    model[0].weight.requires_grad_(False)
+    model[1].norm2.weight = model[1].norm1.weight  # shared by two normalisation layers
+    model[1].linear2.bias = model[1].norm2.bias  # and by one and another layer
+    groups = norm_layers_only(model, rho=0.3, lr=0.01)
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed)) and set(listed) == {id(p) for p in model.parameters()}
+    assert any(p is model[1].linear2.bias for p in groups[0]["params"])
+    assert [(group["rho"], group["lr"]) for group in groups] == [(0.3, 0.01)] * 2
+    assert len(norm_layers_only(nn.LayerNorm(3))) == 1  # a group without parameters is left out
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), OwnNorm(3)])
+def test_a_model_without_normalisation_is_refused(model):
+    with pytest.raises(ValueError, match="no normalisation layer with parameters"):
+        norm_layers_only(model)
+
+
+def test_perturb_is_no_option_of_norm_layers_only():
+    with pytest.raises(ValueError, match="perturb"):
+        norm_layers_only(nn.BatchNorm1d(3), perturb=False)

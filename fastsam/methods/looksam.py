@@ -21,7 +21,7 @@ class LookSAM(FusedSAM):
         steps 0, k, 2k, ...: climb along g1; step with g2; keep d = g2 - (<g1,g2> / |g1|^2) g1
         others (one pass):   step with g + alpha (|g| / |d|) d
 
-    1 + 1/k passes a step; memory: two copies of the weights beside SAM's, of which d is saved, as
+    1 + 1/k passes a step; memory: two copies of the weights beside SAM's (layerwise three), of which d is saved, as
     `state[p]["orthogonal_grad"]`. Products are over all parameters. Where one is 0 or not finite, d stays as it was, or
     the step is the base optimizer's.
 
