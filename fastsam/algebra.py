@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastsam.memory.directions import Products, Vector
+from fastsam.radius import number_on
 from fastsam.saving import SavedOptimizer
 
 
 def pick(condition: Tensor, then: float | Tensor, otherwise: float | Tensor) -> Tensor:
     """[] float64: one of two numbers, as a [] bool on a device says; nothing waits for it."""
-    device = condition.device
-    one, other = (torch.as_tensor(value, dtype=torch.float64).to(device) for value in (then, otherwise))
+    one, other = (number_on(condition.device, value) for value in (then, otherwise))
     return torch.where(condition, one, other)
 
 
@@ -29,11 +29,13 @@ class Algebra(SavedOptimizer):
     Attributes:
         mixes_steps: whether gradients of several steps are added, so that under a GradScaler `first_step` must be told
             the scaler: its scale may change between them.
+        capturable: whether nothing is decided on the host in a step, so that a CUDA graph can repeat it.
         counts_steps: whether the number of the step decides anything, and is to be saved.
     """
 
     mixes_steps: ClassVar[bool] = False
     counts_steps: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
 
     # What a method overrides.
 

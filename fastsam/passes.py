@@ -174,6 +174,10 @@ class Passes(Algebra):
         torch.clear_autocast_cache()
         return kept
 
+    def _end_replay(self) -> None:
+        """A captured step was replayed: what the host notes at the end of a step."""
+        self._sam.begun = False
+
     def _step_with_gradients(self) -> None:
         """Let the next `step()` be one with the gradients that are there."""
         self._sam.turn, self._sam.one_pass = BASE, OnePass(())

@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 
+def number_on(device: torch.device, value: float | Tensor) -> Tensor:
+    """[] float64: a number on a device, without a copy that the host would wait for."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
 class Radius:
     """A rule for the length of the perturbation; a user's own is made as `Radius(lambda n, rho: ..., "its name")`."""
 
@@ -37,7 +44,7 @@ class Radius:
             rho: the radius of the groups.
         """
         n = squares.sqrt()
-        length = torch.as_tensor(self.length(n / loss_scale, rho), dtype=torch.float64, device=n.device)
+        length = number_on(n.device, self.length(n / loss_scale, rho))
         mapped = (rho * n / length).square()
         return torch.where(mapped.isfinite(), mapped, squares)
 

@@ -53,6 +53,11 @@ class SAMStep:
         second_order: the exact gradient of the loss at w + e(w) with respect to w, by double backward (arXiv
             2010.01412, eq. 3 and appendix C.4), of which SAM leaves a term out: an experiment for small models, which
             keeps the graphs of both passes and of the first's gradient. For plain SAM, on one process.
+        capture: run each step as one CUDA graph: the first three calls are ordinary steps, the next ones are captured
+            (one graph for steps of two passes, one for those of one pass) and from then on replayed, with today's lr
+            and rho. Batches must keep their shapes; other numbers are as they were captured. Not with a GradScaler,
+            DistributedDataParallel, second_order, same_rng=True, nor methods that draw on the host or have a term
+            beside the base optimizer's step (ESAM, decoupled WSAM).
 
     Example:
         >>> step = fastsam.SAMStep(model, optimizer, nn.functional.cross_entropy)
@@ -77,6 +82,7 @@ class SAMStep:
         same_rng: bool = True,
         functional: bool = False,
         second_order: bool = False,
+        capture: bool = False,
     ) -> None:
         """See the class."""
         self.model: Any = model  # or a wrapper of one
@@ -85,8 +91,10 @@ class SAMStep:
         self.sharpness, self.perturb, self.same_rng = sharpness, perturb, same_rng
         self.ascent_fraction, self.select = ascent_fraction, select
         self.functional, self.second_order = functional, second_order
+        self.capture = capture
         self._check()
-        self._first_call = True
+        self._first_call, self._calls = True, 0
+        self._graphs: dict[bool, _Recorded] = {}
 
     def _check(self) -> None:
         if not isinstance(self.optimizer, FusedSAM):
@@ -126,6 +134,27 @@ class SAMStep:
             )
         if self.second_order:
             self._check_second_order()
+        if self.capture:
+            self._check_capture()
+
+    def _check_capture(self) -> None:
+        optimizer = self.optimizer
+        reasons = {
+            "a GradScaler": self.scaler is not None,
+            "DistributedDataParallel": hasattr(self.model, "no_sync"),
+            "second_order=True": self.second_order,
+            f"when={optimizer.when}, which measures on the host": optimizer.when is not None
+            and optimizer.when.measures,
+            "same_rng=True (a graph cannot set a generator back; pass same_rng=False)": self.same_rng,
+            f"{type(optimizer).__name__}, which draws on the host": not optimizer.capturable,
+            f"{type(optimizer).__name__}'s term beside the base optimizer's step": (
+                type(optimizer).after_update is not Algebra.after_update and self._adds_a_term()
+            ),
+            f"parameters on {_device_of(optimizer)}": _device_of(optimizer).type != "cuda",
+        }
+        found = [reason for reason, holds in reasons.items() if holds]
+        if found:
+            raise ValueError(f"SAMStep: capture=True cannot be with {', nor with '.join(found)}")
 
     def _adds_a_term(self) -> bool:
         return bool(getattr(self.optimizer, "decoupled", True))
@@ -145,6 +174,9 @@ class SAMStep:
             The mean loss at w over what the first pass saw, detached; or what `forward_backward` returned, in the last
             part where there are several.
         """
+        return self._replay(batch) if self.capture else self._run(batch)
+
+    def _run(self, batch: Batch) -> Any:
         parts, optimizer = _split(batch, self.micro_batches), self.optimizer
         optimizer.zero_grad()
         try:
@@ -193,8 +225,11 @@ class SAMStep:
 
     def _synchronised(self) -> bool:
         """Whether ranks average the first pass's gradients."""
-        # DistributedDataParallel learns the order of a static graph in its first iteration, which must communicate.
-        return self.perturb == "global" or (self._first_call and bool(getattr(self.model, "static_graph", False)))
+        return self.perturb == "global" or self._learns_graph()
+
+    def _learns_graph(self) -> bool:
+        """Whether DistributedDataParallel learns the order of a static graph, which wants communication each time."""
+        return self._first_call and bool(getattr(self.model, "static_graph", False))
 
     def _micro_passes(self, parts: Sequence[Batch]) -> Any:
         """Both passes over each part, with a perturbation for each; the mean of what the base is to step with."""
@@ -220,7 +255,6 @@ class SAMStep:
             for param, direction in optimizer._take_direction():
                 wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
                 mean[param] = mean[param].add_(wide, alpha=share) if param in mean else wide * share
-            self._first_call = False
         optimizer.zero_grad()
         for param, direction in mean.items():
             param.grad = direction.to(param.dtype)
@@ -246,7 +280,7 @@ class SAMStep:
         losses: list[Any] = []
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
-            with self._communicating(synchronised and last):
+            with self._communicating((synchronised and last) or self._learns_graph()):
                 weight = _samples(part) / total
                 if self.forward_backward is not None:
                     losses.append(self.forward_backward(self._backward_of(weight), *part))
@@ -314,6 +348,26 @@ class SAMStep:
                 stack.enter_context(self.model.no_sync())
             yield
 
+    # CUDA graphs.
+
+    def _replay(self, batch: Batch) -> Any:
+        """A step as a graph, captured when it is first needed; the first ones are ordinary."""
+        optimizer = self.optimizer
+        self._calls += 1
+        if self._calls <= WARM_UP:
+            return _warm_up(functools.partial(self._run, batch))
+        two_passes = isinstance(optimizer, MSAM) or optimizer.begin_step()
+        recorded = self._graphs.get(two_passes)
+        if recorded is None:
+            optimizer.refresh()
+            recorded = self._graphs[two_passes] = _Recorded(batch)
+            recorded.record(self._run)
+        recorded.load(batch)
+        optimizer.refresh()
+        recorded.replay()
+        optimizer._end_replay()
+        return recorded.loss.clone() if isinstance(recorded.loss, Tensor) else recorded.loss
+
     # The second-order term.
 
     def _check_second_order(self) -> None:
@@ -357,6 +411,68 @@ class SAMStep:
             p.grad = g
         self.optimizer._step_with_gradients()
         return loss.detach()
+
+
+WARM_UP = 3  # steps, in which everything is allocated and libraries choose their algorithms
+
+
+def _device_of(optimizer: FusedSAM) -> torch.device:
+    return next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+
+
+def _warm_up(run: Callable[[], Any]) -> Any:
+    """Run a step on a stream of its own, as capturing wants it before."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+def _record(run: Callable[[], None]) -> Callable[[], None]:
+    """Capture what is queued by `run`; gives what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+class _Recorded:
+    """A captured step and the batch that it reads."""
+
+    def __init__(self, batch: Batch) -> None:
+        """Memory for batches of this shape."""
+        self.batch: Batch = tree_map_only(Tensor, torch.clone, batch)
+        self.loss: Any = None
+        self.replay: Callable[[], None] = lambda: None
+
+    def record(self, run: Callable[[Batch], Any]) -> None:
+        """Capture a step."""
+
+        def step() -> None:
+            self.loss = run(self.batch)
+
+        self.replay = _record(step)
+
+    def load(self, batch: Batch) -> None:
+        """Copy a batch to where the graph reads it.
+
+        Raises:
+            ValueError: it is of other shapes, dtypes or devices, or has other values beside tensors.
+        """
+        here, there = tree_flatten(batch), tree_flatten(self.batch)
+        for new, old in zip(here[0], there[0], strict=False):
+            same = (new.shape, new.dtype) == (old.shape, old.dtype) if isinstance(new, Tensor) else new == old
+            if not same or here[1] != there[1]:
+                raise ValueError(
+                    "SAMStep: a captured step takes batches of one kind, got "
+                    f"{list(new.shape) if isinstance(new, Tensor) else new!r} in the place of "
+                    f"{list(old.shape) if isinstance(old, Tensor) else old!r}; drop the last partial batch "
+                    "(drop_last=True), or take it with a SAMStep without capture"
+                )
+            if isinstance(new, Tensor):
+                old.copy_(new, non_blocking=True)
 
 
 class _Generators:

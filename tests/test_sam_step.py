@@ -401,3 +401,93 @@ def test_what_does_not_fit_is_said():
         SAMStep(model, wsam, F.cross_entropy, micro_batches=2, sharpness="micro")
     coupled = optimizer_of(model, methods.WSAM, decoupled=False)
     SAMStep(model, coupled, F.cross_entropy, micro_batches=2, sharpness="micro")
+
+
+class Sights(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what reads a number back to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.read_back = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.read_back += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, dict(ascent_fraction=0.5), dict(micro_batches=2, sharpness="micro")], ids=str)
+@pytest.mark.parametrize(
+    "cls",
+    [fastsam.FusedSAM, methods.GSAM, methods.LookSAM, methods.FriendlySAM, methods.VaSSO, methods.ESAM, methods.MSAM],
+)
+def test_nothing_waits_for_the_device(cls, options):
+    """After the first steps no number is read back, and what the step reads and writes stays where it is."""
+    model = network(dropout=0.2, norm=False)  # a BatchNorm without momentum reads its own count
+    optimizer = optimizer_of(model, cls)
+    step = SAMStep(model, optimizer, F.cross_entropy, **options)
+    for t in range(6):
+        step(*batch(t))
+
+    def addresses():
+        state = [t.data_ptr() for held in optimizer.state.values() for t in held.values() if torch.is_tensor(t)]
+        return [p.data_ptr() for p in model.parameters()], state
+
+    before = addresses()
+    with Sights() as sights:
+        for t in range(6, 12):
+            step(*batch(t))
+    assert sights.read_back == 0
+    assert addresses() == before
+
+
+@pytest.mark.parametrize("kind", ["plain", "when", "looksam", "msam"])
+def test_captured_steps_are_ordinary_ones(kind, monkeypatch):
+    """Where replaying runs the same step again, a step with `capture` is one without, also with a new lr."""
+    recorded = []
+
+    def record(run):
+        recorded.append(run)
+        return run
+
+    monkeypatch.setattr("fastsam.sam_step._device_of", lambda optimizer: torch.device("cuda"))
+    monkeypatch.setattr("fastsam.sam_step._warm_up", lambda run: run())
+    monkeypatch.setattr("fastsam.sam_step._record", record)
+    cls, more = {
+        "plain": (fastsam.FusedSAM, {}),
+        "when": (fastsam.FusedSAM, dict(when=when.every(3))),
+        "looksam": (methods.LookSAM, dict(k=3)),
+        "msam": (methods.MSAM, {}),
+    }[kind]
+    model = network(dropout=0.0)
+    twin = copy.deepcopy(model)
+    captured = SAMStep(model, optimizer_of(model, cls, **more), F.cross_entropy, same_rng=False, capture=True)
+    plain = SAMStep(twin, optimizer_of(twin, cls, **more), F.cross_entropy, same_rng=False)
+    losses = []
+    for t in range(10):
+        for step in (captured, plain):
+            step.optimizer.param_groups[0]["lr"] = 0.05 / (1 + t)
+        losses.append(captured(*batch(t)))
+        assert torch.equal(losses[-1], plain(*batch(t))), t
+        assert_same(model, twin)
+    assert len(set(map(float, losses))) == 10  # none was overwritten by a later replay
+    assert len(recorded) == (2 if kind in ("when", "looksam") else 1)
+    with pytest.raises(ValueError, match=r"takes batches of one kind, got \[5, 6\] in the place of \[12, 6\]"):
+        captured(*batch(0, n=5))
+
+
+@pytest.mark.parametrize(
+    ("cls", "more", "options", "message"),
+    [
+        (fastsam.FusedSAM, {}, {}, "parameters on cpu"),
+        (fastsam.FusedSAM, {}, dict(same_rng=True), "same_rng=True .*pass same_rng=False"),
+        (methods.ESAM, {}, {}, "ESAM, which draws on the host"),
+        (methods.WSAM, {}, {}, "WSAM's term beside the base optimizer's step"),
+        (fastsam.FusedSAM, dict(when=when.by_grad_norm()), {}, "when=by_grad_norm.*measures on the host"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(cls, more, options, message):
+    model = network()
+    with pytest.raises(ValueError, match=f"capture=True cannot be with .*{message}"):
+        SAMStep(
+            model, optimizer_of(model, cls, **more), F.cross_entropy, capture=True, **{"same_rng": False, **options}
+        )

@@ -47,6 +47,7 @@ class ESAM(FusedSAM):
 
     options = ("beta", "seed")
     counts_steps = True
+    capturable = False
 
     def __init__(
         self,

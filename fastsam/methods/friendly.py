@@ -59,6 +59,6 @@ class FriendlySAM(FusedSAM):
         finite, begins = known.aa.isfinite(), known.bb == 0
         out = self.combine("ascent", (1.0, g1), (-self.sigma * scale, m))
         share = pick(begins, 1.0, 1 - self.lmbda) / scale
-        begun = pick(finite, 1.0 / torch.as_tensor(scale, dtype=torch.float64), 0.0)
+        begun = pick(finite, 1.0, 0.0) / scale
         self.combine(m, (pick(finite, self.lmbda, 1.0), m), (pick(finite, share, 0.0), g1), first=(begun, g1))
         return out

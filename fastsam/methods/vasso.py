@@ -55,6 +55,6 @@ class VaSSO(FusedSAM):
         known = self.dot(g1, m)
         finite, begins = known.aa.isfinite(), known.bb == 0
         share = pick(begins, 1.0, self.theta) / scale
-        begun = pick(finite, 1.0 / torch.as_tensor(scale, dtype=torch.float64), 0.0)
+        begun = pick(finite, 1.0, 0.0) / scale
         rest = pick(finite, 1 - self.theta, 1.0)
         return self.combine(m, (rest, m), (pick(finite, share, 0.0), g1), first=(begun, g1))
