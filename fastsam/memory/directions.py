@@ -165,7 +165,7 @@ class Directions:
         beginning = None if first is None else (first[0], first[1].parts)
         for i, (bucket, flat, mask) in enumerate(zip(self.buckets.items, out.flats, self.masks, strict=True)):
             device, fresh = bucket.tables.device, mask & ~flat.written
-            begins = beginning is not None and bool(fresh.any())
+            begins = beginning is not None and not flat.complete() and bool(fresh.any())
             parts = [(_on(device, coefficient), part[i]) for coefficient, part in sources]
             into = flat.where(mask & flat.written if begins else mask)
             if not begins or bool((mask & flat.written).any()):
@@ -173,7 +173,7 @@ class Directions:
             if begins and beginning is not None:
                 term = _on(device, beginning[0]), beginning[1][i]
                 bucket.backend.operations.combine_(bucket.tables, flat.where(fresh), [term])
-            flat.written = flat.written | mask if out.name in self.buckets.shared.buffers else mask
+            flat.note_written(mask, keeps=out.name in self.buckets.shared.buffers)
         return out
 
     def dot(self, a: Vector, b: Vector | None) -> Products:
@@ -221,7 +221,7 @@ class Directions:
         for piece, part in zip(pieces, parts, strict=True):
             piece.copy_(part)
         for bucket, flat in zip(self.buckets.items, vector.flats, strict=True):
-            flat.written = flat.written | ~bucket.gradients.skipped
+            flat.note_written(~bucket.gradients.skipped, keeps=True)
 
     def _pieces(self, vector: Vector, fresh_only: bool) -> list[Tensor]:
         """[numel] each, in the order of the optimizer within a bucket."""

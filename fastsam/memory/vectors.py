@@ -55,6 +55,7 @@ class FlatVector:
         addresses = [piece.data_ptr() if piece.numel() else ALIGN for piece in self.pieces]
         self.table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         self.written = torch.zeros(len(segments), dtype=torch.bool, device="cpu")
+        self._complete = False
         self._masked: dict[tuple[bool, ...], Gradients] = {}
 
     def where(self, mask: Tensor) -> Gradients:
@@ -68,6 +69,17 @@ class FlatVector:
             found.table, found.dtype = self.table * mask, self.page.dtype
             self._masked[hits] = found
         return found
+
+    def note_written(self, mask: Tensor, keeps: bool) -> None:
+        """Note what was written, beside what it held before if that is kept."""
+        self.written = self.written | mask if keeps else mask
+        self._complete = self._complete and keeps
+
+    def complete(self) -> bool:
+        """Whether all segments hold something, which a saved vector's soon do for good."""
+        if not self._complete:
+            self._complete = bool(self.written.all())
+        return self._complete
 
     def shown(self, i: int, segment: Segment) -> Tensor:
         """Segment i as `optimizer.state` shows it: with a storage of its own."""
@@ -145,7 +157,7 @@ class Vectors:
             if value is None:
                 if view is not None:
                     vector.pieces[i].zero_()
-                    vector.written[i] = False
+                    vector.written[i] = vector._complete = False
                     del segment.views[name]
             elif value is not view or value.data_ptr() != mine.data_ptr():
                 if value.shape != mine.shape:
