@@ -2,7 +2,7 @@
 
 import logging
 
-from fastsam import methods, radius, when
+from fastsam import methods, radius, schedules, when
 from fastsam.bases.lion import Lion
 from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
@@ -20,6 +20,7 @@ __all__ = [
     "methods",
     "norm_layers_only",
     "radius",
+    "schedules",
     "when",
 ]
 

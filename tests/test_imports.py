@@ -32,7 +32,19 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         *("grouping", "buckets", "directions", "checkpoint"),
     ),
     "": (
-        *("radius", "when", "checks", "closures", "scaling", "stats", "progress", "saving", "algebra", "passes"),
+        *(
+            "radius",
+            "schedules",
+            "when",
+            "checks",
+            "closures",
+            "scaling",
+            "stats",
+            "progress",
+            "saving",
+            "algebra",
+            "passes",
+        ),
         *("optimizer", "training"),
     ),
     "methods": (

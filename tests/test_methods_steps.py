@@ -11,7 +11,7 @@ from test_methods import ADAMW, RHO, SGD, fused_step, gradient_at, groups_of, ne
 from torch.nn import Parameter
 
 import fastsam
-from fastsam import methods, radius, when
+from fastsam import methods, radius, schedules, when
 
 FAMILY = {
     "gsam": (methods.GSAM, dict(alpha=0.3)),
@@ -354,7 +354,7 @@ def test_rho_follows_the_learning_rate(backend, device):
     param = Parameter(torch.ones(3, device=device))
     optimizer = methods.GSAM([param], "sgd", 0.1, lr=0.8, backend=backend)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0.2)
-    rho = methods.RhoFollowsLR(optimizer, 0.5, 0.1, lr_min=0.2)
+    rho = schedules.RhoFollowsLR(optimizer, 0.5, 0.1, lr_min=0.2)
     for _ in range(10):
         lr = optimizer.param_groups[0]["lr"]
         assert optimizer.param_groups[0]["rho"] == pytest.approx(0.1 + 0.4 * (lr - 0.2) / 0.6)

@@ -13,7 +13,7 @@ Each is a `FusedSAM` with the same arguments and its own beside them. Write your
 
 from fastsam.methods.esam import ESAM
 from fastsam.methods.friendly import FriendlySAM
-from fastsam.methods.gsam import GSAM, RhoFollowsLR
+from fastsam.methods.gsam import GSAM
 from fastsam.methods.looksam import LookSAM
 from fastsam.methods.msam import MSAM
 from fastsam.methods.preconditioned import PreconditionedSAM
@@ -29,7 +29,6 @@ __all__ = [
     "FriendlySAM",
     "LookSAM",
     "PreconditionedSAM",
-    "RhoFollowsLR",
     "SparseSAM",
     "VaSSO",
 ]
