@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +13,13 @@ from torch.optim import Optimizer
 
 from fastsam.algebra import Algebra
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
-from fastsam.closures import CLOSURE_RECIPE, OnePass, call, entry
+from fastsam.closures import CLOSURE_RECIPE, call, entry
 from fastsam.memory.buckets import Buckets, Steer
-from fastsam.memory.directions import Vector
 from fastsam.ops.tables import Gradients
-from fastsam.progress import BASE, CLEAN, PERTURBED, PLAIN, SAM
-from fastsam.radius import Radius
+from fastsam.progress import CLEAN, PERTURBED, SAM
 from fastsam.scaling import RECIPE as SCALER_RECIPE
-from fastsam.scaling import are_scaled, forget_scaler, scale_of, scale_of_caller
+from fastsam.scaling import are_scaled, forget_scaler, scale_of_caller
+from fastsam.steering import Steering
 
 # Of every group; the last three where they matter.
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step", "sam_steps")
@@ -31,85 +30,16 @@ ADDED_GRADIENTS = (
 )
 
 
-class Passes(Algebra):
+class Passes(Steering):
     """The parts of `FusedSAM`'s step. They are called without gradients enabled.
 
     Attributes:
         p: the norm in which the perturbation has length rho.
         perturb_with_weight_decay: whether it is that of the loss with the weight decay in it.
-        radius: how the length of the perturbation follows from that of the gradients; None for rho.
-        renormalize: whether the second gradients are scaled to the length of the first.
     """
 
     p: float
     perturb_with_weight_decay: bool
-    radius: Radius | None
-    renormalize: bool
-
-    def begin_step(self) -> bool:
-        """Begin a step before its first pass; whether it has a second one.
-
-        Not needed: `first_step` and `step` begin a step themselves. It is for loops that must know before the first
-        pass, because they give that a part of the batch or spare its communication where a second one follows. Where
-        none does, run one pass and call `step`.
-        """
-        sam = self._sam
-        if sam.begun:
-            return sam.turn == SAM
-        sam.require_running()
-        number, sam.begun = sam.steps, True
-        sam.steps += 1
-        sam.loss_scale, sam.first_scaled, sam.first_squares = 1.0, False, None
-        if self.when is not None and not self.when.decide(number):
-            sam.turn = BASE
-        else:
-            sam.turn = SAM if self.takes_two_passes() else PLAIN
-        return sam.turn == SAM
-
-    def _steer_ascent(
-        self, grads: Sequence[Gradients]
-    ) -> tuple[Sequence[Gradients], Tensor | Sequence[Gradients] | None]:
-        sam = self._sam
-        g1 = sam.directions.begin(grads)
-        sam.directions.divisor = None
-        if self.renormalize or self._measures():
-            sam.first_squares = self.squared_norm(g1)
-        along = sam.directions.here(self.ascent(g1))
-        divisor, sam.directions.divisor = sam.directions.divisor, None  # it may hold the gradients
-        return along, sam.directions.here(divisor) if isinstance(divisor, Vector) else divisor
-
-    def _steer_descent(self, grads: Sequence[Gradients]) -> Sequence[Gradients]:
-        sam = self._sam
-        g = sam.directions.begin(grads)
-        if sam.turn != SAM and self._measures():
-            sam.first_squares = self.squared_norm(g)
-        if sam.turn == BASE:
-            return grads
-        return sam.directions.here(self.descent(g) if sam.turn == SAM else self.plain(g))
-
-    def _measures(self) -> bool:
-        return self.when is not None and self.when.measures
-
-    def _map_sums(self, sums: Mapping[torch.device, Tensor]) -> Mapping[torch.device, Tensor]:
-        """What `perturb_` takes for the sums of squares, so that the perturbation has the radius' length."""
-        assert self.radius is not None
-        rho = next((float(group["rho"]) for group in self.param_groups if group["perturb"]), 0.0)
-        mapped = {}
-        for device, parts in sums.items():
-            scale = self.loss_scale.to(device) if isinstance(self.loss_scale, Tensor) else self.loss_scale
-            mapped[device] = torch.zeros_like(parts)
-            mapped[device][0] = self.radius.map(parts.sum(), scale, rho)
-        return mapped
-
-    def _refuse_mixed_scales(self, grad_scale: Tensor | None) -> None:
-        """Refuse what cannot be right where gradients at w are still multiplied by a GradScaler's scale."""
-        needs = self.mixes_steps or (self.radius is not None and self.radius.measures)
-        if needs and grad_scale is not None and self._sam.turn == SAM and not self._sam.first_scaled:
-            who = type(self).__name__ if self.mixes_steps else f"radius={self.radius}"
-            raise RuntimeError(
-                f"FusedSAM: {who} needs to know the loss scale of the first pass: call "
-                "optimizer.first_step(zero_grad=True, scaler=scaler)"
-            )
 
     def _sync(self) -> Buckets:
         """The buckets, caught up with the parameter groups."""
@@ -138,8 +68,9 @@ class Passes(Algebra):
         sam.require_running()
         buckets = self._sync()
         sam.phase = PERTURBED
-        steers = type(self).ascent is not Algebra.ascent or self.renormalize or self._measures()
-        buckets.perturb(self._steer_ascent if steers else None, None if self.radius is None else self._map_sums)
+        buckets.perturb(
+            self._steer_ascent if self._steers_ascent() else None, None if self.radius is None else self._map_sums
+        )
         torch.clear_autocast_cache()
 
     @entry
@@ -147,52 +78,6 @@ class Passes(Algebra):
         """In a step with several perturbations: climb along the gradients that are there now."""
         self._note_scale(scaler)
         self._perturb()
-
-    def _note_scale(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Note what the gradients at w are multiplied by, where somebody says so."""
-        if scaler is not None:
-            self._sam.loss_scale, self._sam.first_scaled = scale_of(scaler, self), True
-
-    @entry
-    def _take_direction(self) -> list[tuple[Tensor, Tensor]]:
-        """After a second pass: restore, and give what the base optimizer would step with, parameter by parameter."""
-        sam = self._sam
-        buckets = self._sync()
-        grads = buckets.gather(ascent=False)
-        buckets.require_memory(grads, ascent=False)
-        buckets.sync_values()
-        along = self._steer_descent(grads) if self._steers_descent() else grads
-        length = self._length_to_take()
-        factors = {} if length is None else buckets.factors_for(along, None, None, length)
-        kept = []
-        for bucket, part in zip(buckets.items, along, strict=True):
-            factor = factors.get(bucket.tables.device, 1.0)
-            tensors = zip(bucket.params, part, strict=True)
-            kept += [(param, tensor * factor) for param, tensor in tensors if tensor is not None]
-        buckets.restore()
-        sam.phase = CLEAN
-        torch.clear_autocast_cache()
-        return kept
-
-    def _end_replay(self) -> None:
-        """A captured step was replayed: what the host notes at the end of a step."""
-        self._sam.begun = False
-
-    def _step_with_gradients(self) -> None:
-        """Let the next `step()` be one with the gradients that are there."""
-        self._sam.turn, self._sam.one_pass = BASE, OnePass(())
-
-    def _perturb_without_gradients(self, source: Callable[[], Vector], direction: Callable[[Vector], Vector]) -> None:
-        """Climb along a direction that is made of something else than gradients, such as the base optimizer's state."""
-        sam = self._sam
-        buckets = self._sync()
-        sam.phase = PERTURBED
-
-        def steer(parts: Sequence[Gradients]) -> tuple[Sequence[Gradients], None]:
-            return sam.directions.here(direction(sam.directions.begin(parts))), None
-
-        buckets.perturb(steer, instead=lambda: sam.directions.in_perturbed_groups(source()))
-        torch.clear_autocast_cache()
 
     def _update(self) -> None:
         sam, base = self._sam, self.base_optimizer
@@ -227,28 +112,6 @@ class Passes(Algebra):
         base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
         if not overflow and not own_step:
             run_post_hooks(base, args, kwargs)
-
-    def _steers_descent(self) -> bool:
-        """Whether the base optimizer is to step with anything else than the gradients, or these are to be measured."""
-        cls, turn = type(self), self._sam.turn
-        if turn == SAM:
-            return cls.descent is not Algebra.descent or cls.after_update is not Algebra.after_update
-        return self._measures() or (turn == PLAIN and cls.plain is not Algebra.plain)
-
-    def _length_to_take(self) -> Tensor | None:
-        """[] float64: the squared length that what the base optimizer steps with is scaled to; None for its own."""
-        return self._sam.first_squares if self.renormalize and self._sam.turn == SAM else None
-
-    def _observe(self, grad_scale: Tensor | None) -> None:
-        """Tell `when` how long the gradients at w were."""
-        squares = self._sam.first_squares
-        if squares is None or self.when is None:
-            return
-        if grad_scale is not None and not self._sam.first_scaled:
-            squares = squares / grad_scale.to(squares.device, non_blocking=True).double().reshape(()).square()
-        elif self._sam.first_scaled:
-            squares = squares / self.loss_scale**2
-        self.when.observe(squares)
 
     def _run_pre_hooks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Call the base optimizer's own pre-hooks on the restored weights; what it is to step with."""

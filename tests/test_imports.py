@@ -43,6 +43,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
             "progress",
             "saving",
             "algebra",
+            "steering",
             "passes",
         ),
         *("optimizer", "training"),
