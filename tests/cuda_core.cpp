@@ -329,7 +329,8 @@ struct Problem {
   std::vector<double> partials;
   Row row{0.1, 0.01, 0.9, 0.99, 1e-8, 0.05, 0.0, 0.0, 0.0, 0.0, 7.0};
   double sum = 0;
-  uint32_t tickets[2] = {};
+  double products[kProducts] = {};
+  uint32_t tickets[3] = {};
   int64_t rounding = 0;
   const int* const format;
 
@@ -352,7 +353,7 @@ struct Problem {
       for (int start = 0; start < n; start += kChunk)
         chunks.push_back({i, start / kUnit, std::min(n - start, kChunk), 0});
     }
-    partials.resize(chunks.size());
+    partials.resize(kProducts * chunks.size());
   }
 
   // Two numbers of 16 bits may make a NaN, which equals nothing.
@@ -384,7 +385,28 @@ struct Problem {
     return launch;
   }
 
+  // Of gradients and masters (or backups), in two launches.
+  void dot(unsigned seed, int threads) {
+    std::vector<int64_t> masters;
+    for (const Segment& segment : segments) masters.push_back(segment.master);
+    OperandLaunch launch{};
+    launch.chunks = chunks.data();
+    launch.addresses[0] = grads.data();
+    launch.addresses[1] = masters.data();
+    launch.n_operands = 2;
+    launch.ticket = &tickets[2];
+    launch.partials = partials.data();
+    launch.out = products;
+    launch.n_chunks = static_cast<int64_t>(chunks.size());
+    launch.n_segments = kSegments;
+    launch.most = kSegments / 2;
+    launch.seed = seed;
+    launch.threads = threads;
+    fastsam_dot(&launch);
+  }
+
   bool step(unsigned seed, int threads, int split_bits, int rule) {
+    dot(seed, threads);
     FASTSAM_ISA::Launch l = launch(seed, threads, 0);
     l.ticket = &tickets[0];
     fastsam_run(0, format, &l);
@@ -394,7 +416,7 @@ struct Problem {
     l.perturbed = perturbed.data();
     l.rule = rule;
     fastsam_run(2, format, &l);
-    return tickets[0] == 0 && tickets[1] == 0;
+    return tickets[0] == 0 && tickets[1] == 0 && tickets[2] == 0;
   }
 };
 
@@ -411,6 +433,9 @@ int main() {
       alone.step(0, 1, 0, rule);
       if (!together.step(round + 1, 4, round % 3, rule)) return std::puts("a ticket is left"), 1;
       if (alone.sum != together.sum) return std::puts("sums differ"), 1;
+      for (int k = 0; k < kProducts; k++) {  // bits, because weights may become NaN
+        if (to_bits(alone.products[k]) != to_bits(together.products[k])) return std::puts("products differ"), 1;
+      }
       if (alone.bits() != together.bits()) return std::puts("weights or states differ"), 1;
       if (together.rounding != (formats[i / 2][4] ? round + 1 : 0)) return std::puts("a draw is wrong"), 1;
       for (int i = 0; i < Problem::kSegments; i++) {
