@@ -148,7 +148,7 @@ const char* run_update(Bound& bound) {
   return nullptr;
 }
 
-// What the three operations above are told, without loss scale, overflow flag and clipping.
+// What the operations of a step are told, without loss scale, overflow flag and clipping.
 void bind_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor grads, Tensor rows, Tensor partials,
            Tensor perturbed, Tensor sums, int64_t slot, double q, std::optional<Tensor> overflows,
            std::optional<Tensor> rounding, Tensor bound) {
