@@ -306,6 +306,31 @@ def test_the_product_with_itself_has_the_bits_of_the_norm():
     assert (products(reference, bucket, a, a) == norms[SLOT]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_parameters_with_gaps_and_lazy_ones(dtype):
+    """What kernels cannot walk, the reference reads and writes in the order of its elements."""
+    spare = torch.randn(3, 6, 8, dtype=dtype)
+    views = [spare[0, :, :5], spare[1, :, :5].t(), *([spare[2].conj()] if dtype.is_complex else [])]
+    bucket = Bucket([Parameter(view) for view in views], "reference")
+    a, b, out = (
+        operand_of(
+            [copied(torch.empty_strided(p.size(), p.stride(), dtype=dtype), torch.randn_like(p)) for p in bucket.params]
+        )
+        for _ in "abo"
+    )
+    real = lambda t: torch.view_as_real(t.resolve_conj()).double() if t.is_complex() else t.double()  # noqa: E731
+    expected = [
+        sum(float((real(x) * real(y)).sum()) for x, y in zip(*pair, strict=True)) for pair in ((a, a), (a, b), (b, b))
+    ]
+    torch.testing.assert_close(
+        products(reference, bucket, a, b), torch.tensor(expected, dtype=F64), rtol=1e-5, atol=1e-4
+    )
+    plan = [0.5 * x - 2.0 * y for x, y in zip(a, b, strict=True)]
+    reference.combine_(bucket.tables, out, [(0.5, a), (-2.0, b)])
+    for found, planned in zip(out, plan, strict=True):
+        torch.testing.assert_close(found, planned)
+
+
 # ---- Every backend.
 
 

@@ -249,8 +249,7 @@ def combine_(tables: Tables, out: Gradients, terms: Sequence[tuple[float | Tenso
         target = out[i]
         if target is None or segment.numel == 0:
             continue
-        into = segment.flat(target)
-        total = torch.zeros_like(widen(into))
+        total = torch.zeros_like(widen(segment.flat(target)))
         begun = torch.zeros((), dtype=torch.bool, device=tables.device)
         for coefficient, parts in terms:
             part = parts[i]
@@ -260,7 +259,7 @@ def combine_(tables: Tables, out: Gradients, terms: Sequence[tuple[float | Tenso
             x = widen(segment.flat(part))
             added = torch.where(begun, fma(c, x, total), c * x)
             total, begun = torch.where(c != 0, added, total), begun | (c != 0)
-        into.copy_(total)
+        segment.write(target, total)
 
 
 def _loss_gradient(w: Tensor, g: Tensor, row: Row) -> Tensor:

@@ -71,12 +71,16 @@ class Operand:
 
     def store(self, values: Tensor) -> None:
         """Write [numel] values into the parameter, rounded once if it is of lower precision."""
+        self.write(self.param, values)
+
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        """The same into a tensor of the parameter's layout."""
         if self.dense:
-            self.flat(self.param).copy_(values)
-        elif self.param.is_complex():
-            self.param.copy_(torch.view_as_complex(values.view(*self.param.shape, 2)))
+            self.flat(tensor).copy_(values)
+        elif tensor.is_complex():
+            tensor.copy_(torch.view_as_complex(values.view(*tensor.shape, 2)))
         else:
-            self.param.copy_(values.view(self.param.shape))
+            tensor.copy_(values.view(tensor.shape))
 
 
 class Gradients(list["Tensor | None"]):
