@@ -577,7 +577,7 @@ OPERANDS = [dict(), dict(split_bits=1, seed=11), dict(split_bits=2, seed=12, thr
 
 
 @needs_tables
-@pytest.mark.parametrize("dtypes", test_dot_combine.MIXES, ids=str)
+@pytest.mark.parametrize("dtypes", test_dot_combine.MIXES, ids=test_dot_combine.together)
 def test_dot_and_combine_have_the_references_bits_in_any_order_of_blocks(library, dtypes):
     for options in OPERANDS:
         backend = Emulated(library, **options)
@@ -586,8 +586,8 @@ def test_dot_and_combine_have_the_references_bits_in_any_order_of_blocks(library
 
 
 @needs_tables
-@pytest.mark.parametrize("offsets", test_dot_combine.OFFSETS, ids=str)
-@pytest.mark.parametrize("dtypes", test_dot_combine.SOME, ids=str)
+@pytest.mark.parametrize("offsets", test_dot_combine.OFFSETS, ids=test_dot_combine.together)
+@pytest.mark.parametrize("dtypes", test_dot_combine.SOME, ids=test_dot_combine.together)
 def test_any_alignment_of_operands(library, dtypes, offsets):
     backend = Emulated(library, **OPERANDS[1])
     test_dot_combine.check_dot(backend, "cpu", dtypes, offsets)

@@ -42,6 +42,11 @@ COMBINATIONS = {
 }
 
 
+def together(values):
+    """A name for several dtypes or numbers."""
+    return "-".join(str(value).removeprefix("torch.") for value in values)
+
+
 class Bucket:
     """Parameters, their tables as an optimizer makes them, and operands over them."""
 
@@ -263,7 +268,7 @@ def check_nothing(operations, backend):
 # ---- The reference.
 
 
-@pytest.mark.parametrize("dtypes", MIXES, ids=str)
+@pytest.mark.parametrize("dtypes", MIXES, ids=together)
 def test_the_reference_follows_the_plan(dtypes):
     bucket = vectors(dtypes[0], "reference")
     operands = dict(
@@ -285,7 +290,7 @@ def test_the_reference_follows_the_plan(dtypes):
                 torch.testing.assert_close(p.ravel(), planned, msg=lambda m, t=title: f"{t}: {m}", **tolerance)
 
 
-@pytest.mark.parametrize("dtypes", MIXES[::4] + MIXES[-1:], ids=str)
+@pytest.mark.parametrize("dtypes", MIXES[::4] + MIXES[-1:], ids=together)
 def test_the_reference_is_close_to_float64(dtypes):
     """No further from it than the canonical tree's few roundings, whose errors add up at random."""
     bucket = vectors(dtypes[0], "reference")
@@ -334,18 +339,18 @@ def test_parameters_with_gaps_and_lazy_ones(dtype):
 # ---- Every backend.
 
 
-@pytest.mark.parametrize("dtypes", MIXES, ids=str)
+@pytest.mark.parametrize("dtypes", MIXES, ids=together)
 def test_dot_has_the_references_bits(backend, dtypes):
     check_dot(operations_of(backend), backend, dtypes)
 
 
-@pytest.mark.parametrize("dtypes", MIXES, ids=str)
+@pytest.mark.parametrize("dtypes", MIXES, ids=together)
 def test_combine_has_the_references_bits(backend, dtypes):
     check_combine(operations_of(backend), backend, dtypes)
 
 
-@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
-@pytest.mark.parametrize("dtypes", SOME, ids=str)
+@pytest.mark.parametrize("offsets", OFFSETS, ids=together)
+@pytest.mark.parametrize("dtypes", SOME, ids=together)
 def test_any_alignment(backend, dtypes, offsets):
     check_dot(operations_of(backend), backend, dtypes, offsets)
     check_combine(operations_of(backend), backend, dtypes, offsets)
