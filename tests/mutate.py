@@ -30,6 +30,7 @@ TESTS = [  # quick ones first
     "test_native.py",
     "test_clipping.py",
     "test_general_p.py",
+    "test_dot_combine.py",
 ]
 SLOWEST = 300  # seconds a run of the tests may take; a mutant that hangs is dead
 
@@ -45,7 +46,9 @@ class Mutant(NamedTuple):
 REFERENCE, REFERENCE_RULES, REFERENCE_NUMBERS = (
     f"fastsam/ops/{name}.py" for name in ("reference", "reference_rules", "numbers")
 )
-NUMBERS, NORM, PERTURB, RULES = (f"csrc/math/{name}.h" for name in ("numbers", "norm", "perturb", "rules"))
+NUMBERS, NORM, PERTURB, RULES, COMBINE = (
+    f"csrc/math/{name}.h" for name in ("numbers", "norm", "perturb", "rules", "combine")
+)
 TILE, KERNELS, LAUNCH = "csrc/cpu/tile.h", "csrc/cpu/kernels.cpp", "csrc/cpu/launch.cpp"
 OPERATIONS = "csrc/ops.cpp"
 MUTANTS = [
@@ -313,6 +316,18 @@ MUTANTS = [
         "if (q != 2) return baseline::q_norm(q, each_slot);",
         "if (q < 0) return baseline::q_norm(q, each_slot);",
     ),
+    # Inner products and linear combinations.
+    Mutant(REFERENCE, "((x, x), (x, y), (y, y))", "((x, x), (y, y), (y, y))"),
+    Mutant(REFERENCE, "torch.where(c != 0, added, total), begun", "added, begun"),
+    Mutant(REFERENCE, "fma(left[:, k], right[:, k], acc)", "left[:, k] * right[:, k] + acc"),
+    Mutant(COMBINE, "if (cast == 0 || !there) return;", "if (!there) return;"),
+    Mutant(COMBINE, "if (cast == 0 ||", "if (coefficient == 0 ||"),
+    Mutant(COMBINE, "total = fma(c[k], x[k], total)", "total = c[k] * x[k] + total"),
+    Mutant(KERNELS, "xy[i] = fma(x[i], y[i], xy[i])", "xy[i] = fma(x[i], x[i], xy[i])"),
+    Mutant(KERNELS, "there[k] ? fold(lanes[k], pairs, width) : 0", "fold(lanes[k], pairs, width)"),
+    Mutant(KERNELS, "if (terms.n == 2) combine_chunk<2>", "if (terms.n == 2) combine_chunk<1>"),
+    Mutant(LAUNCH, "if (term.address) term.coefficient = *term.address;", ""),
+    Mutant(LAUNCH, "slot_sum(launch.partials + i * launch.n_chunks,", "slot_sum(launch.partials,"),
 ]
 
 
