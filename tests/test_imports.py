@@ -33,7 +33,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
     ),
     "": (
         *("radius", "when", "checks", "closures", "scaling", "stats", "progress", "saving", "algebra", "passes"),
-        *("optimizer", "training"),
+        *("optimizer", "training", "losses"),
     ),
     "methods": (
         *("checks", "esam", "friendly", "gsam", "looksam", "msam", "preconditioned", "sparse", "vasso", "wsam"),
