@@ -1,4 +1,4 @@
-"""SAF against its formula by hand; what is stored, exchanged between ranks, saved and refused."""
+"""SAF and MESA against their formulas by hand; what is stored, exchanged between ranks, saved and refused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 import fastsam
-from fastsam.losses import SAF
+from fastsam.losses import MESA, SAF
 
 N, CLASSES = 11, 3
 OPTIONS = dict(lmbda=0.7, temperature=2.5, lag=2, start=2)
@@ -100,8 +101,9 @@ def test_the_first_epochs_are_the_base_loss(lag, start, tmp_path):
 
 
 def test_defaults_are_the_authors():
-    saf = SAF(N, CLASSES)
+    saf, mesa = SAF(N, CLASSES), MESA(nn.Linear(2, CLASSES))
     assert (saf.lmbda, saf.temperature, saf.lag, saf.start) == (0.3, 5, 3, 5)
+    assert (mesa.lmbda, mesa.temperature, mesa.beta, mesa.start) == (0.8, 5, 0.9998, 5)
     assert isinstance(saf.base_loss, nn.CrossEntropyLoss)
 
 
@@ -461,3 +463,170 @@ def test_two_ranks(tmp_path):
             assert torch.equal(first, second)
         assert stores[0][1].tolist() == [[-1, *[6] * 8, -1, -1], [4] * N, [5] * N]
     assert sorted(path.name for path in tmp_path.glob("store*")) == ["store.0", "store.1"]
+
+
+# MESA
+
+
+class Net(nn.Module):
+    """BatchNorm's buffers, dropout, a frozen weight and one of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+        self.drop, self.last = nn.Dropout(0.5), nn.Linear(6, 3)
+        self.last.bias.requires_grad_(False)
+        self.levels = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.double()
+
+    def forward(self, x):
+        return self.last(self.drop(self.norm(self.first(x)))) + self.levels
+
+
+def mesa_losses(model, mesa, optimizer, epochs, check=None):
+    losses = []
+    for epoch in epochs:
+        mesa.set_epoch(epoch)
+        for step in range(2):
+            torch.manual_seed(10 * epoch + step)
+            x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+            optimizer.zero_grad()
+            outputs = model(x)
+            loss = mesa(outputs, y, x)
+            if check:
+                check(epoch, x, y, outputs, loss)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.levels.add_(1)
+            mesa.update()
+            losses.append(loss.item())
+    return losses
+
+
+def test_mesa_is_its_recursion():
+    model = Net()
+    by_formula = {name: value.clone() for name, value in model.state_dict().items()}
+    mesa = MESA(model, lmbda=0.6, temperature=1.5, beta=0.75, start=0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.7)
+    weights = {name for name, _ in model.named_parameters()}
+    calls = []
+
+    def check(epoch, x, y, outputs, loss):
+        if calls:  # the model's values after the step before this one, which ran through check
+            for name, value in calls[-1].items():
+                averaged = name in weights and value.is_floating_point()
+                by_formula[name] = 0.75 * by_formula[name] + 0.25 * value if averaged else value
+        teacher = copy.deepcopy(model).eval()
+        teacher.load_state_dict(by_formula)
+        for name, value in mesa.teacher.state_dict().items():
+            torch.testing.assert_close(value, by_formula[name], rtol=1e-13, atol=1e-15, msg=name)
+        then = list(teacher(x).detach()) if epoch > 0 else [None] * 8
+        assert loss.item() == pytest.approx(by_hand(outputs, y, then, 0.6, 1.5), rel=1e-12)
+
+    hook = mesa.update
+
+    def update():
+        calls.append({name: value.clone() for name, value in model.state_dict().items()})
+        hook()
+
+    mesa.update = update
+    mesa_losses(model, mesa, optimizer, range(4), check)
+    assert len(calls) == 8
+
+
+def test_mesa_resumed_half_way_and_moved():
+    def parts():
+        torch.manual_seed(1)
+        model = Net()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.7)
+        return model, MESA(model, beta=0.75, start=1), optimizer
+
+    whole = parts()
+    mesa_losses(*whole, range(3))
+    saved = [copy.deepcopy(part.state_dict()) for part in whole]
+    losses = mesa_losses(*whole, range(3, 5))
+    again = parts()
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    assert mesa_losses(*again, range(3, 5)) == losses
+    assert_same(again[1].state_dict(), whole[1].state_dict())
+    assert not any(name.startswith("_model") for name in saved[1])
+    mesa = again[1].float()  # the model stays as it is
+    assert {p.dtype for p in mesa.teacher.parameters()} == {torch.float32, torch.int64}
+    assert again[0].first.weight.dtype == torch.float64
+    mesa.update()
+
+
+def test_mesa_follows_the_local_replica():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 3)
+        parallel = DistributedDataParallel(model)
+        mesa, optimizer = MESA(parallel, beta=0.5, start=-1), torch.optim.SGD(parallel.parameters(), lr=0.5)
+        mesa.new_epoch()
+        average = model.weight.detach().clone()
+        for _ in range(3):
+            x, y = torch.randn(5, 4), torch.randint(3, (5,))
+            optimizer.zero_grad()
+            mesa(parallel(x), y, x).backward()
+            optimizer.step()
+            mesa.update()
+            average = (average + model.weight.detach()) / 2
+        assert sorted(mesa.teacher.state_dict()) == ["bias", "weight"]
+        torch.testing.assert_close(mesa.teacher.weight, average)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_teacher_leaves_no_trace():
+    """No gradients, no statistics of its own, no random numbers; the model's mode and gradients are as before."""
+    model = Net()
+    model(torch.randn(8, 4, dtype=torch.float64)).sum().backward()
+    mesa = MESA(model, start=-1)
+    assert all(p.grad is None and not p.requires_grad for p in mesa.teacher.parameters())
+    assert model.training and model.first.weight.requires_grad and model.first.weight.grad is not None
+    mesa.train()
+    assert mesa.training and not any(module.training for module in mesa.teacher.modules())
+    mesa.new_epoch()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    outputs = model(x).detach().requires_grad_()
+    before, numbers = copy.deepcopy(mesa.teacher.state_dict()), torch.get_rng_state()
+    mesa(outputs, y, x).backward()
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert_same(mesa.teacher.state_dict(), before)
+    assert all(p.grad is None for p in mesa.teacher.parameters())
+    then, now = (rows.div(5).softmax(1) for rows in (mesa.teacher(x), outputs.detach()))
+    expected = outputs.detach().softmax(1) - nn.functional.one_hot(y, 3) + 0.8 * 5 * (now - then)
+    torch.testing.assert_close(outputs.grad, expected / 8, rtol=1e-12, atol=1e-15)
+    assert torch.equal(mesa(outputs, y, (x,)), mesa(outputs, y, dict(x=x)))
+    mesa.eval()
+    assert torch.equal(mesa(outputs, y, x), nn.CrossEntropyLoss()(outputs, y))
+
+
+def test_mesa_refuses():
+    model = Net()
+    for beta in (-0.1, 1, math.nan):
+        with pytest.raises(ValueError, match=r"MESA: beta must be in \[0, 1\)"):
+            MESA(model, beta=beta)
+    with pytest.raises(ValueError, match="32 bits or more.*bfloat16 for 'weight'"):
+        MESA(nn.Linear(2, 3).bfloat16())
+    mesa = MESA(model, start=-1)
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    with pytest.raises(RuntimeError, match="MESA: call new_epoch"):
+        mesa(model(x), y, x)
+    mesa.new_epoch()
+    with pytest.raises(ValueError, match="the teacher's of the same shape"):
+        mesa(model(x)[:4], y[:4], x)
+    mesa(model(x), y, x)
+    with pytest.raises(RuntimeError, match=r"no update\(\) in epoch 0"):
+        mesa.new_epoch()
+    mesa.update()
+    mesa.new_epoch()
+    copy.deepcopy(mesa).update()  # it follows the same model
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="other parameters or buffers"):
+        mesa.update()
+    del model
+    with pytest.raises(RuntimeError, match="the model is gone"):
+        mesa.update()
