@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, StackDataset, TensorDataset
 
 import fastsam
 from fastsam.losses import MESA, SAF
@@ -630,3 +630,15 @@ def test_mesa_refuses():
     del model
     with pytest.raises(RuntimeError, match="the model is gone"):
         mesa.update()
+
+
+def test_the_readme_example():
+    """Its code as it stands: both losses train, and SAF's divergence has begun."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "losses.SAF" in block]
+    x = torch.randn(64, 8)
+    names = dict(fastsam=fastsam, torch=torch, DataLoader=DataLoader, StackDataset=StackDataset)
+    names |= dict(n_classes=4, epochs=8, dataset=TensorDataset(x, x[:, :4].argmax(1)), model=nn.Linear(8, 4))
+    exec(code, names)
+    assert names["saf"].epoch == 7 and names["loss"].item() < 1.2
+    assert names["saf"].state_dict()["stamps"].unique().tolist() == [4, 5, 6, 7]
