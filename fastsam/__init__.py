@@ -2,7 +2,7 @@
 
 import logging
 
-from fastsam import methods, radius, schedules, when
+from fastsam import losses, methods, radius, schedules, when
 from fastsam.bases.lion import Lion
 from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "asam_groups",
     "freeze_running_stats",
+    "losses",
     "methods",
     "norm_layers_only",
     "radius",
