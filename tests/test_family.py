@@ -1,5 +1,6 @@
 """What the table of methods says is true: passes, memory and what is saved are measured, and the README has it."""
 
+import copy
 import gc
 import inspect
 import re
@@ -173,6 +174,14 @@ def test_docstrings_tell_the_same(method):
     assert all(paper in text for paper in method.papers)
 
 
+@pytest.mark.parametrize(
+    "options", [dict(radius=fastsam.radius.unnormalized()), dict(renormalize=True), dict(when=when.by_grad_norm())]
+)
+def test_msam_refuses_what_goes_by_a_first_pass(options):
+    with pytest.raises(ValueError, match="MSAM does not have"):
+        methods.MSAM(network().parameters(), "sgd", lr=0.1, momentum=0.9, **options)
+
+
 def test_the_readme_has_the_table():
     readme = ROOT / "README.md"
     if not readme.is_file():
@@ -209,12 +218,21 @@ def example_in_the_docstring():
     return textwrap.dedent(methods.__doc__[methods.__doc__.index("    class Half") :])
 
 
-def example_in_the_readme():
+def example_in_the_readme(begin="class Half"):
     readme = ROOT / "README.md"
     if not readme.is_file():
         pytest.skip("the tests are not run from a source tree")
-    (example,) = re.findall(r"```python\n(class Half.*?)```", readme.read_text(), re.DOTALL)
+    (example,) = re.findall(rf"```python\n({begin}.*?)```", readme.read_text(), re.DOTALL)
     return example
+
+
+def test_the_example_of_the_readme_runs():
+    model, x = network(), torch.ones(4, 200)
+    old = copy.deepcopy(model)
+    names = {"torch": torch, "model": model, "x": x, "y": x, "loss_fn": nn.functional.mse_loss}
+    exec(example_in_the_readme("from fastsam import FusedSAM, methods, when"), names)
+    assert repr(names["optimizer"].when) == "after(9000)" and not names["optimizer"].perturbed
+    assert not torch.equal(model[0].weight, old[0].weight)
 
 
 @pytest.mark.parametrize("example", [example_in_the_docstring, example_in_the_readme])

@@ -110,7 +110,7 @@ FAMILY = (
     ),
     Method("un-normalised SAM", options=dict(radius=radius.unnormalized()), papers=("2206.06232",)),
     Method("lambda-mix", options=dict(radius=radius.mixed(0.5)), papers=("2503.02225",)),
-    Method("loss budget (LE-SAM)", options=dict(radius=radius.loss_budget(0.1)), papers=("2605.10183",)),
+    Method("loss budget (LE-SAM)", options=dict(radius=radius.loss_budget(0.3)), papers=("2605.10183",)),
     Method("StableSAM", options=dict(renormalize=True), papers=("2401.07250",)),
     Method("SAM-ON", papers=("2306.04226",), params="norm_layers_only(model)"),
     Method(

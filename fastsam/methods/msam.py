@@ -37,7 +37,7 @@ class MSAM(FusedSAM):
         rho: the length of the perturbation. The paper's code uses 3 with SGD and for ViTs; 0 while the learning rate
             warms up.
         **kwargs: as for FusedSAM, and for the base optimizer. `when` decides whether the weights are perturbed for a
-            step.
+            step. What goes by the gradients of a first pass is refused: `radius`, `renormalize`, `by_grad_norm()`.
     """
 
     options = ("training",)
@@ -46,6 +46,12 @@ class MSAM(FusedSAM):
         self, params: Iterable[Any] | None, base_optimizer: Any = torch.optim.SGD, rho: float = 3.0, **kwargs: Any
     ) -> None:
         """See the class."""
+        when = kwargs.get("when")
+        if kwargs.get("radius") is not None or kwargs.get("renormalize") or getattr(when, "measures", False):
+            raise ValueError(
+                "MSAM: radius=..., renormalize=True and when=by_grad_norm() go by the gradients of a first pass, which "
+                "MSAM does not have; leave them out"
+            )
         self.training = True
         super().__init__(params, base_optimizer, rho, **kwargs)
 
