@@ -1,0 +1,198 @@
+"""Buckets with everything in them, and comparisons bit for bit: what the tests of both kernel languages share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import rounding
+import torch
+from rounding import INITIAL, OPTIONS, SEED, bucket_of, copied, shifted, slots_of, values
+from torch import Tensor
+
+from fastsam.bases.rules import ADAPTIVE, DECAYS, LR_FLOAT64, SGD
+from fastsam.ops import graphs
+from fastsam.ops.formats import Format
+from ptx.tally import Tally
+
+# The kernels of update_, by csrc/cuda/update.h's names: the options of its groups. Another rule or kernel is a row.
+UPDATES = {
+    "plain": ["sgd"],
+    "sgd": ["sgd", "sgd-dampening", "sgd-nesterov-maximize"],
+    "adam": ["adam", "adam-far-lerp", "adamw"],
+    "amsgrad": ["adam", "adam-far-lerp", "adamw", "adamw-amsgrad-maximize"],
+    "rmsprop": ["rmsprop", "rmsprop-momentum-maximize"],
+    "centered": [option for option in OPTIONS if option.startswith("rmsprop")],
+    **{
+        rule: [option for option in OPTIONS if option.startswith(rule)]
+        for rule in ("adagrad", "nadam", "radam", "lion")
+    },
+}
+# (rho, eta, flags) of a group.
+CLIMBS = [
+    (0.11, 0.0, 0),
+    (0.7, 0.0, ADAPTIVE),
+    (0.5, 0.03, ADAPTIVE),
+    (0.2, 0.0, DECAYS),
+    (0.3, 0.01, ADAPTIVE | DECAYS),
+    (0.0, 0.0, 0),
+]
+# (elements, bytes that the weights and the gradients lie beyond a multiple of 16).
+SEGMENTS = [
+    (8192, 0, 0),
+    (2051, 0, 0),
+    (1030, 8, 0),
+    (1027, 0, 8),
+    (515, 8, 8),
+    (300, 4, 12),
+    (65, 2, 6),
+    (63, 12, 4),
+    (7, 0, 0),
+    (3, 6, 14),
+    (1, 0, 0),
+    (0, 0, 0),
+    (8197, 8, 8),
+    (4101, 0, 0),
+]
+
+
+def any_bucket(options: Sequence[str], format: Format, seed: int, n_groups: int, lr: Tensor, there: bool) -> Any:
+    """A bucket whose parameters have any size, alignment and group; the same one for a seed.
+
+    Every fourth group's lr is a tensor, or, unless it is to be `there`, that tensor's value.
+    """
+    any_of = random.Random(seed)
+    segments = any_of.sample(SEGMENTS, len(SEGMENTS))
+
+    def placed(n: int, dtype: torch.dtype, at: int) -> Tensor:
+        return shifted(n, dtype, at // dtype.itemsize * dtype.itemsize)
+
+    params = [
+        copied(placed(n, format.weight, at), values(n, format.weight, seed + i))
+        for i, (n, at, _) in enumerate(segments)
+    ]
+    bucket = bucket_of(params, options[0], float("nan"), format=format)
+    bucket.gradients_at = [at for _, _, at in segments]
+    owner = [(i + seed) % n_groups for i in range(len(segments))]
+    bucket.segment_table[:, 7] = torch.tensor([group | i << 32 for i, group in enumerate(owner)])
+    bucket.rows, chosen = [], []
+    for group in range(n_groups):
+        option, (rho, eta, more) = options[group % len(options)], any_of.choice(CLIMBS)
+        row = rounding.rows_of(option)[0]
+        row = row._replace(rho=rho, eta=eta, flags=row.flags & ~ADAPTIVE | more, seed=SEED + group)
+        if group % 4 == 1 and there:
+            flags = row.flags | (LR_FLOAT64 if lr.dtype == torch.float64 else 0)
+            row = row._replace(lr=float("nan"), lr_address=lr.data_ptr(), flags=flags)
+        elif group % 4 == 1:
+            row = row._replace(lr=lr.item())
+        bucket.rows.append(row)
+        chosen.append(option)
+    bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
+    for i, group in enumerate(owner):
+        for k in slots_of(chosen[group]) if bucket.rule is not SGD else ():
+            bucket.states[k][i].fill_(INITIAL.get(bucket.rule, 0.0))
+    bucket.steps.fill_(float(seed % 9))
+    if bucket.rule is SGD:  # a step count of more than 0 says that there is a buffer
+        for i, (n, _, _) in enumerate(segments):
+            bucket.states[0][i].copy_(values(n, format.state, i))
+    return bucket
+
+
+def any_gradients(bucket: Any, seed: int) -> list[Tensor | None]:
+    """Gradients at the bucket's places; about every seventh is missing."""
+    any_of, dtype = random.Random(seed), bucket.format.grad
+    grads: list[Tensor | None] = []
+    for i, (p, at) in enumerate(zip(bucket.params, bucket.gradients_at, strict=True)):
+        grad = copied(shifted(len(p), dtype, at // dtype.itemsize * dtype.itemsize), values(len(p), dtype, seed + i))
+        grads.append(None if any_of.random() < 0.15 else grad)
+    return grads
+
+
+def many(n_segments: int, n_groups: int, option: str = "adam", dtype: torch.dtype = torch.float32) -> Any:
+    """A bucket of many small parameters."""
+    bucket = bucket_of([values(1 + i % 3, dtype, i) for i in range(n_segments)], option)
+    bucket.rows = [bucket.rows[i % 3]._replace(lr=0.001 * (i + 1)) for i in range(n_groups)]
+    bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
+    bucket.segment_table[:, 7] = torch.tensor([i % n_groups | i << 32 for i in range(n_segments)])
+    return bucket
+
+
+def with_own_rows(bucket: Any) -> Any:
+    """The same, the CUDA kernels' own memory behind its segments: tickets at 0, and nothing else that was written."""
+    own = torch.full((graphs.own_rows(len(bucket.params), len(bucket.rows)), 8), -1, dtype=torch.int64)
+    own[0] = 0
+    bucket.segment_table = torch.cat([bucket.segment_table, own])
+    bucket.cache = None
+    return bucket
+
+
+def sums_for(bucket: Any) -> Tensor:
+    """Where a norm goes, between those of other buckets."""
+    sums = torch.full((bucket.slot + 2,), 0.25, dtype=torch.float64)
+    sums[bucket.slot] = float("nan")
+    return sums
+
+
+def run_step(
+    backend: Any,
+    bucket: Any,
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    **factors: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """One SAM step: the norms, and the perturbed weights."""
+    sums = sums_for(bucket)
+    backend.grad_norm(bucket, first, sums)
+    backend.perturb_(bucket, first, sums)
+    perturbed = [p.clone() for p in bucket.params]
+    backend.update_(bucket, second, **factors)
+    return sums, perturbed
+
+
+def everything(bucket: Any) -> Iterator[tuple[str, Tensor]]:
+    """All that operations may write, by name."""
+    yield from ((f"weights of segment {i}", t) for i, t in enumerate(bucket.params))
+    yield from ((f"backup of segment {i}", t) for i, t in enumerate(bucket.backups))
+    yield from ((f"master of segment {i}", t) for i, t in enumerate(bucket.masters))
+    for k in range(3):
+        yield from ((f"state {k} of segment {i}", t) for i, t in enumerate(bucket.states[k]))
+    yield "progress", bucket.progress
+    yield "overflows", bucket.overflows
+    yield "perturbed", bucket.perturbed
+    if bucket.rounding is not None:
+        yield "step of the random numbers", bucket.rounding
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """As integers of the same size."""
+    dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(dtypes[tensor.element_size()])
+
+
+class Comparer:
+    """Compares bit for bit and counts it; NaN may have other payloads, as they do between CPUs and GPUs."""
+
+    def __init__(self, tally: Tally) -> None:
+        """Count into a tally."""
+        self.tally = tally
+
+    def same(self, ours: Tensor, theirs: Tensor, what: str) -> None:
+        """Assert it of two tensors."""
+        self.tally.compared += ours.numel()
+        if not torch.equal(bits(ours), bits(theirs)):
+            differ = (bits(ours) != bits(theirs)) & ~(ours.isnan() & theirs.isnan())
+            assert not differ.any(), f"{what}: {int(differ.sum())} of {ours.numel()} differ"
+
+    def same_buckets(self, ours: Any, theirs: Any, when: str) -> None:
+        """Assert it of all that operations may write."""
+        for (what, t), (_, u) in zip(everything(ours), everything(theirs), strict=True):
+            self.same(t, u, f"{what} {when}")
+
+    def same_steps(self, backends: Sequence[Any], buckets: Sequence[Any], grads: Sequence[Any], **factors: Any) -> None:
+        """Take one step with two backends, and assert it of all that this writes."""
+        both = [run_step(*pair, *grads, **factors) for pair in zip(backends, buckets, strict=True)]
+        self.same(both[0][0], both[1][0], "norms")
+        for i, (p, q) in enumerate(zip(both[0][1], both[1][1], strict=True)):
+            self.same(p, q, f"perturbed weights of segment {i}")
+        self.same_buckets(*buckets, "after update_")

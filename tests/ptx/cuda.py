@@ -1,0 +1,491 @@
+"""fastsam's CUDA half on this CPU: its host code linked to a stub of CUDA's runtime, its kernels' PTX interpreted.
+
+    library = Library(90, folder)                      # compute_90; `folder` keeps what nvcc makes
+    with library.serving("cpu"):                       # FusedSAM(..., backend="cpu") runs its operations there
+        optimizer.step(closure)
+
+or, of one bucket at a time, `library.grad_norm(tables, grads, out)`, `library.perturb_(...)`, `library.update_(...)`.
+Tensors stay on the CPU; the host code is told that those which a launch may touch are on device 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from fastsam import ops
+from fastsam.ops import graphs, native, reference
+from ptx.grid import Access, Grid, Memory
+from ptx.memory import spans_of
+from ptx.parse import Kernel, Module
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+NAMESPACE = "fastsam_on_stub"
+# The linker gives these of torch's functions to the stub.
+WRAPPED = [
+    *("get_device_type", "get_device_index", "create_device_guard", "delete_device_guard"),
+    *("library_init_impl", "library_init_fragment"),
+]
+OPERATIONS = ["grad_norm", "perturb_", "update_", "bind_"]  # whose schemas are those of torch.ops.fastsam
+# What each kernel may write of a bucket and of the tensors that its operation is given.
+WRITES = {
+    "grad_norm": {"partials", "sums", "clip"},
+    "power_norm": {"partials", "sums", "clip"},
+    "perturb": {"weight", "backup", "overflows"},
+    "power_perturb": {"weight", "backup", "overflows"},
+    "power_count": {"overflows"},
+    "update": {"weight", "master", "state", "progress", "overflows", "rounding"},
+    "fill": set(),
+}
+CONTROL = "control"  # the kernels' own memory behind the segments, which every kernel may write
+
+
+class Header(ctypes.Structure):
+    """What a launch is told by value, before the rows and gradients: as in csrc/cuda/kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("chunks", "segments", "rows", "grads", "ticket")),
+        *((name, ctypes.c_int32) for name in ("n_chunks", "n_segments", "n_groups", "split_bits")),
+        *((name, ctypes.c_int32) for name in ("adaptive", "masters", "n_sums", "slot")),
+        *((name, ctypes.c_uint64) for name in ("partials", "sums")),
+        *((name, ctypes.c_double) for name in ("q", "max_norm")),
+        *((name, ctypes.c_uint64) for name in ("clip", "grad_scale", "found_inf", "overflows", "rounding")),
+    ]
+
+
+class Words(ctypes.Structure):
+    """What `fill` is told before the words: as in csrc/cuda/launch.cu."""
+
+    _fields_ = [("to", ctypes.c_uint64), ("n", ctypes.c_int32)]
+
+
+# ---- Compiled.
+
+
+def nvcc() -> str | None:
+    """The path of nvcc."""
+    places = [Path(os.environ.get(name) or "/usr/local/cuda") / "bin" for name in ("CUDA_HOME", "CUDA_PATH")]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, places)))
+
+
+@cache
+def setup() -> ModuleType:
+    """The setup.py of the source tree, for its flags."""
+    spec = importlib.util.spec_from_file_location("setup_of_fastsam", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    """A file, made now unless it is there; whoever else makes it meanwhile does not disturb."""
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f"{os.getpid()}-{target.name}")
+        make(unfinished)
+        unfinished.rename(target)
+    return target
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+class Compiled(NamedTuple):
+    """What nvcc makes of one file of csrc/cuda, for one target: in one run, so that both know the same names."""
+
+    ptx: Path
+    host: Path
+
+
+def compile_kernels(folder: Path, arch: int) -> list[Compiled]:
+    """Compile csrc/cuda with setup.py's own flags; what was made of the same sources before is taken again."""
+    rules, include = setup(), Path(torch.__file__).parent / "include"
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources.sort(key=lambda source: -source.stat().st_size)
+    headers = b"".join(header.read_bytes() for header in sorted((ROOT / "csrc").rglob("*.h")))
+    command = [nvcc(), *rules.NVCC_FLAGS, rules.TORCH_TARGET, f"-isystem={include}"]
+    command += [f"-gencode=arch=compute_{arch},code=compute_{arch}", "-c", "--keep"]
+
+    def compiled(source: Path) -> Compiled:
+        digest = hashlib.sha256(repr(command).encode() + headers + source.read_bytes()).hexdigest()[:16]
+        made = folder / f"{source.stem}-{arch}-{digest}"
+
+        def make(unfinished: Path) -> None:
+            unfinished.mkdir()
+            _run([*command, "--keep-dir", unfinished, source, "-o", unfinished / "host.o"])
+            for file in unfinished.iterdir():
+                if file.name not in (f"{source.stem}.ptx", "host.o"):
+                    file.unlink()
+            (unfinished / f"{source.stem}.ptx").rename(unfinished / "ptx")
+
+        if not made.is_dir():
+            unfinished = made.with_name(f"{os.getpid()}-{made.name}")
+            make(unfinished)
+            unfinished.rename(made)
+        return Compiled(made / "ptx", made / "host.o")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, sources))
+
+
+def link_host(folder: Path, objects: Sequence[Path]) -> Path:
+    """The library's host code with the stub instead of CUDA's runtime."""
+    torch_dir = Path(torch.__file__).parent
+    operations = ROOT / "csrc" / "cuda" / "ops.cpp"
+    parts = [*objects, operations, HERE / "cudart.cpp", *sorted((ROOT / "csrc").rglob("*.h"))]
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+
+    def make(unfinished: Path) -> None:
+        command = [nvcc(), "-std=c++17", "-O1", "-Xcompiler=-fPIC", "-shared", "-cudart", "none"]
+        command += [setup().TORCH_TARGET, f"-isystem={torch_dir / 'include'}"]
+        wraps = [option for name in WRAPPED for option in ("-Xlinker", f"--wrap=aoti_torch_{name}")]
+        libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10", *wraps, "-Xlinker", "--no-undefined"]
+        _run([*command, operations, HERE / "cudart.cpp", *objects, *libraries, "-o", unfinished])
+
+    return _made(folder / f"libfastsam_stub-{digest}.so", make)
+
+
+class Ptx:
+    """Kernels by the names that the host knows them by; each is taken apart when it is asked for."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """Find the kernels in PTX files."""
+        self.places = {name: module for module in map(Module, texts) for name in module.entries}
+
+    def __getitem__(self, name: str) -> Kernel:
+        return self.places[name][name]
+
+    def replaced(self, name: str, text: str) -> Ptx:
+        """The same kernels but for one, whose text is another."""
+        other = Ptx([])
+        other.places = {**self.places, name: Module(text)}
+        return other
+
+
+# ---- The host's half.
+
+
+LAUNCHED = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+class Host:
+    """The linked library: torch operations whose launches go to `self.launched`. One a process."""
+
+    def __init__(self, library: Path) -> None:
+        """Load it, which registers its operations."""
+        self.schemas = torch.library.Library(NAMESPACE, "FRAGMENT")
+        for name in OPERATIONS:
+            self.schemas.define(str(getattr(torch.ops.fastsam, name).default._schema).split("::", 1)[1])
+        self.library = ctypes.CDLL(str(library))
+        self.operations = getattr(torch.ops, NAMESPACE)
+        self.overloads = native._Operations(self.operations)
+        self.launched: Callable[..., None] | None = None
+        self.error: BaseException | None = None
+        self.callback = LAUNCHED(self._launched)  # kept: the library holds its address
+        self.library.stub_on_launch(self.callback)
+
+    def _launched(self, name: bytes, grid: Any, block: Any, shared: int, args: Any) -> int:
+        try:
+            assert self.launched is not None and tuple(grid[1:3]) == tuple(block[1:3]) == (1, 1)
+            self.launched(name.decode(), grid[0], block[0], shared, args)
+        except BaseException as error:  # nothing may pass through C++
+            self.error = error
+            return 719  # cudaErrorLaunchFailure
+        return 0
+
+    def names(self) -> list[str]:
+        """The kernels that the host code knows."""
+        names = (ctypes.c_char_p * 4096)()
+        return [(names[i] or b"").decode() for i in range(self.library.stub_kernels(names, 4096))]
+
+    def set_device_memory(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Say which memory is device 0's."""
+        starts, ends = zip(*spans, strict=True)
+        n = len(starts)
+        self.library.stub_device_memory((ctypes.c_uint64 * n)(*starts), (ctypes.c_uint64 * n)(*ends), n)
+
+
+@cache
+def host_of(folder: Path, arch: int) -> Host:
+    """The process's host library, whose code is the same for every target."""
+    return Host(link_host(folder, [each.host for each in compile_kernels(folder, arch)]))
+
+
+@cache
+def ptx_of(folder: Path, arch: int) -> Ptx:
+    """All kernels for one target."""
+    return Ptx(each.ptx.read_text() for each in compile_kernels(folder, arch))
+
+
+class Launch(NamedTuple):
+    """One launch: what ran, and what it was given."""
+
+    kernel: str
+    operation: str
+    grid: Grid
+    words: int  # of rows and gradients, that it was told by value
+
+
+class Library:
+    """A backend: the operations of fastsam/ops/native.py with launches of csrc/cuda/launch.cu.
+
+    Attributes:
+        launches: all that ran, in order.
+        capturing: whether launches go into `graph` instead of running, as those of a stream that is being captured.
+        graph: what `replay` runs.
+    """
+
+    host: Host
+
+    def __init__(
+        self,
+        arch: int,
+        folder: Path,
+        *,
+        ptx: Ptx | None = None,
+        processors: int = 132,
+        seed: int | None = None,
+        log: bool = False,
+    ) -> None:
+        """Compile what is not compiled yet.
+
+        Args:
+            arch: compute capability of the PTX, as 90.
+            folder: where compiled files are kept.
+            ptx: other kernels than the compiled ones.
+            processors: of the GPU, which the number of blocks follows. The host code asks for it once.
+            seed: the order of blocks and warps, see `Grid`.
+            log: whether each launch's grid keeps its accesses to global memory.
+        """
+        type(self).host = host_of(folder, type(self)._first_arch(arch))
+        self.arch, self.ptx = arch, ptx or ptx_of(folder, arch)
+        self.processors, self.seed, self.log = processors, seed, log
+        self.launches: list[Launch] = []
+        self.capturing = False
+        self.graph: list[tuple[Any, ...]] = []
+        self._tables: dict[int, Any] = {}  # by the address of their segments
+        self._tensors: dict[str, Tensor | None] = {}
+        self._bound: dict[int, dict[str, Tensor | None]] = {}
+
+    _arch: int | None = None
+
+    @classmethod
+    def _first_arch(cls, arch: int) -> int:
+        if Library._arch is None:
+            Library._arch = arch
+        return Library._arch
+
+    # The operations.
+
+    def grad_norm(
+        self, tables: Any, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
+    ) -> None:
+        """As native.grad_norm."""
+        tensors = {"partials": tables.partials, "sums": out}
+        if clip is not None:
+            tensors |= {"clip": clip.factor, "grad_scale": clip.grad_scale}
+        with self._ready(tables, tensors):
+            native.grad_norm(tables, grads, out, clip=clip)
+
+    def perturb_(self, tables: Any, grads: Sequence[Tensor | None], sums: Tensor) -> None:
+        """As native.perturb_."""
+        with self._ready(tables, {"sums": sums}):
+            native.perturb_(tables, grads, sums)
+
+    def update_(self, tables: Any, grads: Sequence[Tensor | None], **factors: Tensor | None) -> None:
+        """As native.update_."""
+        with self._ready(tables, factors):
+            native.update_(tables, grads, **factors)
+
+    def bind(self, tables: Any, sums: Tensor) -> Tensor:
+        """As native.bind."""
+        tensors = {"partials": tables.partials, "sums": sums}
+        self._bound[tables.segment_table.data_ptr()] = tensors
+        with self._ready(tables, tensors):
+            return native.bind(tables, sums)
+
+    # As fastsam/ops/graphs.py.
+
+    own_rows = staticmethod(graphs.own_rows)
+
+    def prepare_capture(self, tables: Any) -> None:
+        """As graphs.prepare_capture."""
+        with self._ready(tables, {}):
+            graphs.prepare_capture(tables)
+
+    def upload_values(self, tables: Any) -> None:
+        """As graphs.upload_values."""
+        with self._ready(tables, {}):
+            graphs.upload_values(tables)
+
+    @contextmanager
+    def serving(self, name: str, bound: bool = True) -> Iterator[None]:
+        """Let a backend's name mean this one; with `bound` whole passes are one native call, as they usually are."""
+        backend = ops.Backend(name, self, self, by_address=True, bind=self.bind if bound else None)
+        real = ops.backend_named
+        with (
+            patch.object(ops, "backend_named", lambda asked: backend if asked == name else real(asked)),
+            patch.object(graphs, "capturing", lambda device: self.capturing),
+            self._launching(),
+        ):
+            yield
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Collect launches in `graph` instead of running them."""
+        self.graph, self.capturing = [], True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def replay(self) -> None:
+        """Run the captured launches with the arguments of then and the memory of now."""
+        for launch in self.graph:
+            self._execute(*launch)
+
+    @contextmanager
+    def _launching(self) -> Iterator[None]:
+        """Let the host's launches come here."""
+        host, before = self.host, self.host.launched
+        host.launched = self._launched
+        host.library.stub_processors(self.processors)
+        try:
+            yield
+        finally:
+            host.launched = before
+
+    @contextmanager
+    def _ready(self, tables: Any, tensors: dict[str, Tensor | None]) -> Iterator[None]:
+        """Let native.py call the stub's operations; `tensors` are what the operation is given beside the tables."""
+        self._tables[tables.segment_table.data_ptr()] = tables
+        self._tensors, self.host.error = tensors, None
+        self.host.set_device_memory(
+            (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+            for tensor in (*_device_tables(tables).values(), *tensors.values())
+            if tensor is not None and tensor.nbytes
+        )
+        self.host.library.stub_capturing(self.capturing)
+        with (
+            self._launching(),
+            patch.object(native, "_operations", lambda: self.host.overloads),
+            patch.object(torch.ops, "fastsam", self.host.operations),
+        ):
+            try:
+                yield
+            except RuntimeError:
+                if self.host.error is not None:
+                    raise self.host.error from None
+                raise
+
+    # Launches.
+
+    def _launched(self, name: str, blocks: int, threads: int, shared: int, args: Any) -> None:
+        """Take a launch with the arguments that the host packed, as many of them as it wrote."""
+        kernel, operation = self.ptx[name], operation_of(name)
+        size = kernel.params_size
+        params = bytearray(ctypes.string_at(args[0], size))
+        tables, tensors, words = None, self._tensors, 0
+        if operation == "fill":
+            filled = 16 + 8 * Words.from_buffer_copy(params).n
+            tables = self._owner(Words.from_buffer_copy(params).to)
+        else:
+            header = Header.from_buffer_copy(params)
+            if header.segments:
+                tables = self._tables[header.segments]
+                tensors = self._bound.get(header.segments, {}) | tensors
+                words += 0 if header.rows else 11 * header.n_groups
+                words += 0 if header.grads else header.n_segments
+            filled = ctypes.sizeof(Header) + 8 * words
+        assert filled <= size, f"{filled} bytes of arguments for {size} of {name}"
+        params[filled:] = b"\xff" * (size - filled)
+        memory = self._memory(tables, tensors, WRITES[operation])
+        launch = name, operation, kernel, blocks, threads, bytes(params), filled, memory, shared, words, tables
+        if self.capturing:
+            self.graph.append(launch)
+        else:
+            self._execute(*launch)
+
+    def _execute(
+        self,
+        name: str,
+        operation: str,
+        kernel: Kernel,
+        blocks: int,
+        threads: int,
+        params: bytes,
+        filled: int,
+        memory: Memory,
+        shared: int,
+        words: int,
+        tables: Any,
+    ) -> None:
+        log: list[Access] | None = [] if self.log else None
+        seed = None if self.seed is None else self.seed + len(self.launches)
+        grid = Grid(kernel, blocks, threads, params, memory, shared=shared, seed=seed, log=log, filled=filled)
+        self.launches.append(Launch(name, operation, grid, words))
+        grid.run()
+        if tables is not None:
+            tickets = tables.segment_table[len(tables.perturbed), :1].view(torch.int32).tolist()
+            assert tickets == [0, 0], f"tickets are left at {tickets} by {name}"
+
+    def _owner(self, address: int) -> Any:
+        """The tables in whose own memory an address lies."""
+        return next(
+            tables
+            for start, tables in self._tables.items()
+            if start <= address < start + tables.segment_table.nbytes and tables.segment_table.data_ptr() == start
+        )
+
+    def _memory(self, tables: Any, tensors: dict[str, Tensor | None], writes: set[str]) -> Memory:
+        """What a launch may touch."""
+        memory = Memory()
+        named = dict(tensors)
+        if tables is not None:
+            own = tables.segment_table[len(tables.perturbed) :]
+            memory.add(CONTROL, own.data_ptr(), own.nbytes)
+            named |= _device_tables(tables) | {"segments": tables.segment_table[: len(tables.perturbed)]}
+            spans_of(memory, tables, writes)
+        for name, tensor in named.items():
+            if tensor is not None:
+                memory.add(name, tensor.data_ptr(), tensor.nbytes, name in writes)
+        memory.seal()
+        return memory
+
+
+def _device_tables(tables: Any) -> dict[str, Tensor | None]:
+    names = {"segments": "segment_table", "chunks": "chunk_table", "overflows": "overflows", "rounding": "rounding"}
+    return {name: getattr(tables, attribute) for name, attribute in names.items()}
+
+
+def operation_of(name: str) -> str:
+    """The kernel's function, from its mangled name."""
+    return max((each for each in WRITES if f"{len(each)}{each}" in name), key=len)
