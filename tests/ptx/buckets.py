@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import rounding
 import torch
-from rounding import INITIAL, OPTIONS, SEED, bucket_of, copied, shifted, slots_of, values
+from rounding import INITIAL, OPTIONS, SEED, bucket_of, copied, shifted, values
 from torch import Tensor
 
-from fastsam.bases.rules import ADAPTIVE, DECAYS, LR_FLOAT64, SGD
+from fastsam.bases.rules import ADAPTIVE, DECAYS, LR_FLOAT64
 from fastsam.ops import graphs
 from fastsam.ops.formats import Format
 from ptx.tally import Tally
 
 # The kernels of update_, by csrc/cuda/update.h's names: the options of its groups. Another rule or kernel is a row.
-UPDATES = {
+UPDATES: dict[str, list[str]] = {
+    "restore": [],
     "plain": ["sgd"],
     "sgd": ["sgd", "sgd-dampening", "sgd-nesterov-maximize"],
     "adam": ["adam", "adam-far-lerp", "adamw"],
@@ -38,48 +38,51 @@ CLIMBS = [
     (0.3, 0.01, ADAPTIVE | DECAYS),
     (0.0, 0.0, 0),
 ]
-# (elements, bytes that the weights and the gradients lie beyond a multiple of 16).
+# (elements, bytes that the weights and the gradients lie beyond a multiple of 16): every width of access, alone and
+# beside another, in whole chunks, in their ends and in both.
 SEGMENTS = [
     (8192, 0, 0),
+    (8197, 8, 8),
+    (4101, 0, 0),
     (2051, 0, 0),
     (1030, 8, 0),
     (1027, 0, 8),
-    (515, 8, 8),
-    (300, 4, 12),
-    (65, 2, 6),
-    (63, 12, 4),
+    (515, 8, 4),
+    (300, 4, 8),
+    (300, 2, 6),
+    (65, 12, 4),
+    (63, 6, 2),
     (7, 0, 0),
     (3, 6, 14),
     (1, 0, 0),
     (0, 0, 0),
-    (8197, 8, 8),
-    (4101, 0, 0),
 ]
 
 
 def any_bucket(options: Sequence[str], format: Format, seed: int, n_groups: int, lr: Tensor, there: bool) -> Any:
-    """A bucket whose parameters have any size, alignment and group; the same one for a seed.
+    """A bucket whose parameters have any size and alignment, and groups of all options; the same one for a seed.
 
-    Every fourth group's lr is a tensor, or, unless it is to be `there`, that tensor's value.
+    Args:
+        options: of its rule; none to restore only.
+        format: what it is stored as.
+        seed: of its values.
+        n_groups: `deal` chooses each parameter's.
+        lr: of every fourth group: a tensor that kernels read, or, unless it is to be `there`, its value.
+        there: see `lr`.
     """
-    any_of = random.Random(seed)
-    segments = any_of.sample(SEGMENTS, len(SEGMENTS))
 
     def placed(n: int, dtype: torch.dtype, at: int) -> Tensor:
         return shifted(n, dtype, at // dtype.itemsize * dtype.itemsize)
 
     params = [
         copied(placed(n, format.weight, at), values(n, format.weight, seed + i))
-        for i, (n, at, _) in enumerate(segments)
+        for i, (n, at, _) in enumerate(SEGMENTS)
     ]
-    bucket = bucket_of(params, options[0], float("nan"), format=format)
-    bucket.gradients_at = [at for _, _, at in segments]
-    owner = [(i + seed) % n_groups for i in range(len(segments))]
-    bucket.segment_table[:, 7] = torch.tensor([group | i << 32 for i, group in enumerate(owner)])
-    bucket.rows, chosen = [], []
+    bucket = bucket_of(params, (options or ["sgd"])[0], 0.0, format=format)
+    bucket.rows = []
     for group in range(n_groups):
-        option, (rho, eta, more) = options[group % len(options)], any_of.choice(CLIMBS)
-        row = rounding.rows_of(option)[0]
+        rho, eta, more = CLIMBS[(group + seed) % len(CLIMBS)]
+        row = rounding.rows_of((options or ["sgd"])[group % max(len(options), 1)])[0]
         row = row._replace(rho=rho, eta=eta, flags=row.flags & ~ADAPTIVE | more, seed=SEED + group)
         if group % 4 == 1 and there:
             flags = row.flags | (LR_FLOAT64 if lr.dtype == torch.float64 else 0)
@@ -87,25 +90,39 @@ def any_bucket(options: Sequence[str], format: Format, seed: int, n_groups: int,
         elif group % 4 == 1:
             row = row._replace(lr=lr.item())
         bucket.rows.append(row)
-        chosen.append(option)
     bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
-    for i, group in enumerate(owner):
-        for k in slots_of(chosen[group]) if bucket.rule is not SGD else ():
-            bucket.states[k][i].fill_(INITIAL.get(bucket.rule, 0.0))
     bucket.steps.fill_(float(seed % 9))
-    if bucket.rule is SGD:  # a step count of more than 0 says that there is a buffer
-        for i, (n, _, _) in enumerate(segments):
-            bucket.states[0][i].copy_(values(n, format.state, i))
+    for k in range(3):  # of any step, as every group may use them
+        for i, state in enumerate(bucket.states[k]):
+            state.copy_(values(len(state), torch.float64, 7 * i + k).abs() + INITIAL.get(bucket.rule, 0.0))
+    bucket.rule = bucket.rule if options else None
     return bucket
+
+
+def deal(bucket: Any, turn: int) -> None:
+    """Put every parameter into another group."""
+    n, n_groups = len(bucket.params), len(bucket.rows)
+    groups = [(7 * i + turn) % n_groups for i in range(n)]
+    bucket.segment_table[:n, 7] = torch.tensor([group | rounding.index_of(i) << 32 for i, group in enumerate(groups)])
+
+
+def climb(bucket: Any, seed: int) -> None:
+    """As after perturb_, but for some parameters: other weights, and the old ones in the backup."""
+    for i, p in enumerate(bucket.params):
+        bucket.perturbed[i] = (i + seed) % 4 != 3
+        if bucket.perturbed[i]:
+            if not bucket.format.masters:
+                bucket.backups[i].copy_(p)
+            p.copy_(values(len(p), p.dtype, seed + i))
 
 
 def any_gradients(bucket: Any, seed: int) -> list[Tensor | None]:
     """Gradients at the bucket's places; about every seventh is missing."""
-    any_of, dtype = random.Random(seed), bucket.format.grad
+    dtype = bucket.format.grad
     grads: list[Tensor | None] = []
-    for i, (p, at) in enumerate(zip(bucket.params, bucket.gradients_at, strict=True)):
+    for i, (p, (_, _, at)) in enumerate(zip(bucket.params, SEGMENTS, strict=True)):
         grad = copied(shifted(len(p), dtype, at // dtype.itemsize * dtype.itemsize), values(len(p), dtype, seed + i))
-        grads.append(None if any_of.random() < 0.15 else grad)
+        grads.append(None if (i + seed) % 7 == 2 else grad)
     return grads
 
 

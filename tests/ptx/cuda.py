@@ -53,6 +53,7 @@ WRITES = {
     "update": {"weight", "master", "state", "progress", "overflows", "rounding"},
     "fill": set(),
 }
+WHOLE_CHUNKS = ("grad_norm", "power_norm", "power_count")  # a block each
 CONTROL = "control"  # the kernels' own memory behind the segments, which every kernel may write
 
 
@@ -274,6 +275,8 @@ class Library:
         processors: int = 132,
         seed: int | None = None,
         log: bool = False,
+        in_tables: bool = False,
+        split_bits: int | None = None,
     ) -> None:
         """Compile what is not compiled yet.
 
@@ -281,13 +284,16 @@ class Library:
             arch: compute capability of the PTX, as 90.
             folder: where compiled files are kept.
             ptx: other kernels than the compiled ones.
-            processors: of the GPU, which the number of blocks follows. The host code asks for it once.
+            processors: of the GPU, which the number of blocks follows.
             seed: the order of blocks and warps, see `Grid`.
             log: whether each launch's grid keeps its accesses to global memory.
+            in_tables: whether kernels find in tables what the host told them by value, as of thousands of tensors.
+            split_bits: 2^split_bits blocks share a chunk, whatever the host code would choose.
         """
         type(self).host = host_of(folder, type(self)._first_arch(arch))
         self.arch, self.ptx = arch, ptx or ptx_of(folder, arch)
         self.processors, self.seed, self.log = processors, seed, log
+        self.in_tables, self.split_bits = in_tables, split_bits
         self.launches: list[Launch] = []
         self.capturing = False
         self.graph: list[tuple[Any, ...]] = []
@@ -296,6 +302,7 @@ class Library:
         self._bound: dict[int, dict[str, Tensor | None]] = {}
 
     _arch: int | None = None
+    _devices: dict[int, int] = {}
 
     @classmethod
     def _first_arch(cls, arch: int) -> int:
@@ -377,7 +384,8 @@ class Library:
         """Let the host's launches come here."""
         host, before = self.host, self.host.launched
         host.launched = self._launched
-        host.library.stub_processors(self.processors)
+        devices = Library._devices  # the host code asks each device once
+        host.library.stub_device(devices.setdefault(self.processors, len(devices)), self.processors)
         try:
             yield
         finally:
@@ -419,12 +427,18 @@ class Library:
             tables = self._owner(Words.from_buffer_copy(params).to)
         else:
             header = Header.from_buffer_copy(params)
+            if self.split_bits is not None and operation not in WHOLE_CHUNKS:
+                header.split_bits = self.split_bits
+                blocks = max(header.n_chunks << self.split_bits, 1)
+                params[: ctypes.sizeof(Header)] = bytes(header)
             if header.segments:
                 tables = self._tables[header.segments]
                 tensors = self._bound.get(header.segments, {}) | tensors
                 words += 0 if header.rows else 11 * header.n_groups
                 words += 0 if header.grads else header.n_segments
             filled = ctypes.sizeof(Header) + 8 * words
+            if words and self.in_tables and not self.capturing:
+                filled = _move(params, header, tables)
         assert filled <= size, f"{filled} bytes of arguments for {size} of {name}"
         params[filled:] = b"\xff" * (size - filled)
         memory = self._memory(tables, tensors, WRITES[operation])
@@ -479,6 +493,21 @@ class Library:
                 memory.add(name, tensor.data_ptr(), tensor.nbytes, name in writes)
         memory.seal()
         return memory
+
+
+def _move(params: bytearray, header: Header, tables: Any) -> int:
+    """Write what came by value where csrc/cuda/launch.cu writes what is too much; what is left of the arguments."""
+    row_bytes, grad_bytes = 88 * header.n_groups, 8 * header.n_segments
+    control = tables.segment_table[len(tables.perturbed) :].data_ptr()
+    at, table = ctypes.sizeof(Header), control + 64 + row_bytes
+    for field, size in (("rows", row_bytes), ("grads", grad_bytes)):
+        if not getattr(header, field):
+            ctypes.memmove(table, bytes(params[at : at + size]), size)
+            setattr(header, field, table)
+            at += size
+        table += row_bytes
+    params[: ctypes.sizeof(Header)] = bytes(header)
+    return ctypes.sizeof(Header)
 
 
 def _device_tables(tables: Any) -> dict[str, Tensor | None]:
