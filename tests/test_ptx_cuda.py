@@ -8,13 +8,29 @@ much it executed and compared. What this does not see is in ptx/__init__.py.
 
 import os
 
+import cases
 import pytest
 import torch
 from ptx import cuda
-from ptx.buckets import UPDATES, Comparer, any_bucket, any_gradients, climb, deal, sums_for, with_own_rows
+from ptx.buckets import (
+    UPDATES,
+    Comparer,
+    any_bucket,
+    any_gradients,
+    climb,
+    deal,
+    far,
+    far_gradients,
+    make_odd,
+    many,
+    sums_for,
+    with_own_rows,
+)
+from ptx.races import races
 from ptx.tally import Tally
-from rounding import MASTERS, MIXED, PLAIN, STOCHASTIC, label, mixed
+from rounding import FIRST_DRAW, MASTERS, MIXED, PLAIN, STOCHASTIC, bucket_of, label, mixed, values
 
+from fastsam.bases.rules import ADAM, ADAPTIVE
 from fastsam.ops import native, reference
 
 ARCHS = [int(arch) for arch in os.environ.get("FASTSAM_PTX_ARCHS", "90").split()]
@@ -90,14 +106,17 @@ def test_every_update_has_the_bits_of_the_cpu_library(make, check, kernel, forma
     )
     situations = [
         (dict(split_bits=2), {}),
-        (dict(split_bits=0, in_tables=n_groups == 9), dict(grad_scale=scale, clip=clips[0])),
         (dict(split_bits=1), dict(clip=clips[1])),
+        (dict(split_bits=0, in_tables=n_groups == 9), dict(grad_scale=scale, clip=clips[0])),
         (dict(split_bits=2), dict(grad_scale=scale, found_inf=torch.ones(1))),
     ]
     ours, theirs = buckets = pair(UPDATES[kernel], format, seed, n_groups)
     for i, (options, factors) in enumerate(situations):
         turn(buckets, seed + i)
         grads = any_gradients(ours, seed + i)
+        if i == 2:
+            for bucket in buckets:
+                make_odd(bucket, grads if bucket is ours else [None] * len(grads), seed)
         if kernel == "restore":  # its step is the base optimizer's, on gradients that are not given here
             grads, factors = [None] * len(grads), {}
         make(**options).update_(ours, grads, **factors)
@@ -113,6 +132,9 @@ def test_every_norm_and_perturbation_has_the_bits_of_the_cpu_library(make, check
         for bucket in buckets:
             deal(bucket, i)
         grads = any_gradients(ours, i)
+        if i == 4:
+            for bucket in buckets:
+                make_odd(bucket, grads if bucket is ours else [None] * len(grads), i)
         if i == 5:
             next(g for g in reversed(grads) if g is not None and len(g))[-1] = float("nan")
         library = make(split_bits=i % 3, in_tables=i % 3 == 1 and n_groups == 9)
@@ -124,7 +146,264 @@ def test_every_norm_and_perturbation_has_the_bits_of_the_cpu_library(make, check
                 clip = reference.Clip(3.0, factors[-1], torch.tensor([4.0]))
                 backend.grad_norm(bucket, grads, sums[-1], clip=clip)
             backend.grad_norm(bucket, grads, sums[-1])
+            if i == 4:  # whatever it is
+                sums[-1].fill_(2.0)
             backend.perturb_(bucket, grads, sums[-1])
         check.same(*sums, "norms")
         check.same(*factors, "factor to clip by")
         check.same_buckets(ours, theirs, f"in situation {i}")
+
+
+@pytest.mark.parametrize("q", [1.0, 1.5, 7.0])
+@pytest.mark.parametrize("format", FORMATS, ids=label)
+def test_other_norms_are_near_those_of_the_cpu_library(make, check, format, q):
+    """Their powers are not the same bits on any two backends."""
+    buckets = pair(["sgd-nesterov-maximize", "sgd"], format, FORMATS.index(format), 9)
+    grads, sums = any_gradients(buckets[0], 3), [sums_for(bucket) for bucket in buckets]
+    for bucket, out, backend in zip(buckets, sums, (make(split_bits=int(q) % 3), native), strict=True):
+        bucket.q = q
+        backend.grad_norm(bucket, grads, out)
+        backend.perturb_(bucket, grads, out)
+    torch.testing.assert_close(*sums, rtol=1e-12, atol=0)
+    for p, q in zip(*(bucket.params for bucket in buckets), strict=True):
+        if p.dtype != torch.float64:
+            assert (p != q).sum() <= 1 + 2e-3 * len(p)
+        torch.testing.assert_close(p, q, rtol={8: 1e-12, 4: 1e-6, 2: 1e-2}[p.element_size()], atol=0)
+    for bucket in buckets:
+        for i, p in enumerate(bucket.params):
+            p.copy_(values(len(p), p.dtype, i))
+    check.same_buckets(*buckets, "after perturb_")
+
+
+# ---- How values reach the kernels.
+
+
+@pytest.mark.parametrize(
+    ("n_segments", "n_groups", "words", "fills", "small"),
+    [
+        (494 - 33, 3, 494, 0, True),
+        (494 - 32, 3, 495, 0, False),
+        (4077 - 33, 3, 4077, 0, False),
+        (4077 - 32, 3, 4077 - 32, 1, False),  # the rows in a table
+        (20, 371, 20, 2, True),  # of two launches
+        (4100, 3, 33, 2, True),  # the gradients in a table, by two launches
+        (4100, 371, 0, 2 + 2, True),
+    ],
+)
+def test_rows_and_gradients_by_value_or_in_tables(make, check, n_segments, n_groups, words, fills, small):
+    ours, theirs = with_own_rows(many(n_segments, n_groups, 16)), many(n_segments, n_groups, 16)
+    grads = [[None if i % 5 == which else values(len(p), p.dtype, 100 * which + i) for i, p in enumerate(ours.params)]
+             for which in (1, 2)]  # fmt: skip
+    library = make()
+    check.same_steps((library, native), (ours, theirs), grads)
+    work = [launch for launch in library.launches if launch.operation != "fill"]
+    assert [launch.operation for launch in work] == ["grad_norm", "perturb", "update"]
+    assert {launch.words for launch in work} == {words} and len(library.launches) - len(work) == 3 * fills
+    assert {launch.grid.kernel.params_size == 4096 for launch in work} == {small}
+
+
+@pytest.mark.parametrize(("processors", "blocks"), [(132, 4), (9, 2), (5, 1)])
+def test_small_models_have_several_blocks_a_chunk(make, check, processors, blocks):
+    ours, theirs = with_own_rows(many(400, 3)), many(400, 3)
+    grads = [values(len(p), p.dtype, i) for i, p in enumerate(ours.params)]
+    library = make(processors=processors)
+    check.same_steps((library, native), (ours, theirs), (grads, grads))
+    assert [launch.grid.blocks for launch in library.launches] == [400, 400 * blocks, 400 * blocks]
+
+
+def test_more_chunks_than_lanes(make, check):
+    """The last block's sum over 1,024 lanes wraps."""
+    ours, theirs = with_own_rows(many(1100, 3)), many(1100, 3)
+    grads, sums = [values(len(p), p.dtype, i) for i, p in enumerate(ours.params)], [sums_for(ours), sums_for(theirs)]
+    make().grad_norm(ours, grads, sums[0])
+    native.grad_norm(theirs, grads, sums[1])
+    check.same(*sums, "norms")
+
+
+@pytest.mark.parametrize("format", [*PLAIN, *MASTERS], ids=label)
+def test_parameters_of_more_than_4_gi_elements(make, check, format):
+    for options in (["sgd-dampening"], ["adamw-amsgrad-maximize"]):
+        ours, theirs = pair(options, format, 5, 9)
+        far(ours)
+        for _ in range(2):
+            grads = [any_gradients(theirs, which) for which in range(2)]
+            shifted = [far_gradients(ours, each) for each in grads]
+            library = make(split_bits=1)
+            for backend, bucket, (first, second) in ((library, ours, shifted), (native, theirs, grads)):
+                sums = sums_for(bucket)
+                bucket.grad_table = getattr(first, "table", bucket.grad_table)  # where the addresses are
+                backend.grad_norm(bucket, first, sums)
+                backend.perturb_(bucket, first, sums)
+                bucket.grad_table = getattr(second, "table", bucket.grad_table)
+                backend.update_(bucket, second)
+            check.same_buckets(ours, theirs, "after a step")
+
+
+def test_nothing_to_do(make):
+    bucket, library = with_own_rows(bucket_of([torch.zeros(0)] * 3, "adam")), make()
+    out, grads = sums_for(bucket), [torch.zeros(0), None, torch.zeros(0)]
+    library.grad_norm(bucket, grads, out)
+    library.perturb_(bucket, grads, torch.full_like(out, float("nan")))
+    library.update_(bucket, grads)
+    assert out[bucket.slot] == 0 and bucket.steps.tolist() == [1, 0, 1] and bucket.overflows.tolist() == [1, 0]
+
+
+def test_the_step_of_the_random_numbers_goes_on_with_a_rule_and_without_a_gradient(make):
+    """And not without a rule, whoever asks first: the base optimizer's step comes after it."""
+    for rules in ((ADAM, None, ADAM), (None, ADAM, None)):
+        buckets = pair(["adam"], STOCHASTIC[0], 1, 9)
+        for count, rule in enumerate(rules):
+            for bucket, backend in zip(buckets, (make(), native), strict=True):
+                bucket.rule = rule
+                backend.update_(bucket, [None] * len(bucket.params))
+                passed = sum(rule is not None for rule in rules[: count + 1])
+                assert bucket.rounding.tolist() == [FIRST_DRAW + passed]
+                assert bucket.steps.tolist() == [1.0] * len(bucket.params)
+
+
+# ---- In any order.
+
+
+ORDERS = [(PLAIN[0], "nadam", 1), (MASTERS[0], "sgd-dampening", 0), (STOCHASTIC[2], "adam", 2)]
+
+
+@pytest.mark.parametrize(
+    ("format", "option", "split_bits"), ORDERS, ids=lambda x: label(x) if isinstance(x, tuple) else x
+)
+def test_blocks_and_warps_in_any_order_without_a_race(make, check, format, option, split_bits):
+    ours, theirs = pair([option], format, 1, 9)
+    library = make(seed=1000, log=True, split_bits=split_bits)
+    check.same_steps((library, native), (ours, theirs), [any_gradients(ours, 9 + which) for which in range(2)])
+    for launch in library.launches:
+        assert not races(launch.grid), launch.kernel
+
+
+# ---- Captured.
+
+
+@pytest.mark.parametrize("format", [PLAIN[0], MASTERS[0], STOCHASTIC[0]], ids=label)
+def test_a_captured_launch_reads_rows_from_the_device(make, check, format):
+    """Each replay takes the values that were uploaded since, an adaptive group among them, and new gradients."""
+    ours, theirs = buckets = [any_bucket(["sgd-nesterov-maximize"], format, 3, 9, LRS[0], False) for _ in range(2)]
+    with_own_rows(ours)
+    library, sums = make(), [sums_for(bucket) for bucket in buckets]
+    grads = [any_gradients(ours, which) for which in range(2)]
+    before = [p.clone() for p in ours.params]
+    library.upload_values(ours)
+    with library.capture():
+        library.grad_norm(ours, grads[0], sums[0])
+        library.perturb_(ours, grads[0], sums[0])
+        library.update_(ours, grads[1])
+    assert len(library.graph) == 3 and [launch.operation for launch in library.launches] == ["fill"]
+    for i, (p, old) in enumerate(zip(ours.params, before, strict=True)):
+        check.same(p, old, f"weights of segment {i} before a replay")
+    for step in range(3):
+        library.replay()
+        native.grad_norm(theirs, grads[0], sums[1])
+        native.perturb_(theirs, grads[0], sums[1])
+        native.update_(theirs, grads[1])
+        check.same(*sums, "norms")
+        check.same_buckets(ours, theirs, f"after replay {step}")
+        for bucket in buckets:
+            bucket.rows = [
+                row._replace(lr=0.5 * row.lr, rho=2 * row.rho, weight_decay=0.3, flags=row.flags ^ ADAPTIVE)
+                for row in bucket.rows
+            ]
+            bucket.row_table.copy_(torch.tensor(bucket.rows, dtype=torch.float64))
+        for grad in (g for each in grads for g in each if g is not None):
+            grad.mul_(-0.5)
+        library.upload_values(ours)
+
+
+# ---- Whole steps.
+
+WHOLE = [(config, torch.float32, {}) for config in cases.CONFIGS if config.name.endswith("groups")]
+WHOLE += [
+    (cases.ADAM_CONFIGS[-1], dtype, options)
+    for dtype, options in (
+        (torch.float32, dict(max_grad_norm=3.0)),
+        (torch.float32, dict(perturb_with_weight_decay=True)),
+        (torch.bfloat16, dict(master_weights=True)),
+        (torch.float16, dict(stochastic_rounding=True, rounding_seed=2**40 + 7)),
+        (torch.float16, dict(master_weights=True, state_dtype=torch.bfloat16, max_grad_norm=2.0)),
+    )
+]
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize(("config", "dtype", "options"), WHOLE, ids=lambda x: getattr(x, "name", str(x)))
+def test_whole_steps_have_the_references_bits(make, check, config, dtype, options):
+    """As users take them: a pass is one native call where that is possible."""
+    library = make()
+    ours, theirs = cases.make_params(dtype), cases.make_params(dtype)
+    with library.serving("cpu"):
+        opt, reference = cases.fused(ours, config, "cpu", **options), cases.fused(theirs, config, **options)
+        for step in range(cases.STEPS):
+            for which, finish in ((1, "first_step"), (2, "step")):
+                for each, params in ((opt, ours), (reference, theirs)):
+                    cases.set_gradients(params, step, which)
+                    getattr(each, finish)()
+                for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+                    check.same(p.detach(), q.detach(), f"weights {i} after pass {which} of step {step}")
+    for p, q in zip(ours, theirs, strict=True):
+        assert opt.state.get(p, {}).keys() == reference.state.get(q, {}).keys()
+        for name, value in opt.state.get(p, {}).items():
+            check.same(value, reference.state[q][name], name)
+    assert {launch.operation for launch in library.launches} >= {"grad_norm", "perturb", "update"}
+
+
+@pytest.mark.filterwarnings(cases.NO_GRADIENTS)
+@pytest.mark.parametrize("options", [{}, dict(master_weights=True), dict(stochastic_rounding=True)], ids=str)
+def test_replays_follow_the_groups_values(make, check, options):
+    """A captured FusedSAM step, replayed with another lr, rho and weight decay, has the bits of steps not captured."""
+    dtype, config = torch.bfloat16 if options else torch.float32, cases.ADAM_CONFIGS[-1]
+    names = ["matrix", "scalar", "1025", "above a chunk"]
+    ours, theirs = cases.make_params(dtype, names), cases.make_params(dtype, names)
+    grads = [[torch.empty_like(p) for p in ours] for _ in range(2)]
+
+    def pass_(opt, params, which, step):
+        for i, p in enumerate(params):
+            grads[which][i].copy_(cases.gradient(p, 100 * step + 10 * which + i, coupling=0))
+            p.grad = grads[which][i]
+        (opt.second_step if which else opt.first_step)()
+
+    library = make()
+    with library.serving("cpu"):
+        opt, reference = cases.fused(ours, config, "cpu", **options), cases.fused(theirs, config, **options)
+        for each, params in ((opt, ours), (reference, theirs)):
+            for which in range(2):
+                pass_(each, params, which, 0)
+        opt.refresh()
+        with library.capture():
+            for which in range(2):
+                pass_(opt, ours, which, 0)
+        for step in range(1, 4):
+            for each in (opt, reference):
+                for group in each.param_groups:
+                    group.update(lr=0.7 * group["lr"], rho=group["rho"] + 0.1, weight_decay=0.3 * step)
+            for which in range(2):
+                pass_(reference, theirs, which, step)
+            opt.refresh()
+            library.replay()
+            for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+                check.same(p.detach(), q.detach(), f"weights {i} after replay {step}")
+
+
+# ---- The host's half.
+
+
+def test_host_and_ptx_have_the_same_kernels(make):
+    library = make()
+    assert sorted(library.host.names()) == sorted(library.ptx.places)
+
+
+def test_an_error_of_a_launch_is_an_exception(make, check, monkeypatch):
+    ours, theirs = pair(["sgd"], PLAIN[0], 0, 9)
+    library, grads = make(), any_gradients(ours, 0)
+    monkeypatch.setattr(library, "_execute", lambda *launch: 1 / 0)
+    for operation in (library.grad_norm, library.perturb_):
+        with pytest.raises(ZeroDivisionError):
+            operation(ours, grads, sums_for(ours))
+    assert not ours.perturbed.any()  # no backup holds anything
+    monkeypatch.undo()
+    check.same_steps((library, native), (ours, theirs), (grads, grads))  # the next launch starts without it

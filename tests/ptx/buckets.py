@@ -11,8 +11,9 @@ from rounding import INITIAL, OPTIONS, SEED, bucket_of, copied, shifted, values
 from torch import Tensor
 
 from fastsam.bases.rules import ADAPTIVE, DECAYS, LR_FLOAT64
-from fastsam.ops import graphs
+from fastsam.ops import graphs, native
 from fastsam.ops.formats import Format
+from fastsam.ops.tables import Gradients
 from ptx.tally import Tally
 
 # The kernels of update_, by csrc/cuda/update.h's names: the options of its groups. Another rule or kernel is a row.
@@ -126,9 +127,46 @@ def any_gradients(bucket: Any, seed: int) -> list[Tensor | None]:
     return grads
 
 
-def many(n_segments: int, n_groups: int, option: str = "adam", dtype: torch.dtype = torch.float32) -> Any:
-    """A bucket of many small parameters."""
-    bucket = bucket_of([values(1 + i % 3, dtype, i) for i in range(n_segments)], option)
+def odd(like: Tensor, seed: int) -> Tensor:
+    """Half of it any bits: subnormal, largest and smallest numbers, zeros of both signs, infinities, NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.dtype.itemsize]
+    ends = torch.iinfo(whole)
+    anything = torch.randint(ends.min, ends.max, like.shape, generator=generator, dtype=whole).view(like.dtype)
+    return torch.where(torch.rand(like.shape, generator=generator) < 0.5, anything, like)
+
+
+def make_odd(bucket: Any, grads: Sequence[Tensor | None], seed: int) -> None:
+    """Give weights, masters and gradients such values."""
+    for i, (p, master, grad) in enumerate(zip(bucket.params, bucket.masters, grads, strict=True)):
+        p.copy_(odd(p, seed + i))
+        master.copy_(odd(master, seed + i))
+        if grad is not None:
+            grad.copy_(odd(grad, 50 + seed + i))
+
+
+def far(bucket: Any, units: int = 2**26 + 5) -> Any:
+    """The same, seen as the end of larger tensors: all chunks lie `units` times 64 elements behind the beginnings."""
+    format = bucket.format
+    dtypes = [format.weight, format.source, format.state, format.state, format.state, format.source]
+    for column, dtype in zip(bucket.segment_table[: len(bucket.params), :6].unbind(1), dtypes, strict=True):
+        column -= 64 * units * dtype.itemsize * (column != 0)
+    bucket.chunk_table[:, 1] += units
+    return bucket
+
+
+def far_gradients(bucket: Any, grads: Sequence[Tensor | None], units: int = 2**26 + 5) -> Gradients:
+    """Gradients of such a bucket."""
+    result = Gradients(grads)
+    result.table = native.addresses_of(bucket, grads).clone()
+    result.table -= 64 * units * bucket.format.grad.itemsize * (result.table > 64)
+    return result
+
+
+def many(n_segments: int, n_groups: int, every: int = 1, option: str = "adam") -> Any:
+    """A bucket of many small float32 parameters, all but one of `every` of them empty."""
+    sizes = [1 + i % 3 if i % every == 0 else 0 for i in range(n_segments)]
+    bucket = bucket_of([values(n, torch.float32, i) for i, n in enumerate(sizes)], option)
     bucket.rows = [bucket.rows[i % 3]._replace(lr=0.001 * (i + 1)) for i in range(n_groups)]
     bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
     bucket.segment_table[:, 7] = torch.tensor([i % n_groups | i << 32 for i in range(n_segments)])

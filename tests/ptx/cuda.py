@@ -369,10 +369,12 @@ class Library:
     def capture(self) -> Iterator[None]:
         """Collect launches in `graph` instead of running them."""
         self.graph, self.capturing = [], True
+        self.host.library.stub_capturing(True)
         try:
             yield
         finally:
             self.capturing = False
+            self.host.library.stub_capturing(False)
 
     def replay(self) -> None:
         """Run the captured launches with the arguments of then and the memory of now."""
@@ -388,6 +390,11 @@ class Library:
         host.library.stub_device(devices.setdefault(self.processors, len(devices)), self.processors)
         try:
             yield
+        except RuntimeError:
+            if (error := host.error) is not None:
+                host.error = None
+                raise error from None
+            raise
         finally:
             host.launched = before
 
@@ -409,10 +416,8 @@ class Library:
         ):
             try:
                 yield
-            except RuntimeError:
-                if self.host.error is not None:
-                    raise self.host.error from None
-                raise
+            finally:
+                self._tensors = {}
 
     # Launches.
 
@@ -436,6 +441,9 @@ class Library:
                 tensors = self._bound.get(header.segments, {}) | tensors
                 words += 0 if header.rows else 11 * header.n_groups
                 words += 0 if header.grads else header.n_segments
+            elif header.overflows:  # of a bucket without elements
+                counters = (each.overflows for each in self._tables.values() if each.overflows is not None)
+                tensors = tensors | {"overflows": next(c for c in counters if c.data_ptr() == header.overflows)}
             filled = ctypes.sizeof(Header) + 8 * words
             if words and self.in_tables and not self.capturing:
                 filled = _move(params, header, tables)

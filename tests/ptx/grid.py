@@ -115,7 +115,7 @@ class Grid:
                 take turns at random between two places where threads meet or part.
             log: a list that takes every `Access` to global memory.
         """
-        if threads % WARP or (kernel.threads is not None and threads > kernel.threads):
+        if (threads > WARP and threads % WARP) or (kernel.threads is not None and threads > kernel.threads):
             raise Fault(f"{threads} threads a block, in {kernel.name}")
         if len(params) != kernel.params_size:
             raise Fault(f"{len(params)} bytes of parameters instead of {kernel.params_size}, in {kernel.name}")
