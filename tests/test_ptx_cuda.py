@@ -71,8 +71,8 @@ def make(request, arch, tally):
 
     yield make
     for library in made:
-        for launch in library.launches:
-            tally.note(launch.kernel, launch.grid, request.node.name)
+        for ran in library.ran:
+            tally.note(ran.grid, request.node.name)
 
 
 # ---- Every kernel.
@@ -196,10 +196,10 @@ def test_rows_and_gradients_by_value_or_in_tables(make, check, n_segments, n_gro
              for which in (1, 2)]  # fmt: skip
     library = make()
     check.same_steps((library, native), (ours, theirs), grads)
-    work = [launch for launch in library.launches if launch.operation != "fill"]
+    work = [ran.launch for ran in library.ran if ran.launch.operation != "fill"]
     assert [launch.operation for launch in work] == ["grad_norm", "perturb", "update"]
-    assert {launch.words for launch in work} == {words} and len(library.launches) - len(work) == 3 * fills
-    assert {launch.grid.kernel.params_size == 4096 for launch in work} == {small}
+    assert {launch.words for launch in work} == {words} and len(library.ran) - len(work) == 3 * fills
+    assert {len(launch.params) == 4096 for launch in work} == {small}
 
 
 @pytest.mark.parametrize(("processors", "blocks"), [(132, 4), (9, 2), (5, 1)])
@@ -208,7 +208,7 @@ def test_small_models_have_several_blocks_a_chunk(make, check, processors, block
     grads = [values(len(p), p.dtype, i) for i, p in enumerate(ours.params)]
     library = make(processors=processors)
     check.same_steps((library, native), (ours, theirs), (grads, grads))
-    assert [launch.grid.blocks for launch in library.launches] == [400, 400 * blocks, 400 * blocks]
+    assert [ran.launch.blocks for ran in library.ran] == [400, 400 * blocks, 400 * blocks]
 
 
 def test_more_chunks_than_lanes(make, check):
@@ -274,8 +274,8 @@ def test_blocks_and_warps_in_any_order_without_a_race(make, check, format, optio
     ours, theirs = pair([option], format, 1, 9)
     library = make(seed=1000, log=True, split_bits=split_bits)
     check.same_steps((library, native), (ours, theirs), [any_gradients(ours, 9 + which) for which in range(2)])
-    for launch in library.launches:
-        assert not races(launch.grid), launch.kernel
+    for ran in library.ran:
+        assert not races(ran.grid), ran.launch.kernel.name
 
 
 # ---- Captured.
@@ -294,7 +294,7 @@ def test_a_captured_launch_reads_rows_from_the_device(make, check, format):
         library.grad_norm(ours, grads[0], sums[0])
         library.perturb_(ours, grads[0], sums[0])
         library.update_(ours, grads[1])
-    assert len(library.graph) == 3 and [launch.operation for launch in library.launches] == ["fill"]
+    assert len(library.graph) == 3 and [ran.launch.operation for ran in library.ran] == ["fill"]
     for i, (p, old) in enumerate(zip(ours.params, before, strict=True)):
         check.same(p, old, f"weights of segment {i} before a replay")
     for step in range(3):
@@ -349,7 +349,7 @@ def test_whole_steps_have_the_references_bits(make, check, config, dtype, option
         assert opt.state.get(p, {}).keys() == reference.state.get(q, {}).keys()
         for name, value in opt.state.get(p, {}).items():
             check.same(value, reference.state[q][name], name)
-    assert {launch.operation for launch in library.launches} >= {"grad_norm", "perturb", "update"}
+    assert {ran.launch.operation for ran in library.ran} >= {"grad_norm", "perturb", "update"}
 
 
 @pytest.mark.filterwarnings(cases.NO_GRADIENTS)
@@ -400,7 +400,7 @@ def test_host_and_ptx_have_the_same_kernels(make):
 def test_an_error_of_a_launch_is_an_exception(make, check, monkeypatch):
     ours, theirs = pair(["sgd"], PLAIN[0], 0, 9)
     library, grads = make(), any_gradients(ours, 0)
-    monkeypatch.setattr(library, "_execute", lambda *launch: 1 / 0)
+    monkeypatch.setattr(library, "execute", lambda launch: 1 / 0)
     for operation in (library.grad_norm, library.perturb_):
         with pytest.raises(ZeroDivisionError):
             operation(ours, grads, sums_for(ours))

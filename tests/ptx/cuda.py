@@ -28,9 +28,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fastsam import ops
 from fastsam.ops import graphs, native, reference
-from ptx.grid import Access, Grid, Memory
+from ptx.backend import Interpreted, Launch
+from ptx.grid import Memory
 from ptx.memory import spans_of
 from ptx.parse import Kernel, Module
 
@@ -246,25 +246,11 @@ def ptx_of(folder: Path, arch: int) -> Ptx:
     return Ptx(each.ptx.read_text() for each in compile_kernels(folder, arch))
 
 
-class Launch(NamedTuple):
-    """One launch: what ran, and what it was given."""
+class Library(Interpreted):
+    """A backend: the operations of fastsam/ops/native.py with the launches of csrc/cuda/launch.cu."""
 
-    kernel: str
-    operation: str
-    grid: Grid
-    words: int  # of rows and gradients, that it was told by value
-
-
-class Library:
-    """A backend: the operations of fastsam/ops/native.py with launches of csrc/cuda/launch.cu.
-
-    Attributes:
-        launches: all that ran, in order.
-        capturing: whether launches go into `graph` instead of running, as those of a stream that is being captured.
-        graph: what `replay` runs.
-    """
-
-    host: Host
+    first_arch = 0
+    devices: dict[int, int] = {}  # by their number of processors, which the host code asks each once
 
     def __init__(
         self,
@@ -290,25 +276,15 @@ class Library:
             in_tables: whether kernels find in tables what the host told them by value, as of thousands of tensors.
             split_bits: 2^split_bits blocks share a chunk, whatever the host code would choose.
         """
-        type(self).host = host_of(folder, type(self)._first_arch(arch))
-        self.arch, self.ptx = arch, ptx or ptx_of(folder, arch)
-        self.processors, self.seed, self.log = processors, seed, log
+        super().__init__(seed, log)
+        if not Library.first_arch:
+            Library.first_arch = arch  # whose host code, the same for all, was linked
+        self.host = host_of(folder, Library.first_arch)
+        self.arch, self.ptx, self.processors = arch, ptx or ptx_of(folder, arch), processors
         self.in_tables, self.split_bits = in_tables, split_bits
-        self.launches: list[Launch] = []
-        self.capturing = False
-        self.graph: list[tuple[Any, ...]] = []
         self._tables: dict[int, Any] = {}  # by the address of their segments
         self._tensors: dict[str, Tensor | None] = {}
         self._bound: dict[int, dict[str, Tensor | None]] = {}
-
-    _arch: int | None = None
-    _devices: dict[int, int] = {}
-
-    @classmethod
-    def _first_arch(cls, arch: int) -> int:
-        if Library._arch is None:
-            Library._arch = arch
-        return Library._arch
 
     # The operations.
 
@@ -353,41 +329,27 @@ class Library:
         with self._ready(tables, {}):
             graphs.upload_values(tables)
 
-    @contextmanager
-    def serving(self, name: str, bound: bool = True) -> Iterator[None]:
-        """Let a backend's name mean this one; with `bound` whole passes are one native call, as they usually are."""
-        backend = ops.Backend(name, self, self, by_address=True, bind=self.bind if bound else None)
-        real = ops.backend_named
-        with (
-            patch.object(ops, "backend_named", lambda asked: backend if asked == name else real(asked)),
-            patch.object(graphs, "capturing", lambda device: self.capturing),
-            self._launching(),
-        ):
-            yield
+    def bind_of(self) -> Any:
+        """`bind`."""
+        return self.bind
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Collect launches in `graph` instead of running them."""
-        self.graph, self.capturing = [], True
+        """As `Interpreted.capture`; the host code is told so, too."""
         self.host.library.stub_capturing(True)
         try:
-            yield
+            with super().capture():
+                yield
         finally:
-            self.capturing = False
             self.host.library.stub_capturing(False)
 
-    def replay(self) -> None:
-        """Run the captured launches with the arguments of then and the memory of now."""
-        for launch in self.graph:
-            self._execute(*launch)
-
     @contextmanager
-    def _launching(self) -> Iterator[None]:
+    def launching(self) -> Iterator[None]:
         """Let the host's launches come here."""
         host, before = self.host, self.host.launched
         host.launched = self._launched
-        devices = Library._devices  # the host code asks each device once
-        host.library.stub_device(devices.setdefault(self.processors, len(devices)), self.processors)
+        device = self.devices.setdefault(self.processors, len(self.devices))
+        host.library.stub_device(device, self.processors)
         try:
             yield
         except RuntimeError:
@@ -408,9 +370,8 @@ class Library:
             for tensor in (*_device_tables(tables).values(), *tensors.values())
             if tensor is not None and tensor.nbytes
         )
-        self.host.library.stub_capturing(self.capturing)
         with (
-            self._launching(),
+            self.launching(),
             patch.object(native, "_operations", lambda: self.host.overloads),
             patch.object(torch.ops, "fastsam", self.host.operations),
         ):
@@ -450,34 +411,9 @@ class Library:
         assert filled <= size, f"{filled} bytes of arguments for {size} of {name}"
         params[filled:] = b"\xff" * (size - filled)
         memory = self._memory(tables, tensors, WRITES[operation])
-        launch = name, operation, kernel, blocks, threads, bytes(params), filled, memory, shared, words, tables
-        if self.capturing:
-            self.graph.append(launch)
-        else:
-            self._execute(*launch)
-
-    def _execute(
-        self,
-        name: str,
-        operation: str,
-        kernel: Kernel,
-        blocks: int,
-        threads: int,
-        params: bytes,
-        filled: int,
-        memory: Memory,
-        shared: int,
-        words: int,
-        tables: Any,
-    ) -> None:
-        log: list[Access] | None = [] if self.log else None
-        seed = None if self.seed is None else self.seed + len(self.launches)
-        grid = Grid(kernel, blocks, threads, params, memory, shared=shared, seed=seed, log=log, filled=filled)
-        self.launches.append(Launch(name, operation, grid, words))
-        grid.run()
-        if tables is not None:
-            tickets = tables.segment_table[len(tables.perturbed), :1].view(torch.int32).tolist()
-            assert tickets == [0, 0], f"tickets are left at {tickets} by {name}"
+        tickets = None if tables is None else tables.segment_table[len(tables.perturbed), :1].view(torch.int32)
+        launch = Launch(kernel, operation, blocks, threads, shared, bytes(params), filled, memory, tickets, words)
+        self.take(launch)
 
     def _owner(self, address: int) -> Any:
         """The tables in whose own memory an address lies."""

@@ -16,8 +16,9 @@ class Tally:
         self.configurations: set[object] = set()
         self.executed: dict[str, tuple[list[int], set[int]]] = {}  # by kernel: its blocks' sizes, those that ran
 
-    def note(self, kernel: str, grid: Grid, configuration: object) -> None:
-        """Count a launch; `configuration` is what it is one of."""
+    def note(self, grid: Grid, configuration: object, kind: str = "") -> None:
+        """Count a launch; `configuration` is what it is one of, `kind` tells kernels of one name apart."""
+        kernel = grid.kernel.name + kind
         sizes = [len(block.instructions) for block in grid.kernel.blocks]
         self.executed.setdefault(kernel, (sizes, set()))[1].update(grid.executed)
         self.launches += 1
