@@ -159,20 +159,7 @@ def test_every_norm_and_perturbation_has_the_bits_of_the_cpu_library(make, check
 def test_other_norms_are_near_those_of_the_cpu_library(make, check, format, q):
     """Their powers are not the same bits on any two backends."""
     buckets = pair(["sgd-nesterov-maximize", "sgd"], format, FORMATS.index(format), 9)
-    grads, sums = any_gradients(buckets[0], 3), [sums_for(bucket) for bucket in buckets]
-    for bucket, out, backend in zip(buckets, sums, (make(split_bits=int(q) % 3), native), strict=True):
-        bucket.q = q
-        backend.grad_norm(bucket, grads, out)
-        backend.perturb_(bucket, grads, out)
-    torch.testing.assert_close(*sums, rtol=1e-12, atol=0)
-    for p, q in zip(*(bucket.params for bucket in buckets), strict=True):
-        if p.dtype != torch.float64:
-            assert (p != q).sum() <= 1 + 2e-3 * len(p)
-        torch.testing.assert_close(p, q, rtol={8: 1e-12, 4: 1e-6, 2: 1e-2}[p.element_size()], atol=0)
-    for bucket in buckets:
-        for i, p in enumerate(bucket.params):
-            p.copy_(values(len(p), p.dtype, i))
-    check.same_buckets(*buckets, "after perturb_")
+    check.near_norms((make(split_bits=int(q) % 3), native), buckets, q)
 
 
 # ---- How values reach the kernels.
@@ -334,59 +321,14 @@ WHOLE += [
 @pytest.mark.parametrize(("config", "dtype", "options"), WHOLE, ids=lambda x: getattr(x, "name", str(x)))
 def test_whole_steps_have_the_references_bits(make, check, config, dtype, options):
     """As users take them: a pass is one native call where that is possible."""
-    library = make()
-    ours, theirs = cases.make_params(dtype), cases.make_params(dtype)
-    with library.serving("cpu"):
-        opt, reference = cases.fused(ours, config, "cpu", **options), cases.fused(theirs, config, **options)
-        for step in range(cases.STEPS):
-            for which, finish in ((1, "first_step"), (2, "step")):
-                for each, params in ((opt, ours), (reference, theirs)):
-                    cases.set_gradients(params, step, which)
-                    getattr(each, finish)()
-                for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-                    check.same(p.detach(), q.detach(), f"weights {i} after pass {which} of step {step}")
-    for p, q in zip(ours, theirs, strict=True):
-        assert opt.state.get(p, {}).keys() == reference.state.get(q, {}).keys()
-        for name, value in opt.state.get(p, {}).items():
-            check.same(value, reference.state[q][name], name)
-    assert {ran.launch.operation for ran in library.ran} >= {"grad_norm", "perturb", "update"}
+    check.same_whole_steps(make(), config, dtype, options, {"grad_norm", "perturb", "update"})
 
 
 @pytest.mark.filterwarnings(cases.NO_GRADIENTS)
 @pytest.mark.parametrize("options", [{}, dict(master_weights=True), dict(stochastic_rounding=True)], ids=str)
 def test_replays_follow_the_groups_values(make, check, options):
     """A captured FusedSAM step, replayed with another lr, rho and weight decay, has the bits of steps not captured."""
-    dtype, config = torch.bfloat16 if options else torch.float32, cases.ADAM_CONFIGS[-1]
-    names = ["matrix", "scalar", "1025", "above a chunk"]
-    ours, theirs = cases.make_params(dtype, names), cases.make_params(dtype, names)
-    grads = [[torch.empty_like(p) for p in ours] for _ in range(2)]
-
-    def pass_(opt, params, which, step):
-        for i, p in enumerate(params):
-            grads[which][i].copy_(cases.gradient(p, 100 * step + 10 * which + i, coupling=0))
-            p.grad = grads[which][i]
-        (opt.second_step if which else opt.first_step)()
-
-    library = make()
-    with library.serving("cpu"):
-        opt, reference = cases.fused(ours, config, "cpu", **options), cases.fused(theirs, config, **options)
-        for each, params in ((opt, ours), (reference, theirs)):
-            for which in range(2):
-                pass_(each, params, which, 0)
-        opt.refresh()
-        with library.capture():
-            for which in range(2):
-                pass_(opt, ours, which, 0)
-        for step in range(1, 4):
-            for each in (opt, reference):
-                for group in each.param_groups:
-                    group.update(lr=0.7 * group["lr"], rho=group["rho"] + 0.1, weight_decay=0.3 * step)
-            for which in range(2):
-                pass_(reference, theirs, which, step)
-            opt.refresh()
-            library.replay()
-            for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-                check.same(p.detach(), q.detach(), f"weights {i} after replay {step}")
+    check.same_replays(make(), cases.ADAM_CONFIGS[-1], torch.bfloat16 if options else torch.float32, options)
 
 
 # ---- The host's half.

@@ -55,6 +55,8 @@ class Interpreted:
         graph: what `replay` runs.
     """
 
+    same_stores = False  # see `Grid`
+
     def __init__(self, seed: int | None = None, log: bool = False) -> None:
         """Nothing ran yet.
 
@@ -115,7 +117,7 @@ class Interpreted:
         log: list[Access] | None = [] if self.log else None
         seed = None if self.seed is None else self.seed + len(self.ran)
         kernel, _, blocks, threads, shared, params, filled, memory, tickets, _ = launch
-        options = dict(shared=shared, seed=seed, log=log, filled=filled)
+        options = dict(shared=shared, seed=seed, log=log, filled=filled, same_stores=self.same_stores)
         grid = Grid(kernel, blocks, threads, params, memory, **options)
         self.ran.append(Ran(launch, grid))
         grid.run()

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import cases
 import rounding
 import torch
 from rounding import INITIAL, OPTIONS, SEED, bucket_of, copied, shifted, values
 from torch import Tensor
 
+from fastsam import FusedSAM
 from fastsam.bases.rules import ADAPTIVE, DECAYS, LR_FLOAT64
 from fastsam.ops import graphs, native
 from fastsam.ops.formats import Format
 from fastsam.ops.tables import Gradients
+from ptx.backend import Interpreted
 from ptx.tally import Tally
 
 # The kernels of update_, by csrc/cuda/update.h's names: the options of its groups. Another rule or kernel is a row.
@@ -97,6 +100,7 @@ def any_bucket(options: Sequence[str], format: Format, seed: int, n_groups: int,
         for i, state in enumerate(bucket.states[k]):
             state.copy_(values(len(state), torch.float64, 7 * i + k).abs() + INITIAL.get(bucket.rule, 0.0))
     bucket.rule = bucket.rule if options else None
+    bucket.device, bucket.cache = torch.device("cpu"), None
     return bucket
 
 
@@ -170,6 +174,7 @@ def many(n_segments: int, n_groups: int, every: int = 1, option: str = "adam") -
     bucket.rows = [bucket.rows[i % 3]._replace(lr=0.001 * (i + 1)) for i in range(n_groups)]
     bucket.row_table = torch.tensor(bucket.rows, dtype=torch.float64)
     bucket.segment_table[:, 7] = torch.tensor([i % n_groups | i << 32 for i in range(n_segments)])
+    bucket.device, bucket.cache = torch.device("cpu"), None
     return bucket
 
 
@@ -251,3 +256,72 @@ class Comparer:
         for i, (p, q) in enumerate(zip(both[0][1], both[1][1], strict=True)):
             self.same(p, q, f"perturbed weights of segment {i}")
         self.same_buckets(*buckets, "after update_")
+
+    def near_norms(self, backends: Sequence[Any], buckets: Sequence[Any], q: float) -> None:
+        """Perturb by another norm than the second, and assert that weights are near and all else is the same."""
+        grads, sums = any_gradients(buckets[0], 3), [sums_for(bucket) for bucket in buckets]
+        for bucket, out, backend in zip(buckets, sums, backends, strict=True):
+            bucket.q = q
+            backend.grad_norm(bucket, grads, out)
+            backend.perturb_(bucket, grads, out)
+        torch.testing.assert_close(*sums, rtol=1e-12, atol=0)
+        for ours, theirs in zip(*(bucket.params for bucket in buckets), strict=True):
+            if ours.dtype != torch.float64:
+                assert (ours != theirs).sum() <= 1 + 2e-3 * len(ours)
+            torch.testing.assert_close(ours, theirs, rtol={8: 1e-12, 4: 1e-6, 2: 1e-2}[ours.element_size()], atol=0)
+            theirs.copy_(ours)
+        self.same_buckets(*buckets, "after perturb_")
+
+    def same_whole_steps(
+        self, library: Interpreted, config: cases.Config, dtype: torch.dtype, options: dict[str, Any], kernels: set[str]
+    ) -> None:
+        """Take FusedSAM's steps with the library and with the reference, and assert that it launches these kernels."""
+        ours, theirs = cases.make_params(dtype), cases.make_params(dtype)
+        with library.serving("cpu"):
+            opts = cases.fused(ours, config, "cpu", **options), cases.fused(theirs, config, **options)
+            for step in range(cases.STEPS):
+                for which, finish in ((1, "first_step"), (2, "step")):
+                    for opt, params in zip(opts, (ours, theirs), strict=True):
+                        cases.set_gradients(params, step, which)
+                        getattr(opt, finish)()
+                    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+                        self.same(p.detach(), q.detach(), f"weights {i} after pass {which} of step {step}")
+        for p, q in zip(ours, theirs, strict=True):
+            state, expected = opts[0].state.get(p, {}), opts[1].state.get(q, {})
+            assert state.keys() == expected.keys()
+            for name, value in state.items():
+                self.same(value, expected[name], name)
+        assert {ran.launch.operation for ran in library.ran} >= kernels
+
+    def same_replays(
+        self, library: Interpreted, config: cases.Config, dtype: torch.dtype, options: dict[str, Any]
+    ) -> None:
+        """Capture a step of FusedSAM, and replay it with other values of the groups and other gradients."""
+        names = ["matrix", "scalar", "1025", "above a chunk"]
+        ours, theirs = cases.make_params(dtype, names), cases.make_params(dtype, names)
+        grads = [[torch.empty_like(p) for p in ours] for _ in range(2)]
+
+        def take(opt: FusedSAM, params: Sequence[Tensor], step: int) -> None:
+            for which, finish in enumerate((opt.first_step, opt.second_step)):
+                for i, (p, grad) in enumerate(zip(params, grads[which], strict=True)):
+                    grad.copy_(cases.gradient(p, 100 * step + 10 * which + i, coupling=0))
+                    p.grad = grad
+                finish()
+
+        with library.serving("cpu"):
+            opts = cases.fused(ours, config, "cpu", **options), cases.fused(theirs, config, **options)
+            for opt, params in zip(opts, (ours, theirs), strict=True):
+                take(opt, params, 0)
+            opts[0].refresh()
+            with library.capture():
+                take(opts[0], ours, 0)
+            assert len(library.graph) == 3
+            for step in range(1, 4):
+                for opt in opts:
+                    for group in opt.param_groups:
+                        group.update(lr=0.7 * group["lr"], rho=group["rho"] + 0.1, weight_decay=0.3 * step)
+                take(opts[1], theirs, step)
+                opts[0].refresh()
+                library.replay()
+                for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+                    self.same(p.detach(), q.detach(), f"weights {i} after replay {step}")

@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from fastsam.ops import graphs, native, reference
 from ptx.backend import Interpreted, Launch
+from ptx.build import made, run
 from ptx.grid import Memory
 from ptx.memory import spans_of
 from ptx.parse import Kernel, Module
@@ -95,22 +95,6 @@ def setup() -> ModuleType:
     return module
 
 
-def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    """A file, made now unless it is there; whoever else makes it meanwhile does not disturb."""
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{os.getpid()}-{target.name}")
-        make(unfinished)
-        unfinished.rename(target)
-    return target
-
-
-def _run(command: Sequence[str | Path]) -> None:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-
-
 class Compiled(NamedTuple):
     """What nvcc makes of one file of csrc/cuda, for one target: in one run, so that both know the same names."""
 
@@ -129,21 +113,18 @@ def compile_kernels(folder: Path, arch: int) -> list[Compiled]:
 
     def compiled(source: Path) -> Compiled:
         digest = hashlib.sha256(repr(command).encode() + headers + source.read_bytes()).hexdigest()[:16]
-        made = folder / f"{source.stem}-{arch}-{digest}"
+        target = folder / f"{source.stem}-{arch}-{digest}"
 
         def make(unfinished: Path) -> None:
             unfinished.mkdir()
-            _run([*command, "--keep-dir", unfinished, source, "-o", unfinished / "host.o"])
-            for file in unfinished.iterdir():
-                if file.name not in (f"{source.stem}.ptx", "host.o"):
-                    file.unlink()
+            run([*command, "--keep-dir", unfinished, source, "-o", unfinished / "host.o"])
             (unfinished / f"{source.stem}.ptx").rename(unfinished / "ptx")
+            for file in unfinished.iterdir():
+                if file.name not in ("ptx", "host.o"):
+                    file.unlink()
 
-        if not made.is_dir():
-            unfinished = made.with_name(f"{os.getpid()}-{made.name}")
-            make(unfinished)
-            unfinished.rename(made)
-        return Compiled(made / "ptx", made / "host.o")
+        made(target, make)
+        return Compiled(target / "ptx", target / "host.o")
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -162,9 +143,9 @@ def link_host(folder: Path, objects: Sequence[Path]) -> Path:
         command += [setup().TORCH_TARGET, f"-isystem={torch_dir / 'include'}"]
         wraps = [option for name in WRAPPED for option in ("-Xlinker", f"--wrap=aoti_torch_{name}")]
         libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10", *wraps, "-Xlinker", "--no-undefined"]
-        _run([*command, operations, HERE / "cudart.cpp", *objects, *libraries, "-o", unfinished])
+        run([*command, operations, HERE / "cudart.cpp", *objects, *libraries, "-o", unfinished])
 
-    return _made(folder / f"libfastsam_stub-{digest}.so", make)
+    return made(folder / f"libfastsam_stub-{digest}.so", make)
 
 
 class Ptx:

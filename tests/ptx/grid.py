@@ -99,7 +99,19 @@ class Grid:
     """One launch of a kernel."""
 
     def __init__(
-        self, kernel, blocks, threads, params, memory, *, shared=0, resident=128, seed=None, log=None, filled=None
+        self,
+        kernel,
+        blocks,
+        threads,
+        params,
+        memory,
+        *,
+        shared=0,
+        resident=128,
+        seed=None,
+        log=None,
+        filled=None,
+        same_stores=False,
     ):
         """In one dimension.
 
@@ -114,6 +126,9 @@ class Grid:
             seed: None runs all threads together, instruction by instruction; else blocks come in any order, and warps
                 take turns at random between two places where threads meet or part.
             log: a list that takes every `Access` to global memory.
+            filled: how many bytes of the parameters somebody wrote, if not all.
+            same_stores: whether threads may store the same value over each other in shared memory, without a barrier,
+                as in Triton's reductions all do that have the result.
         """
         if (threads > WARP and threads % WARP) or (kernel.threads is not None and threads > kernel.threads):
             raise Fault(f"{threads} threads a block, in {kernel.name}")
@@ -126,6 +141,7 @@ class Grid:
         self.params_end = len(params) if filled is None else filled
         self.shared_size = kernel.shared_size + shared
         self.executed = set()  # basic blocks
+        self.same_stores = same_stores
 
     def run(self):
         """Run it to its end."""
@@ -314,17 +330,25 @@ class Grid:
         size = dtype.itemsize * len(values)
         blocks, places = self._shared(line, addresses, threads, size)
         owner, now = (threads % self.threads).astype(np.int32), self.interval[blocks]
+        place, stored = (blocks * self.shared.shape[1] + places) // size, side_by_side(values, len(places))
+        rows = in_rows(self.shared.reshape(-1), dtype, len(values))
+        changes = np.ones(len(places), np.bool_)  # what another thread stored since the last barrier
+        if self.same_stores:
+            changes = differ(rows[place], stored)
+            rows[place] = stored
+            differs = differ(rows[place], stored)
+            changes |= differs
+        else:
+            rows[place], differs = stored, changes
         for byte in range(size):
             where = blocks, places + byte
-            race = (self.written_in[where] == now) & (self.written[where] != owner)
+            race = (self.written_in[where] == now) & (self.written[where] != owner) & changes
             race |= (self.read_in[where] == now) & (self.read[where] != owner)
             self.written[where], self.written_in[where] = owner, now
-            race |= self.written[where] != owner  # two in one instruction
+            race |= (self.written[where] != owner) & differs  # two in one instruction
             if race.any():
                 what = "shared memory written without a barrier after another access"
                 raise self.fault(line, what, threads[race.argmax()])
-        place = (blocks * self.shared.shape[1] + places) // size
-        in_rows(self.shared.reshape(-1), dtype, len(values))[place] = side_by_side(values, len(place))
 
     def _shared(self, line, addresses, threads, size):
         places = addresses.astype(np.int64)
@@ -396,6 +420,15 @@ def in_rows(array, dtype, count):
     """Bytes as [n] or [n, count] of a type."""
     array = array[: len(array) // (dtype.itemsize * count) * dtype.itemsize * count].view(dtype)
     return array.reshape(-1, count) if count > 1 else array
+
+
+def differ(ours, theirs):
+    """Where [n] or [n, count] bits are not the same number; a GPU knows one NaN only."""
+    differs = ours != theirs
+    if differs.any() and ours.dtype.itemsize in (4, 8):
+        floats = f"f{ours.dtype.itemsize}"
+        differs &= ~(np.isnan(ours.view(floats)) & np.isnan(np.ascontiguousarray(theirs).view(floats)))
+    return differs.any(1) if differs.ndim > 1 else differs
 
 
 def side_by_side(values, n):
