@@ -11,27 +11,27 @@ import os
 import cases
 import pytest
 import torch
-from ptx import cuda
+from ptx import cuda, mutants
 from ptx.buckets import (
+    LRS,
     UPDATES,
     Comparer,
     any_bucket,
     any_gradients,
-    climb,
-    deal,
     far,
     far_gradients,
-    make_odd,
     many,
+    pair_of,
     sums_for,
     with_own_rows,
 )
+from ptx.grid import Fault
 from ptx.races import races
 from ptx.tally import Tally
 from rounding import FIRST_DRAW, MASTERS, MIXED, PLAIN, STOCHASTIC, bucket_of, label, mixed, values
 
 from fastsam.bases.rules import ADAM, ADAPTIVE
-from fastsam.ops import native, reference
+from fastsam.ops import native
 
 ARCHS = [int(arch) for arch in os.environ.get("FASTSAM_PTX_ARCHS", "90").split()]
 FORMATS = [*PLAIN, *MASTERS, *STOCHASTIC, *(mixed(*pair) for pair in MIXED)]
@@ -80,85 +80,37 @@ def make(request, arch, tally):
 # 45 groups are more than the small arguments take; of other formats there are kernels with large ones only.
 SIZED = [(format, n) for format in FORMATS for n in (9, 45) if n == 9 or format in PLAIN]
 EVERY = [(kernel, *sized) for kernel in UPDATES for sized in SIZED]
-LRS = [torch.tensor(0.03, dtype=dtype) for dtype in (torch.float32, torch.float64)]
-
-
-def pair(options, format, seed, n_groups):
-    """The same bucket twice, for the kernels and for the CPU library, and its groups' lr."""
-    lr = LRS[seed % 2]
-    ours, theirs = (any_bucket(options, format, seed, n_groups, lr, there) for there in (True, False))
-    return with_own_rows(ours), theirs
-
-
-def turn(buckets, turn):
-    for bucket in buckets:
-        deal(bucket, turn)
-        climb(bucket, turn)
+UNSCALED, SCALED = {}, dict(grad_scale=torch.tensor([4.0]))
+CLIPPED, CLEARED = (dict(clip=torch.tensor(factor, dtype=torch.float64)) for factor in (0.37, 0.0))
+UPDATED = [  # options of the backend and of update_
+    (dict(split_bits=2), UNSCALED),
+    (dict(split_bits=1), CLEARED),
+    (dict(split_bits=0, in_tables=True), SCALED | CLIPPED),
+    (dict(split_bits=2), SCALED | dict(found_inf=torch.ones(1))),
+]
+PERTURBED = [dict(split_bits=i % 3, in_tables=i % 3 == 1) for i in range(6)]
 
 
 @pytest.mark.parametrize(("kernel", "format", "n_groups"), EVERY, ids=lambda x: label(x) if isinstance(x, tuple) else x)
 def test_every_update_has_the_bits_of_the_cpu_library(make, check, kernel, format, n_groups):
     """Any size and alignment, groups of all options, lr on the device, in each division of chunks among blocks."""
-    seed, scale, clips = (
-        EVERY.index((kernel, format, n_groups)),
-        torch.tensor([4.0]),
-        torch.tensor([0.37, 0.0]).double(),
-    )
-    situations = [
-        (dict(split_bits=2), {}),
-        (dict(split_bits=1), dict(clip=clips[1])),
-        (dict(split_bits=0, in_tables=n_groups == 9), dict(grad_scale=scale, clip=clips[0])),
-        (dict(split_bits=2), dict(grad_scale=scale, found_inf=torch.ones(1))),
-    ]
-    ours, theirs = buckets = pair(UPDATES[kernel], format, seed, n_groups)
-    for i, (options, factors) in enumerate(situations):
-        turn(buckets, seed + i)
-        grads = any_gradients(ours, seed + i)
-        if i == 2:
-            for bucket in buckets:
-                make_odd(bucket, grads if bucket is ours else [None] * len(grads), seed)
-        if kernel == "restore":  # its step is the base optimizer's, on gradients that are not given here
-            grads, factors = [None] * len(grads), {}
-        make(**options).update_(ours, grads, **factors)
-        native.update_(theirs, grads, **factors)
-        check.same_buckets(ours, theirs, f"in situation {i}")
+    seed = EVERY.index((kernel, format, n_groups))
+    buckets = pair_of(UPDATES[kernel], format, seed, n_groups)
+    check.same_updates(make, lambda i: buckets, kernel, UPDATED, seed)
 
 
 @pytest.mark.parametrize(("format", "n_groups"), SIZED, ids=lambda x: label(x) if isinstance(x, tuple) else x)
 def test_every_norm_and_perturbation_has_the_bits_of_the_cpu_library(make, check, format, n_groups):
     """As above, for every way to perturb; with norms to clip by, and one that is not finite."""
-    ours, theirs = buckets = pair(["sgd-nesterov-maximize", "sgd"], format, SIZED.index((format, n_groups)), n_groups)
-    for i in range(6):
-        for bucket in buckets:
-            deal(bucket, i)
-        grads = any_gradients(ours, i)
-        if i == 4:
-            for bucket in buckets:
-                make_odd(bucket, grads if bucket is ours else [None] * len(grads), i)
-        if i == 5:
-            next(g for g in reversed(grads) if g is not None and len(g))[-1] = float("nan")
-        library = make(split_bits=i % 3, in_tables=i % 3 == 1 and n_groups == 9)
-        sums, factors = [], []
-        for backend, bucket in ((library, ours), (native, theirs)):
-            sums.append(sums_for(bucket))
-            factors.append(torch.zeros((), dtype=torch.float64))
-            if i % 3 == 2:
-                clip = reference.Clip(3.0, factors[-1], torch.tensor([4.0]))
-                backend.grad_norm(bucket, grads, sums[-1], clip=clip)
-            backend.grad_norm(bucket, grads, sums[-1])
-            if i == 4:  # whatever it is
-                sums[-1].fill_(2.0)
-            backend.perturb_(bucket, grads, sums[-1])
-        check.same(*sums, "norms")
-        check.same(*factors, "factor to clip by")
-        check.same_buckets(ours, theirs, f"in situation {i}")
+    buckets = pair_of(["sgd-nesterov-maximize", "sgd"], format, SIZED.index((format, n_groups)), n_groups)
+    check.same_perturbations(make, lambda i: buckets, PERTURBED)
 
 
 @pytest.mark.parametrize("q", [1.0, 1.5, 7.0])
 @pytest.mark.parametrize("format", FORMATS, ids=label)
 def test_other_norms_are_near_those_of_the_cpu_library(make, check, format, q):
     """Their powers are not the same bits on any two backends."""
-    buckets = pair(["sgd-nesterov-maximize", "sgd"], format, FORMATS.index(format), 9)
+    buckets = pair_of(["sgd-nesterov-maximize", "sgd"], format, FORMATS.index(format))
     check.near_norms((make(split_bits=int(q) % 3), native), buckets, q)
 
 
@@ -210,7 +162,7 @@ def test_more_chunks_than_lanes(make, check):
 @pytest.mark.parametrize("format", [*PLAIN, *MASTERS], ids=label)
 def test_parameters_of_more_than_4_gi_elements(make, check, format):
     for options in (["sgd-dampening"], ["adamw-amsgrad-maximize"]):
-        ours, theirs = pair(options, format, 5, 9)
+        ours, theirs = pair_of(options, format, 5)
         far(ours)
         for _ in range(2):
             grads = [any_gradients(theirs, which) for which in range(2)]
@@ -238,7 +190,7 @@ def test_nothing_to_do(make):
 def test_the_step_of_the_random_numbers_goes_on_with_a_rule_and_without_a_gradient(make):
     """And not without a rule, whoever asks first: the base optimizer's step comes after it."""
     for rules in ((ADAM, None, ADAM), (None, ADAM, None)):
-        buckets = pair(["adam"], STOCHASTIC[0], 1, 9)
+        buckets = pair_of(["adam"], STOCHASTIC[0], 1)
         for count, rule in enumerate(rules):
             for bucket, backend in zip(buckets, (make(), native), strict=True):
                 bucket.rule = rule
@@ -258,7 +210,7 @@ ORDERS = [(PLAIN[0], "nadam", 1), (MASTERS[0], "sgd-dampening", 0), (STOCHASTIC[
     ("format", "option", "split_bits"), ORDERS, ids=lambda x: label(x) if isinstance(x, tuple) else x
 )
 def test_blocks_and_warps_in_any_order_without_a_race(make, check, format, option, split_bits):
-    ours, theirs = pair([option], format, 1, 9)
+    ours, theirs = pair_of([option], format, 1)
     library = make(seed=1000, log=True, split_bits=split_bits)
     check.same_steps((library, native), (ours, theirs), [any_gradients(ours, 9 + which) for which in range(2)])
     for ran in library.ran:
@@ -340,7 +292,7 @@ def test_host_and_ptx_have_the_same_kernels(make):
 
 
 def test_an_error_of_a_launch_is_an_exception(make, check, monkeypatch):
-    ours, theirs = pair(["sgd"], PLAIN[0], 0, 9)
+    ours, theirs = pair_of(["sgd"], PLAIN[0], 0)
     library, grads = make(), any_gradients(ours, 0)
     monkeypatch.setattr(library, "execute", lambda launch: 1 / 0)
     for operation in (library.grad_norm, library.perturb_):
@@ -349,3 +301,37 @@ def test_an_error_of_a_launch_is_an_exception(make, check, monkeypatch):
     assert not ours.perturbed.any()  # no backup holds anything
     monkeypatch.undo()
     check.same_steps((library, native), (ours, theirs), (grads, grads))  # the next launch starts without it
+
+
+# ---- Whether the tests would notice.
+
+NORM, CLIMB = "grad_normILi494ENS0_5TypesIffff", "perturbILi494ENS0_5TypesIffff"
+SGD, DRAWN = "KernelE2ELi494ENS0_5TypesIffff", "KernelE3ELi4077ENS0_5TypesINS0_8bfloat16ES4_S4_S4_Lb1"
+MUTANTS = {  # kernel, pattern, what it becomes, which of those that match
+    "a barrier of the sum is missing": (NORM, r"bar\.sync\s+0;", "", 1),
+    "the barrier after the scalars is missing": (CLIMB, r"bar\.sync\s+0;", "", 0),
+    "a lane takes another's number": (NORM, r"(shfl\.sync)\.bfly(\.b32.*)", r"\1.up\2", 0),
+    "a ticket goes on": (NORM, r"\.inc\.u32", ".add.u32", 0),
+    "a ticket orders nothing": (SGD, r"atom\.acq_rel\.gpu", "atom.relaxed.gpu", 0),
+    "a sum is rounded twice": (SGD, r"fma\.rn\.f32(\s+\S+, \S+, \S+), \S+;", r"mul.rn.f32\1;", 2),
+    "a store lies beside its place": (CLIMB, r"(st\.global\.\w+\.v4\.u32\s+\[%rd\d+)\]", r"\1+16]", 0),
+    "a store lies across its place": (CLIMB, r"(st\.global\.\w+\.v4\.u32\s+\[%rd\d+)\]", r"\1+8]", 0),
+    "a store is missing": (SGD, r"st\.global\.wb\.v4\.u32.*", "", 0),
+    "a load is of another place": (SGD, r"(ld\.global\.cs\.v4\.u32.*\[%rd\d+)\]", r"\1+16]", 1),
+    "an argument is another": (SGD, r"(ld\.param\.u64\s+.*\+)24\]", r"\g<1>16]", 0),
+    "the other of two": (SGD, r"selp\.f32(\s+\S+), (\S+), (\S+),", r"selp.f32\1, \3, \2,", 0),
+    "another multiplier of the random numbers": (DRAWN, r"-766435501", "-766435503", 0),
+    "random numbers are rounded away": (DRAWN, r"shr\.u32(\s+\S+, \S+), 16;", r"shr.u32\1, 15;", 3),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_noticed(make, arch, check, mutant):
+    part, pattern, new, nth = MUTANTS[mutant]
+    library = make()
+    kernel = next(name for name in library.ptx.places if part in name)
+    text = mutants.text_of(library.ptx.places[kernel], kernel)
+    changed = mutants.applied(text, mutants.matching(kernel, text, pattern, new, nth))
+    ptx = library.ptx.replaced(kernel, changed)
+    with pytest.raises((Fault, AssertionError)):
+        mutants.check_kernel(check, lambda **options: make(ptx=ptx, log=True, **options), kernel, UPDATED, PERTURBED)

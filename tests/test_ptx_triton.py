@@ -8,13 +8,13 @@ import sys
 import cases
 import pytest
 import torch
-from ptx.buckets import UPDATES, Comparer, any_bucket, any_gradients, climb, deal, make_odd, many, sums_for
+from ptx.buckets import UPDATES, Comparer, any_gradients, many, pair_of, sums_for
 from ptx.races import is_idiom, races
 from ptx.tally import Tally
 from rounding import FIRST_DRAW, MASTERS, MIXED, PLAIN, STOCHASTIC, bucket_of, label, mixed, values
 
 from fastsam.bases.rules import ADAM
-from fastsam.ops import native, reference
+from fastsam.ops import native
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the triton package is not installed", allow_module_level=True)
@@ -25,7 +25,6 @@ if torch.cuda.is_available():
 
 ARCHS = [int(arch) for arch in os.environ.get("FASTSAM_PTX_ARCHS", "90").split()]
 FORMATS = [*PLAIN, *MASTERS, *STOCHASTIC, *(mixed(*pair) for pair in MIXED)]
-LRS = [torch.tensor(0.03, dtype=dtype) for dtype in (torch.float32, torch.float64)]
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason="there is no library to compare with")
 
@@ -70,7 +69,7 @@ def make(request, driver, tally):
 
 
 def pair(options, format, seed):
-    return [any_bucket(options, format, seed, 9, LRS[seed % 2], there) for there in (True, False)]
+    return pair_of(options, format, seed, own_rows=False)
 
 
 # ---- Every kernel.
@@ -85,25 +84,12 @@ UPDATED = [pytest.param(*each, marks=[] if each in QUICK else pytest.mark.slow) 
 def test_every_update_has_the_bits_of_the_cpu_library(make, check, kernel, format):
     """Any size and alignment, groups of all options, lr on the device, in each division of chunks among programs."""
     seed, clips = EVERY.index((kernel, format)), torch.tensor([0.37, 0.0]).double()
-    situations = [
-        (2048, dict(clip=clips[1])),
-        (1, dict(grad_scale=torch.tensor([4.0]), clip=clips[0])),
-        (40, dict(found_inf=torch.ones(1))),
+    situations = [  # options of the backend and of update_
+        (dict(programs=2048), dict(clip=clips[1])),
+        (dict(programs=1), dict(grad_scale=torch.tensor([4.0]), clip=clips[0])),
+        (dict(programs=40), dict(found_inf=torch.ones(1))),
     ]
-    for i, (programs, factors) in enumerate(situations):
-        ours, theirs = buckets = pair(UPDATES[kernel], format, seed + i)
-        for bucket in buckets:
-            deal(bucket, seed + i)
-            climb(bucket, seed + i)
-        grads = any_gradients(ours, seed + i)
-        if i == 1:
-            for bucket in buckets:
-                make_odd(bucket, grads if bucket is ours else [None] * len(grads), seed)
-        if kernel == "restore":
-            grads, factors = [None] * len(grads), {}
-        make(programs=programs).update_(ours, grads, **factors)
-        native.update_(theirs, grads, **factors)
-        check.same_buckets(ours, theirs, f"in situation {i}")
+    check.same_updates(make, lambda i: pair(UPDATES[kernel], format, seed + i), kernel, situations, seed)
 
 
 SEVERAL = [*PLAIN, MASTERS[0], STOCHASTIC[0], FORMATS[-1]]
@@ -113,29 +99,8 @@ NORMED = [pytest.param(each, marks=[] if each in SEVERAL else pytest.mark.slow) 
 @pytest.mark.parametrize("format", NORMED, ids=label)
 def test_every_norm_and_perturbation_has_the_bits_of_the_cpu_library(make, check, format):
     """As above, for every way to perturb; with norms to clip by, and one that is not finite."""
-    for i in range(3):
-        ours, theirs = buckets = pair(["sgd-nesterov-maximize", "sgd"], format, i)
-        grads = any_gradients(ours, i)
-        for bucket in buckets:
-            deal(bucket, i)
-            if i == 1:
-                make_odd(bucket, grads if bucket is ours else [None] * len(grads), i)
-        if i == 2:
-            next(g for g in reversed(grads) if g is not None and len(g))[-1] = float("nan")
-        sums, factors = [], []
-        for backend, bucket in ((make(programs=(2048, 40, 1)[i]), ours), (native, theirs)):
-            sums.append(sums_for(bucket))
-            factors.append(torch.zeros((), dtype=torch.float64))
-            if i == 0:
-                clip = reference.Clip(3.0, factors[-1], torch.tensor([4.0]))
-                backend.grad_norm(bucket, grads, sums[-1], clip=clip)
-            backend.grad_norm(bucket, grads, sums[-1])
-            if i == 1:  # whatever it is
-                sums[-1].fill_(2.0)
-            backend.perturb_(bucket, grads, sums[-1])
-        check.same(*sums, "norms")
-        check.same(*factors, "factor to clip by")
-        check.same_buckets(ours, theirs, f"in situation {i}")
+    situations = [dict(programs=programs) for programs in (2048, 40, 1)]
+    check.same_perturbations(make, lambda i: pair(["sgd-nesterov-maximize", "sgd"], format, i), situations)
 
 
 @pytest.mark.parametrize("q", [1.0, 1.5])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cases
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsam import FusedSAM
 from fastsam.bases.rules import ADAPTIVE, DECAYS, LR_FLOAT64
-from fastsam.ops import graphs, native
+from fastsam.ops import graphs, native, reference
 from fastsam.ops.formats import Format
 from fastsam.ops.tables import Gradients
 from ptx.backend import Interpreted
@@ -230,6 +230,17 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(dtypes[tensor.element_size()])
 
 
+Make = Callable[..., Interpreted]  # of a backend, with its options
+Pair = Callable[[int], Sequence[Any]]  # of the same bucket twice, for a situation
+LRS = [torch.tensor(0.03, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+
+
+def pair_of(options: Sequence[str], format: Format, seed: int, n_groups: int = 9, own_rows: bool = True) -> list[Any]:
+    """The same bucket twice, for kernels and for the CPU library, which is told by value what is a tensor there."""
+    ours, theirs = (any_bucket(options, format, seed, n_groups, LRS[seed % 2], there) for there in (True, False))
+    return [with_own_rows(ours) if own_rows else ours, theirs]
+
+
 class Comparer:
     """Compares bit for bit and counts it; NaN may have other payloads, as they do between CPUs and GPUs."""
 
@@ -256,6 +267,58 @@ class Comparer:
         for i, (p, q) in enumerate(zip(both[0][1], both[1][1], strict=True)):
             self.same(p, q, f"perturbed weights of segment {i}")
         self.same_buckets(*buckets, "after update_")
+
+    def same_updates(
+        self,
+        make: Make,
+        pair: Pair,
+        kernel: str,
+        situations: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+        seed: int,
+    ) -> None:
+        """Take updates in situations, each an interpreted backend's options and update_'s, the last but one with any
+        bits as values, and assert that all is the same.
+        """  # fmt: skip
+        for i, (options, factors) in enumerate(situations):
+            ours, theirs = buckets = pair(i)
+            grads = any_gradients(ours, seed + i)
+            for bucket in buckets:
+                deal(bucket, seed + i)
+                climb(bucket, seed + i)
+                if i == len(situations) - 2:
+                    make_odd(bucket, grads if bucket is ours else [None] * len(grads), seed)
+            if kernel == "restore":  # its step is the base optimizer's, on gradients that are not given here
+                grads, factors = [None] * len(grads), {}
+            make(**options).update_(ours, grads, **factors)
+            native.update_(theirs, grads, **factors)
+            self.same_buckets(ours, theirs, f"in situation {i}")
+
+    def same_perturbations(self, make: Make, pair: Pair, situations: Sequence[dict[str, Any]]) -> None:
+        """Perturb in situations, the first with a norm to clip by, the last but one with any bits as values, the last
+        with a norm that is not finite, and assert that all is the same.
+        """  # fmt: skip
+        for i, options in enumerate(situations):
+            ours, theirs = buckets = pair(i)
+            grads = any_gradients(ours, i)
+            for bucket in buckets:
+                deal(bucket, i)
+                if i == len(situations) - 2:
+                    make_odd(bucket, grads if bucket is ours else [None] * len(grads), i)
+            if i == len(situations) - 1:
+                next(g for g in reversed(grads) if g is not None and len(g))[-1] = float("nan")
+            sums = [sums_for(bucket) for bucket in buckets]
+            factors = [torch.zeros((), dtype=torch.float64) for _ in buckets]
+            for backend, bucket, out, factor in zip((make(**options), native), buckets, sums, factors, strict=True):
+                if i == 0:
+                    clip = reference.Clip(3.0, factor, torch.tensor([4.0]))
+                    backend.grad_norm(bucket, grads, out, clip=clip)
+                backend.grad_norm(bucket, grads, out)
+                if i == len(situations) - 2:  # whatever it is
+                    out.fill_(2.0)
+                backend.perturb_(bucket, grads, out)
+            self.same(*sums, "norms")
+            self.same(*factors, "factor to clip by")
+            self.same_buckets(ours, theirs, f"in situation {i}")
 
     def near_norms(self, backends: Sequence[Any], buckets: Sequence[Any], q: float) -> None:
         """Perturb by another norm than the second, and assert that weights are near and all else is the same."""

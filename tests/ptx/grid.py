@@ -11,6 +11,7 @@ from .arithmetic import packed
 from .translate import END, PARAMS, function_of, storage
 
 WARP = 32
+MOST_TURNS = 200_000  # of basic blocks: no launch of the tests takes a tenth of it
 
 
 class Fault(Exception):
@@ -170,7 +171,11 @@ class Grid:
 
     def _run(self):
         waiting = {0: [self.all]}  # threads, by the basic block that they are to execute
+        turns = 0
         while waiting:
+            turns += 1
+            if turns > MOST_TURNS:
+                raise Fault(f"no end is in sight, in {self.kernel.name}")
             rank, threads = self._next(waiting)
             self.executed.add(rank)
             whole = len(threads) == self.total
