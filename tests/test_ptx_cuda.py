@@ -191,13 +191,14 @@ def test_the_step_of_the_random_numbers_goes_on_with_a_rule_and_without_a_gradie
     """And not without a rule, whoever asks first: the base optimizer's step comes after it."""
     for rules in ((ADAM, None, ADAM), (None, ADAM, None)):
         buckets = pair_of(["adam"], STOCHASTIC[0], 1)
+        steps = buckets[0].steps.tolist()
         for count, rule in enumerate(rules):
             for bucket, backend in zip(buckets, (make(), native), strict=True):
                 bucket.rule = rule
                 backend.update_(bucket, [None] * len(bucket.params))
                 passed = sum(rule is not None for rule in rules[: count + 1])
                 assert bucket.rounding.tolist() == [FIRST_DRAW + passed]
-                assert bucket.steps.tolist() == [1.0] * len(bucket.params)
+                assert bucket.steps.tolist() == steps
 
 
 # ---- In any order.
@@ -210,11 +211,27 @@ ORDERS = [(PLAIN[0], "nadam", 1), (MASTERS[0], "sgd-dampening", 0), (STOCHASTIC[
     ("format", "option", "split_bits"), ORDERS, ids=lambda x: label(x) if isinstance(x, tuple) else x
 )
 def test_blocks_and_warps_in_any_order_without_a_race(make, check, format, option, split_bits):
+    """Blocks and warps take turns at random, between any two places where they meet, part or take a ticket."""
     ours, theirs = pair_of([option], format, 1)
     library = make(seed=1000, log=True, split_bits=split_bits)
     check.same_steps((library, native), (ours, theirs), [any_gradients(ours, 9 + which) for which in range(2)])
     for ran in library.ran:
         assert not races(ran.grid), ran.launch.kernel.name
+
+
+@pytest.mark.parametrize("kernel", UPDATES)
+def test_updates_in_any_order_without_a_race(make, check, kernel):
+    made = []
+
+    def noted(**options):
+        made.append(make(seed=2000, log=True, **options))
+        return made[-1]
+
+    buckets = pair_of(UPDATES[kernel], STOCHASTIC[0], 4)
+    check.same_updates(noted, lambda i: buckets, kernel, [UPDATED[0], UPDATED[-1]], 4)
+    for library in made:
+        for ran in library.ran:
+            assert not races(ran.grid), ran.launch.kernel.name
 
 
 # ---- Captured.

@@ -117,8 +117,18 @@ class Interpreted:
         log: list[Access] | None = [] if self.log else None
         seed = None if self.seed is None else self.seed + len(self.ran)
         kernel, _, blocks, threads, shared, params, filled, memory, tickets, _ = launch
-        options = dict(shared=shared, seed=seed, log=log, filled=filled, same_stores=self.same_stores)
-        grid = Grid(kernel, blocks, threads, params, memory, **options)
+        grid = Grid(
+            kernel,
+            blocks,
+            threads,
+            params,
+            memory,
+            shared=shared,
+            seed=seed,
+            log=log,
+            filled=filled,
+            same_stores=self.same_stores,
+        )
         self.ran.append(Ran(launch, grid))
         grid.run()
         if tickets is not None:

@@ -143,6 +143,7 @@ def link_host(folder: Path, objects: Sequence[Path]) -> Path:
         command += [setup().TORCH_TARGET, f"-isystem={torch_dir / 'include'}"]
         wraps = [option for name in WRAPPED for option in ("-Xlinker", f"--wrap=aoti_torch_{name}")]
         libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10", *wraps, "-Xlinker", "--no-undefined"]
+        libraries += ["-Xlinker", "-Bsymbolic"]  # whatever runtime this process has loaded
         run([*command, operations, HERE / "cudart.cpp", *objects, *libraries, "-o", unfinished])
 
     return made(folder / f"libfastsam_stub-{digest}.so", make)

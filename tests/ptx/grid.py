@@ -1,14 +1,18 @@
 """A launch: memory with its bounds, and a scheduler of the grid's threads."""
 
+from __future__ import annotations
+
 import ctypes
 import random
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arithmetic import packed
-from .translate import END, PARAMS, function_of, storage
+from ptx.arithmetic import Array, packed
+from ptx.parse import Kernel
+from ptx.translate import END, PARAMS, function_of, storage
 
 WARP = 32
 MOST_TURNS = 200_000  # of basic blocks: no launch of the tests takes a tenth of it
@@ -23,24 +27,24 @@ class Access(NamedTuple):
 
     line: int
     kind: str  # "load", "store", or "atomic" and its memory order
-    addresses: np.ndarray
+    addresses: Array
     size: int
-    threads: np.ndarray  # numbered through the grid
-    intervals: np.ndarray  # how many barriers the thread's block had passed
+    threads: Array  # numbered through the grid
+    intervals: Array  # how many barriers the thread's block had passed
 
 
 class Memory:
     """The spans of this process's memory that kernels may access, each for itself: none may reach into the next."""
 
-    def __init__(self):
-        self.spans = []  # (start, end, writable, name)
+    def __init__(self) -> None:
+        self.spans: list[tuple[int, int, bool, str]] = []  # (start, end, writable, name)
 
-    def add(self, name, address, size, writable=True):
+    def add(self, name: str, address: int, size: int, writable: bool = True) -> None:
         """Allow accesses to `size` bytes."""
         if size > 0:
             self.spans.append((address, address + size, writable, name))
 
-    def seal(self):
+    def seal(self) -> None:
         """Make ready for accesses."""
         self.spans.sort()
         for before, after in zip(self.spans, self.spans[1:], strict=False):
@@ -53,16 +57,16 @@ class Memory:
         self.size = -(-(max(ends) - self.low) // 64) * 64
         self.view = cache(self._view)
 
-    def _view(self, dtype, count):
+    def _view(self, dtype: np.dtype[Any], count: int) -> Array:
         """All memory from the first span to the last as one array, most of which nobody may touch."""
         everything = np.frombuffer((ctypes.c_char * self.size).from_address(self.low), np.uint8)
         return in_rows(everything, dtype, count)
 
-    def places(self, addresses, size):
+    def places(self, addresses: Array, size: int) -> Array:
         """Indices into such a view."""
         return ((addresses - np.uint64(self.low)) // np.uint64(size)).view(np.int64)
 
-    def check(self, addresses, size, write):
+    def check(self, addresses: Array, size: int, write: bool) -> tuple[int, str] | None:
         """None, or the place of an access that is not allowed, and why."""
         odd = addresses & np.uint64(size - 1)
         if odd.any():
@@ -75,10 +79,10 @@ class Memory:
                 return None
         return self._outside(addresses, size, write)
 
-    def _span(self, addresses):
+    def _span(self, addresses: Array) -> Array:
         return np.searchsorted(self.starts, addresses, "right") - 1
 
-    def _outside(self, addresses, size, write):
+    def _outside(self, addresses: Array, size: int, write: bool) -> tuple[int, str] | None:
         span = self._span(addresses)
         bad = (span < 0) | (addresses + np.uint64(size) > self.ends[span])
         if bad.any():
@@ -87,7 +91,7 @@ class Memory:
             return int((~self.writable[span]).argmax()), "not to be written"
         return None
 
-    def describe(self, address):
+    def describe(self, address: int) -> str:
         """The nearest span, in words."""
         nearest = min(self.spans, key=lambda span: max(span[0] - address, address - span[1] + 1, 0), default=None)
         if nearest is None:
@@ -101,19 +105,19 @@ class Grid:
 
     def __init__(
         self,
-        kernel,
-        blocks,
-        threads,
-        params,
-        memory,
+        kernel: Kernel,
+        blocks: int,
+        threads: int,
+        params: bytes,
+        memory: Memory,
         *,
-        shared=0,
-        resident=128,
-        seed=None,
-        log=None,
-        filled=None,
-        same_stores=False,
-    ):
+        shared: int = 0,
+        resident: int = 128,
+        seed: int | None = None,
+        log: list[Access] | None = None,
+        filled: int | None = None,
+        same_stores: bool = False,
+    ) -> None:
         """In one dimension.
 
         Args:
@@ -141,10 +145,10 @@ class Grid:
         self.params = np.frombuffer(bytes(params) + bytes(-len(params) % 16), np.uint8)
         self.params_end = len(params) if filled is None else filled
         self.shared_size = kernel.shared_size + shared
-        self.executed = set()  # basic blocks
+        self.executed: set[int] = set()  # basic blocks
         self.same_stores = same_stores
 
-    def run(self):
+    def run(self) -> Grid:
         """Run it to its end."""
         order = np.arange(self.blocks)
         if self.random:
@@ -153,10 +157,10 @@ class Grid:
             for start in range(0, self.blocks, self.resident):
                 self._start(order[start : start + self.resident])
                 self._run()
-        self.registers = None
+        self.registers.clear()
         return self
 
-    def _start(self, blocks):
+    def _start(self, blocks: Array) -> None:
         """Bring blocks onto the GPU."""
         n, width = len(blocks), -(-self.shared_size // 16) * 16
         self.ids, self.total = blocks, n * self.threads
@@ -169,7 +173,7 @@ class Grid:
         self.written, self.read = (np.full((n, width), -1, np.int32) for _ in range(2))  # last by; -2: by several
         self.written_in, self.read_in = (np.full((n, width), -1, np.int64) for _ in range(2))  # last in that interval
 
-    def _run(self):
+    def _run(self) -> None:
         waiting = {0: [self.all]}  # threads, by the basic block that they are to execute
         turns = 0
         while waiting:
@@ -190,7 +194,7 @@ class Grid:
                 if target is not END and len(part):
                     waiting.setdefault(target, []).append(part)
 
-    def _next(self, waiting):
+    def _next(self, waiting: dict[int, list[Array]]) -> tuple[int, Array]:
         """Take threads that can go on: those furthest behind, so that all meet again, or any."""
         ranks = sorted(waiting)
         if self.random:
@@ -219,7 +223,7 @@ class Grid:
         where = ", ".join(f"line {each.line}: {each.text}" for each in lines)
         raise Fault(f"threads wait for others that have ended or wait elsewhere: {where}, in {self.kernel.name}")
 
-    def _stuck(self, waiting):
+    def _stuck(self, waiting: dict[int, list[Array]]) -> bool:
         for rank, parts in waiting.items():
             meeting = self.kernel.blocks[rank].meeting
             members = self.threads if meeting == "block" else WARP
@@ -227,25 +231,25 @@ class Grid:
                 return False
         return True
 
-    def these(self, at):
+    def these(self, at: Array | None) -> Array:
         """Indices of the threads that run a block."""
         return self.all if at is None else at
 
-    def fault(self, line, what, thread):
+    def fault(self, line: int, what: str, thread: np.integer[Any]) -> Fault:
         """The exception for a thread, given by its index."""
         text = next(i.text for block in self.kernel.blocks for i in block.instructions if i.line == line)
-        block, thread = divmod(int(self.numbers[thread]), self.threads)
-        return Fault(f"{what}: block {block}, thread {thread}, line {line}: {text}, in {self.kernel.name}")
+        block, own = divmod(int(self.numbers[thread]), self.threads)
+        return Fault(f"{what}: block {block}, thread {own}, line {line}: {text}, in {self.kernel.name}")
 
     # Parameters.
 
-    def parameter(self, at, dtype):
+    def parameter(self, at: int, dtype: np.dtype[Any]) -> Any:
         """The one at a place that is known beforehand."""
         if at + dtype.itemsize > self.params_end or at % dtype.itemsize:
             raise Fault(f"no parameter of {dtype} at {at}, in {self.kernel.name}")
         return self.params[at : at + dtype.itemsize].view(dtype)[0]
 
-    def load_param(self, line, addresses, threads, dtype, count):
+    def load_param(self, line: int, addresses: Array, threads: Array, dtype: np.dtype[Any], count: int) -> Array:
         """ld.param."""
         size = dtype.itemsize * count
         at = addresses - np.uint64(PARAMS)
@@ -256,13 +260,13 @@ class Grid:
 
     # Global memory.
 
-    def load_global(self, line, addresses, threads, dtype, count):
+    def load_global(self, line: int, addresses: Array, threads: Array, dtype: np.dtype[Any], count: int) -> Array:
         """ld.global; [n] or [n, count]."""
         size = dtype.itemsize * count
         self._check(line, addresses, threads, size, "load")
         return self.memory.view(dtype, count)[self.memory.places(addresses, size)]
 
-    def store_global(self, line, addresses, threads, dtype, *values):
+    def store_global(self, line: int, addresses: Array, threads: Array, dtype: np.dtype[Any], *values: Array) -> None:
         """st.global."""
         size = dtype.itemsize * len(values)
         self._check(line, addresses, threads, size, "store")
@@ -271,7 +275,7 @@ class Grid:
 
     load_generic, store_generic = load_global, store_global
 
-    def _check(self, line, addresses, threads, size, kind):
+    def _check(self, line: int, addresses: Array, threads: Array, size: int, kind: str) -> None:
         if len(addresses) == 0:
             return
         if found := self.memory.check(addresses, size, kind != "load"):
@@ -283,7 +287,9 @@ class Grid:
             intervals = self.interval[self.block_of[threads]]
             self.log.append(Access(line, kind, addresses, size, self.numbers[threads], intervals))
 
-    def atomic(self, line, addresses, threads, dtype, what, order, *values):
+    def atomic(
+        self, line: int, addresses: Array, threads: Array, dtype: np.dtype[Any], what: str, order: str, *values: Array
+    ) -> Array:
         """atom: one thread after the other."""
         self._check(line, addresses, threads, dtype.itemsize, f"atomic {order}")
         view, old = self.memory.view(dtype, 1), np.zeros(len(threads), dtype)
@@ -300,7 +306,7 @@ class Grid:
 
     # Shared memory. Between two barriers a byte that a thread writes is that thread's alone.
 
-    def load_shared(self, line, addresses, threads, dtype, count):
+    def load_shared(self, line: int, addresses: Array, threads: Array, dtype: np.dtype[Any], count: int) -> Array:
         """ld.shared; [n] or [n, count]."""
         size = dtype.itemsize * count
         blocks, places = self._shared(line, addresses, threads, size)
@@ -330,7 +336,7 @@ class Grid:
             raise self.fault(line, "shared memory that nobody has written", threads[first[unknown.argmax()]])
         return in_rows(self.shared.reshape(-1), dtype, count)[place // size]
 
-    def store_shared(self, line, addresses, threads, dtype, *values):
+    def store_shared(self, line: int, addresses: Array, threads: Array, dtype: np.dtype[Any], *values: Array) -> None:
         """st.shared."""
         size = dtype.itemsize * len(values)
         blocks, places = self._shared(line, addresses, threads, size)
@@ -355,7 +361,7 @@ class Grid:
                 what = "shared memory written without a barrier after another access"
                 raise self.fault(line, what, threads[race.argmax()])
 
-    def _shared(self, line, addresses, threads, size):
+    def _shared(self, line: int, addresses: Array, threads: Array, size: int) -> tuple[Array, Array]:
         places = addresses.astype(np.int64)
         bad = (places < 0) | (places + size > self.shared_size) | (places % size != 0)
         if bad.any():
@@ -365,7 +371,7 @@ class Grid:
 
     # Matrices of 8 rows of 8 times 2 bytes: eight threads say where the rows begin.
 
-    def load_matrix(self, line, addresses, threads, count, transposed):
+    def load_matrix(self, line: int, addresses: Array, threads: Array, count: int, transposed: bool) -> Array:
         """ldmatrix: a thread gets two neighbours of each matrix, those of a row or, transposed, of a column."""
         rows, lane, loaded = self._rows(line, addresses, threads, count), np.arange(WARP), []
         for k in range(count):
@@ -378,14 +384,14 @@ class Grid:
                 loaded.append(self.load_shared(line, where.reshape(-1), threads, np.dtype(np.uint32), 1))
         return np.stack(loaded, 1)
 
-    def store_matrix(self, line, addresses, threads, *values):
+    def store_matrix(self, line: int, addresses: Array, threads: Array, *values: Array) -> None:
         """stmatrix."""
         rows, lane = self._rows(line, addresses, threads, len(values)), np.arange(WARP)
         for k, value in enumerate(values):
             where = rows[:, k, lane // 4] + (4 * (lane % 4)).astype(rows.dtype)
             self.store_shared(line, where.reshape(-1), threads, np.dtype(np.uint32), value)
 
-    def _rows(self, line, addresses, threads, count):
+    def _rows(self, line: int, addresses: Array, threads: Array, count: int) -> Array:
         """[warps, matrices, 8] addresses."""
         rows = addresses.reshape(-1, WARP)[:, : 8 * count].reshape(-1, count, 8)
         if (rows % 16 != 0).any():
@@ -393,14 +399,14 @@ class Grid:
         return rows
 
 
-class Registers(dict):
+class Registers(dict[str, Array]):
     """Arrays by name; what nobody has written yet holds anything."""
 
-    def __init__(self, grid):
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
 
-    def __missing__(self, name):
+    def __missing__(self, name: str) -> Array:
         grid = self.grid
         if name in ("%tid.x", "%ctaid.x"):
             thread, block = grid.numbers % grid.threads, grid.numbers // grid.threads
@@ -417,17 +423,17 @@ class Registers(dict):
 
 
 @cache
-def garbage(n):
+def garbage(n: int) -> Array:
     return np.random.default_rng(n).integers(0, 256, n, np.uint8)
 
 
-def in_rows(array, dtype, count):
+def in_rows(array: Array, dtype: np.dtype[Any], count: int) -> Array:
     """Bytes as [n] or [n, count] of a type."""
     array = array[: len(array) // (dtype.itemsize * count) * dtype.itemsize * count].view(dtype)
     return array.reshape(-1, count) if count > 1 else array
 
 
-def differ(ours, theirs):
+def differ(ours: Array, theirs: Array) -> Array:
     """Where [n] or [n, count] bits are not the same number; a GPU knows one NaN only."""
     differs = ours != theirs
     if differs.any() and ours.dtype.itemsize in (4, 8):
@@ -436,12 +442,12 @@ def differ(ours, theirs):
     return differs.any(1) if differs.ndim > 1 else differs
 
 
-def side_by_side(values, n):
+def side_by_side(values: Sequence[Array], n: int) -> Array:
     """[n] or [n, count] of arrays and numbers."""
     return values[0] if len(values) == 1 else np.stack([np.broadcast_to(value, n) for value in values], 1)
 
 
-def block_function(kernel, rank):
+def block_function(kernel: Kernel, rank: int) -> Callable[..., Any]:
     """What runs a basic block, made when it is first executed."""
     functions = kernel.__dict__.setdefault("functions", {})
     if rank not in functions:

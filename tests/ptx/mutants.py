@@ -69,9 +69,11 @@ def changes(line: str) -> list[str]:
         found.append(f"{guard}{'.'.join([SWAPS[head], *rest])} {operands};")
     if head == "setp" and rest[0] in COMPARISONS:
         found.append(f"{guard}{'.'.join([head, COMPARISONS[rest[0]], *rest[1:]])} {operands};")
-    if head in ("fma", "selp"):
+    if head == "fma":
+        found.append(f"{guard}{name.replace('fma', 'mul')} {operands.rpartition(',')[0]};")
+    if head == "selp":
         to, a, b, c = (each.strip() for each in operands.split(","))
-        found.append(f"{guard}{name} {to}, {b}, {a if head == 'selp' else b}, {c};")
+        found.append(f"{guard}{name} {to}, {b}, {a}, {c};")
     if head in ("ld", "st") and (address := re.search(r"\[(%r?d?\d+)(?:\+(\d+))?\]", operands)):
         size = int(re.search(r"\d+$", rest[-1])[0]) // 8  # type: ignore[index]
         moved = f"[{address[1]}+{int(address[2] or 0) + size}]"

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -78,13 +78,14 @@ class StubDriver:
         self.error: BaseException | None = None
         self.callback = LAUNCHED(self._launched)
         source, include = HERE / "libcuda.cpp", Path(nvidia.__file__).parent / "include"
-        compiler = shutil.which("c++") or shutil.which("g++")
 
         def make(target: Path) -> None:
-            command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
+            command = ["c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
             run([*command, source, "-o", target])
 
-        library = made(self.folder / f"driver-{source.stat().st_mtime_ns:x}" / "libcuda.so.1", make)
+        library = made(
+            self.folder / f"driver-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}" / "libcuda.so.1", make
+        )
         self.libcuda = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)  # found by its soname from now on
         self.environment = {"TRITON_LIBCUDA_PATH": str(library.parent), "TRITON_CACHE_DIR": str(self.folder / "cache")}
         tools = Path(nvidia.__file__).parent / "bin"
