@@ -150,7 +150,11 @@ def test_the_step_of_the_random_numbers_goes_on_with_a_rule_and_without_a_gradie
                 assert bucket.steps.tolist() == steps
 
 
-@pytest.mark.parametrize(("format", "option"), [(PLAIN[0], "nadam"), (STOCHASTIC[2], "sgd-dampening")], ids=str)
+@pytest.mark.parametrize(
+    ("format", "option"),
+    [(PLAIN[0], "nadam"), (STOCHASTIC[2], "sgd-dampening")],
+    ids=lambda x: label(x) if isinstance(x, tuple) else x,
+)
 def test_programs_and_warps_in_any_order_without_a_race(make, check, format, option):
     ours, theirs = pair([option], format, 1)
     library = make(seed=1000, log=True, programs=1)

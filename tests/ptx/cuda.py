@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +43,8 @@ WRAPPED = [
     *("get_device_type", "get_device_index", "create_device_guard", "delete_device_guard"),
     *("library_init_impl", "library_init_fragment"),
 ]
-OPERATIONS = ["grad_norm", "perturb_", "update_", "bind_"]  # whose schemas are those of torch.ops.fastsam
-# What each kernel may write of a bucket and of the tensors that its operation is given.
+# What each kernel may write of a bucket and of the tensors that its operation is given. A new kernel is a row here, a
+# new operation a method of `Library`.
 WRITES = {
     "grad_norm": {"partials", "sums", "clip"},
     "power_norm": {"partials", "sums", "clip"},
@@ -169,6 +170,13 @@ class Ptx:
 # ---- The host's half.
 
 
+def implemented() -> list[str]:
+    """The operations of csrc/cuda/ops.cpp whose schemas are those of torch.ops.fastsam."""
+    text = (ROOT / "csrc" / "cuda" / "ops.cpp").read_text()
+    own = re.findall(r"""m\.def\("(\w+)""", text)
+    return [name for name in dict.fromkeys(re.findall(r"""m\.impl\("(\w+)""", text)) if name not in own]
+
+
 LAUNCHED = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,
@@ -185,7 +193,7 @@ class Host:
     def __init__(self, library: Path) -> None:
         """Load it, which registers its operations."""
         self.schemas = torch.library.Library(NAMESPACE, "FRAGMENT")
-        for name in OPERATIONS:
+        for name in implemented():
             self.schemas.define(str(getattr(torch.ops.fastsam, name).default._schema).split("::", 1)[1])
         self.library = ctypes.CDLL(str(library))
         self.operations = getattr(torch.ops, NAMESPACE)
@@ -443,4 +451,7 @@ def _device_tables(tables: Any) -> dict[str, Tensor | None]:
 
 def operation_of(name: str) -> str:
     """The kernel's function, from its mangled name."""
-    return max((each for each in WRITES if f"{len(each)}{each}" in name), key=len)
+    found = [each for each in WRITES if f"{len(each)}{each}" in name]
+    if not found:
+        raise KeyError(f"WRITES has no row for {name}")
+    return max(found, key=len)
