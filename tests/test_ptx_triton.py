@@ -1,4 +1,9 @@
-"""The Triton half without a GPU: Triton's own launcher on a stub driver, and the PTX of the kernels interpreted."""
+"""The Triton half without a GPU: Triton's own launcher on a stub driver, and the PTX of the kernels interpreted.
+
+The bits are compared with those of the C++ library on the CPU, as in test_ptx_cuda.py, where the same environment names
+targets. `FASTSAM_PTX_ALL=1`: every rule in every format; without it every rule, and every format. `FASTSAM_PTX_TRITON`:
+folders of other Triton releases, separated as in PATH, with which this file is run again.
+"""
 
 import importlib.util
 import os
@@ -80,8 +85,10 @@ def pair(options, format, seed):
 
 EVERY = [(kernel, format) for kernel in UPDATES for format in FORMATS]
 # Triton compiles each as long as ten kernels of CUDA's, and all from one source: a rule, or a format, at a time.
-QUICK = [(kernel, PLAIN[0]) for kernel in UPDATES] + [("adam", format) for format in FORMATS]
-UPDATED = [pytest.param(*each, marks=[] if each in QUICK else pytest.mark.slow) for each in EVERY]
+QUICK = [("adam", format) for format in FORMATS] + [(kernel, PLAIN[0]) for kernel in UPDATES if kernel != "adam"]
+UPDATED, NORMED, POWERS = QUICK, [*PLAIN, MASTERS[0], STOCHASTIC[0], FORMATS[-1]], PLAIN[:1]
+if os.environ.get("FASTSAM_PTX_ALL") == "1":
+    UPDATED, NORMED, POWERS = EVERY, FORMATS, FORMATS
 
 
 @pytest.mark.parametrize(("kernel", "format"), UPDATED, ids=lambda x: label(x) if isinstance(x, tuple) else x)
@@ -96,10 +103,6 @@ def test_every_update_has_the_bits_of_the_cpu_library(make, check, kernel, forma
     check.same_updates(make, lambda i: pair(UPDATES[kernel], format, seed + i), kernel, situations, seed)
 
 
-SEVERAL = [*PLAIN, MASTERS[0], STOCHASTIC[0], FORMATS[-1]]
-NORMED = [pytest.param(each, marks=[] if each in SEVERAL else pytest.mark.slow) for each in FORMATS]
-
-
 @pytest.mark.parametrize("format", NORMED, ids=label)
 def test_every_norm_and_perturbation_has_the_bits_of_the_cpu_library(make, check, format):
     """As above, for every way to perturb; with norms to clip by, and one that is not finite."""
@@ -108,9 +111,7 @@ def test_every_norm_and_perturbation_has_the_bits_of_the_cpu_library(make, check
 
 
 @pytest.mark.parametrize("q", [1.0, 1.5])
-@pytest.mark.parametrize(
-    "format", [PLAIN[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FORMATS[1:])], ids=label
-)
+@pytest.mark.parametrize("format", POWERS, ids=label)
 def test_other_norms_are_near_those_of_the_cpu_library(make, check, format, q):
     """Their powers are not the same bits on any two backends."""
     check.near_norms((make(), native), pair(["sgd-nesterov-maximize", "sgd"], format, 3), q)
@@ -188,6 +189,6 @@ RELEASES = [each for each in os.environ.get("FASTSAM_PTX_TRITON", "").split(os.p
 def test_another_release(folder):
     paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), FASTSAM_PTX_TRITON="")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -39,6 +39,7 @@ CLIMBS = [
     (0.7, 0.0, ADAPTIVE),
     (0.5, 0.03, ADAPTIVE),
     (0.2, 0.0, DECAYS),
+    (0.4, 0.0, ADAPTIVE | DECAYS),
     (0.3, 0.01, ADAPTIVE | DECAYS),
     (0.0, 0.0, 0),
 ]

@@ -35,7 +35,7 @@ KERNELS = [
 def outcome(make: object, kernel: str) -> str:
     """What notices: a fault, a difference, an instruction that is none; "" if nothing does."""
     try:
-        mutants.check_kernel(Comparer(Tally("")), make, kernel, tests.UPDATED, tests.PERTURBED)  # type: ignore[arg-type]
+        mutants.check_kernel(Comparer(Tally("")), make, kernel, tests.UPDATED[0], tests.PERTURBED)  # type: ignore[arg-type]
     except Fault:
         return "fault"
     except AssertionError as error:
