@@ -66,8 +66,9 @@ def make(request, arch, tally):
     made, folder = [], request.config.cache.mkdir("ptx")
 
     def make(**options):
-        made.append(cuda.Library(arch, folder, **options))
-        return made[-1]
+        library = cuda.Library(arch, folder, **options)
+        made.extend([library] if "ptx" not in options else [])
+        return library
 
     yield make
     for library in made:
