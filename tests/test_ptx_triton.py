@@ -84,8 +84,10 @@ def pair(options, format, seed):
 # ---- Every kernel.
 
 EVERY = [(kernel, format) for kernel in UPDATES for format in FORMATS]
-# Triton compiles each as long as ten kernels of CUDA's, and all from one source: a rule, or a format, at a time.
-QUICK = [("adam", format) for format in FORMATS] + [(kernel, PLAIN[0]) for kernel in UPDATES if kernel != "adam"]
+# Triton compiles each as long as ten kernels of CUDA's, and all from one source: every rule without and with masters,
+# and every format.
+QUICK = [("adam", format) for format in FORMATS]
+QUICK += [(kernel, format) for format in (PLAIN[0], MASTERS[0]) for kernel in UPDATES if kernel != "adam"]
 UPDATED, NORMED, POWERS = QUICK, [*PLAIN, MASTERS[0], STOCHASTIC[0], FORMATS[-1]], PLAIN[:1]
 if os.environ.get("FASTSAM_PTX_ALL") == "1":
     UPDATED, NORMED, POWERS = EVERY, FORMATS, FORMATS
