@@ -24,6 +24,7 @@ import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.backends.nvidia import driver as nvidia  # type: ignore[import-untyped]
+from triton.compiler import CompiledKernel  # type: ignore[import-untyped]
 
 from fastsam import ops
 from fastsam.ops import reference
@@ -116,7 +117,9 @@ class StubDriver:
         """Leave Triton as it was."""
         self._forget()
         self.launched = self.error = None
-        gc.collect()  # kernels unload themselves by the driver of their time
+        for kernel in gc.get_objects():  # whoever holds one still, it shall not unload itself by another driver
+            if type(kernel) is CompiledKernel:
+                kernel.module = None
         vars(triton.runtime.driver).update(self.before)
         for each in self.patches:
             each.stop()
