@@ -4,6 +4,7 @@ import logging
 
 from fastsam import losses, methods, radius, schedules, when
 from fastsam.bases.lion import Lion
+from fastsam.joint import joint
 from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
 from fastsam.sam_step import SAMStep
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "asam_groups",
     "freeze_running_stats",
+    "joint",
     "losses",
     "methods",
     "norm_layers_only",
