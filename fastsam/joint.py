@@ -49,8 +49,8 @@ def joint(*optimizers: FusedSAM) -> Joint:
             `max_grad_norm`, `renormalize=True` and `when=by_grad_norm()`, which go by the gradients of one optimizer
             alone, a parameter in two of them, and an optimizer that is in a joint already.
 
-    Products that a method itself takes (those of GSAM, LookSAM and WSAM with `decoupled=False`) and SparseSAM's mask
-    are over its own parameters. A `radius` maps the common norm. `stats()` is that of each part.
+    What a method itself measures (the products of GSAM and LookSAM, SparseSAM's mask) is over its own parameters. A
+    `radius` maps the common norm. `stats()` is that of each part.
 
     Example:
         >>> matrices = FusedSAM(weights, Muon, lr=0.02, rho=0.05)

@@ -192,6 +192,22 @@ def test_overflow_under_a_grad_scaler(backend, device, bad_pass):
         assert not hasattr(holder, "found_inf") and not hasattr(holder, "grad_scale")
 
 
+def test_a_method_sees_that_nothing_climbed():
+    """WSAM adds a multiple of g2 - g1, which is no sharpness where another part's overflow kept all at w."""
+    model, plain = model_of(), model_of()
+    first, last = halves(model)
+    opt = fastsam.joint(methods.WSAM(first, lr=0.1), FusedSAM(last, lr=0.1))
+    backward(model, 0)
+    model[2].bias.grad[0] = math.inf
+    opt.first_step(zero_grad=True)
+    backward(model, 100)
+    opt.step()
+    backward(plain, 100)
+    torch.optim.SGD(plain[0].parameters(), lr=0.1).step()
+    for a, b in zip(first, plain[0].parameters(), strict=True):
+        assert_same(a, b)
+
+
 def test_a_scaled_run_is_the_unscaled_one():
     model, plain = model_of(), model_of()
     opt, expected = two(model), two(plain)
