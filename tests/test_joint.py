@@ -263,6 +263,21 @@ def test_its_checkpoint_is_that_of_one_optimizer():
         opt.state_dict()
 
 
+def test_distributed_checkpoints_take_it_for_one_optimizer():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, again = model_of(), model_of()
+    opt, resumed = two(model), two(again)
+    take(model, opt, 0)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    assert set(saved["state"]) == {name for name, _ in model.named_parameters()}
+    again.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(again, resumed, saved)
+    take(model, opt, 1)
+    take(again, resumed, 1)
+    assert weights(model) == weights(again)
+
+
 def test_copies_are_joint_optimizers_of_their_own():
     model = model_of()
     opt = two(model)
