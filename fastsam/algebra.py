@@ -117,11 +117,18 @@ class Algebra(SavedOptimizer):
     @property
     def climbed(self) -> Tensor:
         """[] bool: whether there was a perturbation in this step, or an overflow in the first pass was in its way."""
-        sums = next(iter(self._sam.buckets.sums.values()), None)
+        common = self._sam.common_sums
+        sums = next(iter((self._sam.buckets.sums if common is None else common).values()), None)
         return torch.ones((), dtype=torch.bool) if sums is None else sums.isfinite().all()
 
     def divide_by(self, divisor: Vector | Tensor) -> None:
         """In `ascent`: climb by e = rho d / |v| for a vector v, or by rho d / sqrt(s) for s [] float64."""
+        if self._sam.joint() is not None and isinstance(divisor, Tensor):
+            raise RuntimeError(
+                f"fastsam.joint: all optimizers climb under the norm that is common to them, but {type(self).__name__} "
+                "divides by a number of its own; leave it out of the joint, or give divide_by() a vector, whose "
+                "squares are added to the others'"
+            )
         self._sam.directions.divisor = divisor
 
     def base_state(self, name: str) -> Vector:

@@ -20,6 +20,10 @@ CLOSURE_RECIPE = (
     "gradients over micro-batches, do so within the closure: clear, then forward and backward of each of them"
 )
 
+NO_FIRST_GRADIENTS = (
+    f"FusedSAM: closure_calls=1 needs the gradients at w before step(closure), found none; {CLOSURE_RECIPE}"
+)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -103,6 +107,29 @@ class ClearingCheck:
         self.evidence = 0  # marks found again, in the looks without a gap up to now
         self.watched: list[Tensor] = []  # the parameters whose gradients were marked last, the smallest first
         self.ways: dict[int, Way] = {}  # in which these changed, by id
+
+    def call_again(self, closure: Callable[[], Any], params: Callable[[], Iterable[Tensor]]) -> Any:
+        """The second call; what the closure returns.
+
+        Args:
+            closure: the user's.
+            params: gives all parameters.
+
+        Raises:
+            RuntimeError: it adds the second gradient to the first.
+        """
+        marked = self.mark(params)
+        try:
+            loss = call(closure)
+        except BaseException:
+            self.put_back(marked)
+            raise
+        if self.adds(marked):
+            raise RuntimeError(
+                "FusedSAM: the closure does not clear the gradients, so the second pass would add to the first: "
+                f"{CLOSURE_RECIPE}"
+            )
+        return loss
 
     def mark(self, params: Callable[[], Iterable[Tensor]]) -> list[_Marked]:
         """Before the second call: note how gradients are, and mark them if this step is to be looked at.

@@ -35,7 +35,7 @@ from fastsam.checks import (
 from fastsam.closures import OnePass, call, detached, entry
 from fastsam.memory.placing import check_duplicates, check_param, is_unused
 from fastsam.ops.formats import Precision
-from fastsam.passes import ADDED_GRADIENTS, Passes
+from fastsam.passes import ADDED_GRADIENTS, CALLED_TWICE, CLOSURE_UNDER_SCALER, NO_FIRST_STEP, Passes
 from fastsam.progress import BASE, CLEAN, PAUSED, PERTURBED, SAM
 from fastsam.radius import Radius
 from fastsam.when import When, as_when
@@ -232,11 +232,7 @@ class FusedSAM(Passes):
         loss = None
         try:
             if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-                raise RuntimeError(
-                    "FusedSAM: scaler.step(optimizer, closure) cannot unscale the closure's gradients. Call "
-                    "scaler.scale(loss).backward(); optimizer.first_step(zero_grad=True), then "
-                    "scaler.scale(loss2).backward(); scaler.step(optimizer); scaler.update()"
-                )
+                raise RuntimeError(CLOSURE_UNDER_SCALER)
             if sam.phase == PERTURBED:
                 loss = call(closure)
             elif self.closure_calls == 1:
@@ -249,7 +245,12 @@ class FusedSAM(Passes):
                 loss = call(closure)  # gradient at w
                 if self.begin_step():
                     self._perturb()  # w <- w + e
-                    sam.losses = detached(loss), detached(self._call_again(closure))  # gradient at w + e
+                    sam.losses = (
+                        detached(loss),
+                        detached(
+                            sam.clearing.call_again(closure, self._params)  # gradient at w + e
+                        ),
+                    )
             self._update()  # w <- base step from the old w with that gradient
         except BaseException:
             self._leave_perturbed()
@@ -275,11 +276,7 @@ class FusedSAM(Passes):
             sam.turn = BASE
             self._update()
         elif any(p.grad is not None for p in self._params()):
-            raise RuntimeError(
-                "FusedSAM: step() needs a closure, or first_step() before it: SAM takes two gradients a step. Call "
-                "first_step(zero_grad=True) after the first backward and step() after the second, or step(closure), or "
-                "base_step() for a plain step of the base optimizer"
-            )
+            raise RuntimeError(NO_FIRST_STEP)
 
     @entry
     def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> bool:
@@ -309,10 +306,7 @@ class FusedSAM(Passes):
         if sam.one_pass is not None:  # asked again
             return False
         if sam.phase == PERTURBED:
-            warnings.warn(
-                "FusedSAM: first_step() was called twice without a step() between; the weights are restored first",
-                stacklevel=3,
-            )
+            warnings.warn(CALLED_TWICE, stacklevel=3)
             self._leave_perturbed()
         two_passes = self.begin_step()
         self._note_scale(scaler)

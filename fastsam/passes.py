@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from fastsam.algebra import Algebra
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
-from fastsam.closures import CLOSURE_RECIPE, call, entry
-from fastsam.memory.buckets import Buckets, Steer
+from fastsam.closures import NO_FIRST_GRADIENTS, entry
+from fastsam.memory.buckets import Buckets, Measured, Steer
 from fastsam.ops.tables import Gradients
 from fastsam.progress import CLEAN, PERTURBED, SAM
 from fastsam.scaling import RECIPE as SCALER_RECIPE
@@ -27,6 +27,17 @@ ADDED_GRADIENTS = (
     "FusedSAM: a second backward pass added to the gradients of a step that has one pass. first_step() says whether "
     "there is to be a second one: `if optimizer.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, then "
     "optimizer.step()"
+)
+CALLED_TWICE = "FusedSAM: first_step() was called twice without a step() between; the weights are restored first"
+CLOSURE_UNDER_SCALER = (
+    "FusedSAM: scaler.step(optimizer, closure) cannot unscale the closure's gradients. Call "
+    "scaler.scale(loss).backward(); optimizer.first_step(zero_grad=True), then "
+    "scaler.scale(loss2).backward(); scaler.step(optimizer); scaler.update()"
+)
+NO_FIRST_STEP = (
+    "FusedSAM: step() needs a closure, or first_step() before it: SAM takes two gradients a step. Call "
+    "first_step(zero_grad=True) after the first backward and step() after the second, or step(closure), or "
+    "base_step() for a plain step of the base optimizer"
 )
 
 
@@ -64,13 +75,29 @@ class Passes(Steering):
         return buckets
 
     def _perturb(self) -> None:
+        self._sam.require_own_norm()
+        self._begin_ascent().perturb(
+            self._steer_ascent if self._steers_ascent() else None, None if self.radius is None else self._map_sums
+        )
+        torch.clear_autocast_cache()
+
+    def _begin_ascent(self) -> Buckets:
         sam = self._sam
         sam.require_running()
         buckets = self._sync()
-        sam.phase = PERTURBED
-        buckets.perturb(
-            self._steer_ascent if self._steers_ascent() else None, None if self.radius is None else self._map_sums
-        )
+        sam.phase, sam.common_sums = PERTURBED, None
+        return buckets
+
+    # The two halves of `_perturb`, for several optimizers under one norm: first all measure, then all climb.
+
+    def _measure(self) -> Measured:
+        buckets = self._begin_ascent()
+        buckets.begin_ascent()
+        return buckets.measure(self._steer_ascent if self._steers_ascent() else None)
+
+    def _climb(self, measured: Measured, sums: Mapping[torch.device, Tensor]) -> None:
+        self._sam.common_sums = sums
+        self._sam.buckets.climb(*measured, sums if self.radius is None else self._map_sums(sums))
         torch.clear_autocast_cache()
 
     @entry
@@ -237,25 +264,7 @@ class Passes(Steering):
 
     def _require_gradients(self) -> None:
         if all(p.grad is None for p in self._params()):
-            raise RuntimeError(
-                f"FusedSAM: closure_calls=1 needs the gradients at w before step(closure), found none; {CLOSURE_RECIPE}"
-            )
-
-    def _call_again(self, closure: Callable[[], Any]) -> Any:
-        """The second call; refuses closures that add the second gradient to the first."""
-        clearing = self._sam.clearing
-        marked = clearing.mark(self._params)
-        try:
-            loss = call(closure)
-        except BaseException:
-            clearing.put_back(marked)
-            raise
-        if clearing.adds(marked):
-            raise RuntimeError(
-                "FusedSAM: the closure does not clear the gradients, so the second pass would add to the first: "
-                f"{CLOSURE_RECIPE}"
-            )
-        return loss
+            raise RuntimeError(NO_FIRST_GRADIENTS)
 
     def _warn_without_gradients(self, grads: list[Any]) -> None:
         sam = self._sam

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsam.closures import ClearingCheck, OnePass
@@ -34,6 +36,8 @@ class Progress:
         loss_scale: what the gradients at w are multiplied by.
         first_scaled: whether `first_step` was told so.
         scaling: the loss scale and the overflow flag of the update that is being made.
+        common_sums: what stood for the sums of squares in the last climb under a norm with other optimizers.
+        joint: a weak reference to the `fastsam.joint` that this optimizer is in, or what gives None.
         first_squares: [] float64, the squared length of the gradients at w, where it is needed later.
     """
 
@@ -55,6 +59,8 @@ class Progress:
         self.first_scaled = False
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         self.first_squares: Tensor | None = None
+        self.common_sums: Mapping[torch.device, Tensor] | None = None
+        self.joint: Callable[[], object | None] = lambda: None
 
     def require_clean(self, what: str) -> None:
         """Refuse what needs the unperturbed weights.
@@ -66,6 +72,18 @@ class Progress:
             raise RuntimeError(
                 f"FusedSAM: {what} needs the unperturbed weights, but the step is between its two passes. Finish it "
                 "with step(), undo it with restore(), or use `with optimizer.unperturbed():`"
+            )
+
+    def require_own_norm(self) -> None:
+        """Refuse to climb alone in a joint, whose perturbation is one over all its optimizers.
+
+        Raises:
+            RuntimeError: the optimizer is in a joint.
+        """
+        if self.joint() is not None:
+            raise RuntimeError(
+                "fastsam.joint: this optimizer shares its norm with others, so that only all can climb together: call "
+                "first_step() or step(closure) of the joint optimizer, or drop that (del) to use this one alone"
             )
 
     def require_running(self) -> None:

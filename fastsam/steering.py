@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastsam.algebra import Algebra
 from fastsam.closures import OnePass, entry
@@ -120,10 +121,15 @@ class Steering(Algebra):
 
     # What training loops of our own ask for.
 
-    def _note_scale(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Note what the gradients at w are multiplied by, where somebody says so."""
+    def _note_scale(self, scaler: torch.amp.GradScaler | None, known_as: Optimizer | None = None) -> None:
+        """Note what the gradients at w are multiplied by, where somebody says so.
+
+        Args:
+            scaler: the GradScaler of the loss.
+            known_as: the optimizer that `scaler.unscale_` is called with; this one by default.
+        """
         if scaler is not None:
-            self._sam.loss_scale, self._sam.first_scaled = scale_of(scaler, self), True
+            self._sam.loss_scale, self._sam.first_scaled = scale_of(scaler, known_as or self), True
 
     @entry
     def _take_direction(self) -> list[tuple[Tensor, Tensor]]:

@@ -23,6 +23,7 @@ Steer: TypeAlias = Callable[[Sequence[Gradients]], Sequence[Gradients]]
 SteerAscent: TypeAlias = Callable[
     [Sequence[Gradients]], tuple[Sequence[Gradients], Tensor | Sequence[Gradients] | None]
 ]
+Measured: TypeAlias = tuple[Sequence[Gradients], Sequence[Gradients]]  # as read, and what is climbed along
 MapSums: TypeAlias = Callable[[Mapping[torch.device, Tensor]], Mapping[torch.device, Tensor]]
 
 
@@ -168,6 +169,13 @@ class Buckets(Grouping):
             for bucket, (grads, written) in zip(self.items, found, strict=True)
         ]
 
+    def begin_ascent(self) -> None:
+        """Before the first pass: what is done whichever way it takes."""
+        if self.known_entries is not None and self._has_masters():
+            self.sync_state()
+        self.refresh_masters()
+        self.weight_watch.begin()
+
     def perturb(
         self,
         steer: SteerAscent | None = None,
@@ -182,16 +190,20 @@ class Buckets(Grouping):
             map_sums: gives what `perturb_` is to take for the sums of squares.
             instead: gives what is taken for the gradients.
         """
-        if self.known_entries is not None and self._has_masters():
-            self.sync_state()
-        self.refresh_masters()
-        self.weight_watch.begin()
+        self.begin_ascent()
         plain = steer is None and map_sums is None and instead is None
         if plain and (ran := self.run_pass(ascent=True)) is not None:
             for bucket, grads, written in ran:
                 bucket.note_perturbation(grads, written)
             self.weight_watch.remember()
             return
+        read, along = self.measure(steer, instead)
+        self.climb(read, along, self.sums if map_sums is None else map_sums(self.sums))
+
+    def measure(
+        self, steer: SteerAscent | None = None, instead: Callable[[], list[Gradients]] | None = None
+    ) -> Measured:
+        """The first half of `perturb`, up to the sums of squares in `sums`; the weights are as they were."""
         read = self.gather(ascent=True)
         if instead is not None:
             read = instead()
@@ -206,7 +218,16 @@ class Buckets(Grouping):
                 with bucket.reading(measured):
                     bucket.backend.operations.grad_norm(bucket.tables, measured, self.sums[bucket.tables.device])
             self._share_sums(self.sums)
-        sums = self.sums if map_sums is None else map_sums(self.sums)
+        return read, along
+
+    def climb(self, read: Sequence[Gradients], along: Sequence[Gradients], sums: Mapping[torch.device, Tensor]) -> None:
+        """The second half of `perturb`: backup and perturbation.
+
+        Args:
+            read: the gradients that `measure` found.
+            along: the directions that it gave.
+            sums: [n] float64 on each device, the sums of squares; those of other optimizers may be among them.
+        """
         try:
             for bucket, grads, direction in zip(self.items, read, along, strict=True):
                 bucket.perturb(grads, sums[bucket.tables.device], direction)

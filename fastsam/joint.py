@@ -1,0 +1,469 @@
+"""Several FusedSAM optimizers under one norm: one perturbation of length rho over the parameters of all of them."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastsam.bases.rules import lr_is_zero
+from fastsam.closures import NO_FIRST_GRADIENTS, ClearingCheck, call, detached, entry
+from fastsam.methods.msam import MSAM
+from fastsam.methods.preconditioned import PreconditionedSAM
+from fastsam.optimizer import FusedSAM
+from fastsam.passes import CALLED_TWICE, CLOSURE_UNDER_SCALER, NO_FIRST_STEP, Passes
+from fastsam.scaling import ATTRIBUTES, forget_scaler
+
+APART = {
+    MSAM: "it perturbs along the momentum after its step and takes no gradients for it",
+    PreconditionedSAM: "it divides by a number of its own, <P g1, g1>, and not by a norm that can be added up",
+}
+
+
+def joint(*optimizers: FusedSAM) -> Joint:
+    r"""Bring several FusedSAM optimizers under one norm, as one optimizer.
+
+    SAM's perturbation has length rho over all parameters. Where these are shared out, as for Muon beside AdamW or the
+    parts of a pipeline, optimizers on their own would each climb by rho. Here the e of each is
+
+        e_i = rho_i g_i / (sqrt(sum_j ||g_j||^2) + 1e-12)
+
+    which is what one FusedSAM over all the groups climbs by. The norms are added on the device; nothing waits.
+
+    Args:
+        *optimizers: two or more. They may differ in base optimizer, method, groups, devices and dtypes. From here on
+            steps are the joint's: `first_step` and `step(closure)` of its parts refuse for as long as it lives.
+
+    Returns:
+        A torch optimizer with the methods of FusedSAM. Its `param_groups` and `state` are those of the parts, so a
+        scheduler or a GradScaler is given this one object; a scheduler on one of the parts works as well.
+
+    Raises:
+        ValueError: what cannot be joint: another p or closure_calls than the first one's, MSAM and PreconditionedSAM,
+            `max_grad_norm`, `renormalize=True` and `when=by_grad_norm()`, which go by the gradients of one optimizer
+            alone, a parameter in two of them, and an optimizer that is in a joint already.
+
+    What a method itself measures (the products of GSAM and LookSAM, SparseSAM's mask) is over its own parameters. A
+    `radius` maps the common norm. `stats()` is that of each part.
+
+    Example:
+        >>> matrices = FusedSAM(weights, Muon, lr=0.02, rho=0.05)
+        >>> others = FusedSAM(rest, "adamw", lr=3e-4, rho=0.05)
+        >>> optimizer = fastsam.joint(matrices, others)
+        >>> loss_fn(model(x), y).backward(); optimizer.first_step(zero_grad=True)
+        >>> loss_fn(model(x), y).backward(); optimizer.step()
+    """
+    return Joint(*optimizers)
+
+
+class Joint(Optimizer):
+    """What `fastsam.joint` returns.
+
+    Attributes:
+        optimizers: its parts, in the order in which they were given.
+    """
+
+    optimizers: tuple[FusedSAM, ...]
+    _step_supports_amp_scaling = True
+
+    profile_hook_step = staticmethod(Passes.profile_hook_step)
+
+    def __init__(self, *optimizers: FusedSAM) -> None:
+        """See `joint`."""
+        check_parts(optimizers)
+        # Optimizer's constructor would make groups and a state of its own; this makes the places of its hooks alone.
+        self.__setstate__({"optimizers": optimizers, "defaults": _common_defaults(optimizers)})
+
+    # What it is made of.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parts; the dicts are theirs, so what is written there counts."""
+        return [group for part in self.optimizers for group in part.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        counts = [len(part.param_groups) for part in self.optimizers]
+        if len(groups) != sum(counts):
+            raise ValueError(f"fastsam.joint: there must be {sum(counts)} parameter groups, got {len(groups)}")
+        for part, count in zip(self.optimizers, counts, strict=True):
+            part.param_groups, groups = list(groups[:count]), groups[count:]
+
+    @property
+    def state(self) -> JointState:  # type: ignore[override]
+        """The state of all parts."""
+        return JointState(self.optimizers)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: nothing says which part a group is for.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "fastsam.joint: a group must be added to one of the optimizers, joint.optimizers[i].add_param_group(...)"
+        )
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    # The step.
+
+    @entry
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one SAM step, or finish the one that `first_step` began; as `FusedSAM.step`.
+
+        Every part steps by its own `step()`, so hooks and schedulers of the parts see it, too.
+        """
+        if closure is None or self._one_pass_begun:
+            return self._step_without_closure()
+        loss = None
+        try:
+            if any(getattr(self, name, None) is not None for name in ATTRIBUTES):
+                raise RuntimeError(CLOSURE_UNDER_SCALER)
+            if self.perturbed:
+                loss = call(closure)
+            elif self.optimizers[0].closure_calls == 1:
+                if all(p.grad is None for p in self._params()):
+                    raise RuntimeError(NO_FIRST_GRADIENTS)
+                if self.begin_step():
+                    self._perturb()
+                    self.zero_grad()
+                    loss = call(closure)
+            else:
+                loss = call(closure)  # gradient at w
+                if self.begin_step():
+                    self._perturb()  # w <- w + e
+                    again = self._clearing.call_again(closure, self._params)  # gradient at w + e
+                    for part in self.optimizers:
+                        part._sam.losses = detached(loss), detached(again)
+            self._update()
+        except BaseException:
+            self._leave_perturbed()
+            raise
+        return loss
+
+    def _step_without_closure(self) -> None:
+        begun = self.perturbed or self._one_pass_begun or any(part._sam.begun for part in self.optimizers)
+        if not begun and not all(lr_is_zero(group) for group in self.param_groups):
+            if any(p.grad is not None for p in self._params()):
+                raise RuntimeError(NO_FIRST_STEP)
+            return
+        try:
+            self._update()
+        except BaseException:
+            self._leave_perturbed()
+            raise
+
+    @property
+    def _one_pass_begun(self) -> bool:
+        return any(part._sam.one_pass is not None for part in self.optimizers)
+
+    def _perturb(self) -> None:
+        """First all measure, then all climb."""
+        check_same(self.optimizers, "p")
+        measured = [part._measure() for part in self.optimizers]
+        sums = _common_sums(self.optimizers)
+        for part, own in zip(self.optimizers, measured, strict=True):
+            part._climb(own, sums)
+
+    def _update(self) -> None:
+        """Let every part restore and step, with what a GradScaler said of all gradients."""
+        said = {name: getattr(self, name) for name in ATTRIBUTES if hasattr(self, name)}
+        for part in self.optimizers:
+            vars(part).update(said)
+            try:
+                part.step()
+            finally:
+                forget_scaler(part)
+
+    def _leave_perturbed(self) -> None:
+        self._in_all(FusedSAM._leave_perturbed)
+
+    def _in_all(self, what: Callable[[FusedSAM], None]) -> None:
+        """Do something in all parts, whatever fails in one of them."""
+        with ExitStack() as stack:
+            for part in reversed(self.optimizers):
+                stack.callback(what, part)
+
+    @entry
+    def begin_step(self) -> bool:
+        """Begin a step before its first pass; whether it has a second one. As `FusedSAM.begin_step`.
+
+        Raises:
+            RuntimeError: some parts take two passes in this step and others one.
+        """
+        answers = [part.begin_step() for part in self.optimizers]
+        if any(answers) != all(answers):
+            self.restore()
+            named = ", ".join(
+                f"{_name(part, i)} {2 if two else 1}"
+                for i, (part, two) in enumerate(zip(self.optimizers, answers, strict=True))
+            )
+            raise RuntimeError(
+                f"fastsam.joint: all optimizers must take the same number of passes in a step, got {named}; give all "
+                "of them the same when= (and, of one method, the same options), and load checkpoints into the joint"
+            )
+        return all(answers)
+
+    @entry
+    def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Climb from w to w + e in all parts; as `FusedSAM.first_step`."""
+        if self._one_pass_begun:  # asked again
+            return False
+        if self.perturbed:
+            warnings.warn(CALLED_TWICE, stacklevel=3)
+            self._leave_perturbed()
+        two_passes = self.begin_step()
+        for part in self.optimizers:
+            part._note_scale(scaler, known_as=self)
+        if not two_passes:
+            for part in self.optimizers:
+                part.first_step()
+            return False
+        try:
+            self._perturb()
+        except BaseException:
+            self._leave_perturbed()
+            raise
+        if zero_grad:
+            self.zero_grad()
+        return True
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Finish the step: the same as `step()`.
+
+        Args:
+            zero_grad: set the gradients to None afterwards.
+        """
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def base_step(self) -> None:
+        """Take a plain step of every base optimizer with the gradients that are there.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        for part in self.optimizers:
+            part._sam.require_clean("base_step()")
+        for part in self.optimizers:
+            part.base_step()
+
+    def restore(self) -> None:
+        """Bring the weights of all parts back, bit for bit, without an update."""
+        self._in_all(FusedSAM.restore)
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Within the block the weights are the old ones; as `FusedSAM.unperturbed`."""
+        with ExitStack() as stack:
+            for part in self.optimizers:
+                stack.enter_context(part.unperturbed())
+            yield
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are w + e."""
+        return any(part.perturbed for part in self.optimizers)
+
+    def prepare(self) -> None:
+        """Allocate what a step needs, in all parts; as `FusedSAM.prepare`."""
+        for part in self.optimizers:
+            part.prepare()
+
+    def refresh(self) -> None:
+        """Take over changed weights and values of the groups, in all parts; as `FusedSAM.refresh`."""
+        for part in self.optimizers:
+            part.refresh()
+
+    def check_capture(self) -> None:
+        """Check that a captured step will read today's gradients; as `FusedSAM.check_capture`."""
+        for part in self.optimizers:
+            part.check_capture()
+
+    # What is saved.
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of one optimizer with the groups of all parts, in order; it loads into a FusedSAM with these, too.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        out: dict[str, Any] = {"state": {}, "param_groups": []}
+        first = 0
+        for part in self.optimizers:
+            own = part.state_dict()
+            out["state"].update({first + key: value for key, value in own["state"].items()})
+            out["param_groups"] += [
+                {**group, "params": [first + key for key in group["params"]]} for group in own["param_groups"]
+            ]
+            first += sum(len(group["params"]) for group in own["param_groups"])
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, out)
+            out = out if changed is None else changed
+        return out
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of such a joint, or of one optimizer with the groups of all parts.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: it has other groups; nothing was loaded then.
+        """
+        for part in self.optimizers:
+            part._sam.require_clean("load_state_dict()")
+        given = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, given)
+            given = given if changed is None else changed
+        groups = list(given["param_groups"])
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if (found := [len(group["params"]) for group in groups]) != sizes:
+            raise ValueError(
+                f"fastsam.joint: the checkpoint must have parameter groups of {sizes} parameters, as the optimizers "
+                f"have in the order in which joint() was given them, got {found}"
+            )
+        for part in self.optimizers:
+            own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
+            keys = {key for group in own for key in group["params"]}
+            state = {key: value for key, value in given["state"].items() if key in keys}
+            part.load_state_dict({**given, "state": state, "param_groups": own})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and deep-copied: the parts."""
+        return {"optimizers": self.optimizers, "defaults": self.defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the parts over, from the constructor, a pickle or a deep copy."""
+        super().__setstate__(state)
+        self._clearing = ClearingCheck()
+        for part in self.optimizers:
+            part._sam.joint = weakref.ref(self)
+
+    def __repr__(self) -> str:
+        """The parts, one after the other."""
+        return "\n".join(f"{_name(part, i)}: {part!r}" for i, part in enumerate(self.optimizers))
+
+
+class JointState(MutableMapping[Tensor, Any]):
+    """`optimizer.state` of a joint: for each parameter that of the part whose it is."""
+
+    def __init__(self, optimizers: Sequence[FusedSAM]) -> None:
+        """Of these optimizers."""
+        self._optimizers = optimizers
+
+    def _of(self, param: Tensor) -> MutableMapping[Tensor, Any]:
+        for part in self._optimizers:
+            if param in part.state or any(param is own for own in part._params()):
+                return part.state
+        raise KeyError(param)
+
+    def __getitem__(self, param: Tensor) -> Any:
+        """As torch's: an entry that is not there yet is made."""
+        return self._of(param)[param]
+
+    def __setitem__(self, param: Tensor, value: Any) -> None:
+        """Replace an entry."""
+        self._of(param)[param] = value
+
+    def __delitem__(self, param: Tensor) -> None:
+        """Remove an entry."""
+        del self._of(param)[param]
+
+    def __contains__(self, param: object) -> bool:
+        """Whether there is an entry; none is made."""
+        return any(param in part.state for part in self._optimizers)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The parameters that have an entry."""
+        return (param for part in self._optimizers for param in part.state)
+
+    def __len__(self) -> int:
+        """How many have one."""
+        return sum(len(part.state) for part in self._optimizers)
+
+
+def _common_sums(optimizers: Sequence[FusedSAM]) -> Mapping[torch.device, Tensor]:
+    """[n] float64 on each device: the sums of squares of all buckets of all optimizers, in order.
+
+    One FusedSAM with the same buckets has the same numbers in the same order, so the norm has the same bits; also
+    where p is not 2, as norms are then taken of the buckets' norms. Optimizers whose parameters would share a bucket
+    have two sums instead of one, and the norm may differ from that in its last bit.
+    """
+    parts = [part._sam.buckets.sums for part in optimizers if part._sam.buckets.sums]
+    common = {}
+    for device in {device for sums in parts for device in sums}:
+        own = [sums[device] if device in sums else next(iter(sums.values())) for sums in parts]
+        common[device] = torch.cat([one.to(device, non_blocking=device.type == "cuda") for one in own])
+    return common
+
+
+def _common_defaults(optimizers: Sequence[FusedSAM]) -> dict[str, Any]:
+    """What all parts have a default of; schedulers look there for `momentum` and `betas`."""
+    first, *others = (part.defaults for part in optimizers)
+    return {key: value for key, value in first.items() if all(key in other for other in others)}
+
+
+def _name(part: object, place: int) -> str:
+    return f"optimizer {place} ({type(part).__name__})"
+
+
+def check_same(optimizers: Sequence[FusedSAM], option: str) -> None:
+    """Refuse optimizers that differ in an option."""
+    values = [getattr(part, option) for part in optimizers]
+    for i, (part, value) in enumerate(zip(optimizers, values, strict=True)):
+        if value != values[0]:
+            raise ValueError(
+                f"fastsam.joint: {option} must be the same in all optimizers, got {values[0]!r} in "
+                f"{_name(optimizers[0], 0)} and {value!r} in {_name(part, i)}"
+            )
+
+
+def check_parts(optimizers: Sequence[FusedSAM]) -> None:
+    """Refuse what cannot be under one norm; see `joint`."""
+    if len(optimizers) < 2:
+        raise ValueError(f"fastsam.joint: it takes two or more FusedSAM optimizers, got {len(optimizers)}")
+    owners: dict[int, int] = {}
+    for i, part in enumerate(optimizers):
+        name = _name(part, i)
+        if not isinstance(part, FusedSAM):
+            raise ValueError(
+                f"fastsam.joint: all must be FusedSAM optimizers, got {name}; wrap it, FusedSAM(None, optimizer), with "
+                "perturb=False if its weights are not to be perturbed"
+            )
+        for cls, reason in APART.items():
+            if isinstance(part, cls):
+                raise ValueError(f"fastsam.joint: {name} cannot be joint: {reason}; leave it out")
+        part._sam.require_clean("fastsam.joint()")
+        if part._sam.joint() is not None or any(part is other for other in optimizers[:i]):
+            raise ValueError(f"fastsam.joint: {name} is joint already; an optimizer can be in one joint, once")
+        if part.max_grad_norm is not None:
+            raise ValueError(
+                f"fastsam.joint: {name} has max_grad_norm={part.max_grad_norm!r}, which would clip to the norm of its "
+                "own gradients; leave it out and call torch.nn.utils.clip_grad_norm_ after the second backward pass"
+            )
+        if part.renormalize or part._measures():
+            option = "renormalize=True" if part.renormalize else f"when={part.when!r}"
+            raise ValueError(
+                f"fastsam.joint: {name} has {option}, which goes by the length of its own gradients alone; leave it out"
+            )
+        for param in part._params():
+            if (other := owners.setdefault(id(param), i)) != i:
+                raise ValueError(
+                    f"fastsam.joint: a parameter of shape {list(param.shape)} is in {_name(optimizers[other], other)} "
+                    f"and in {name}; each may be in one of them only"
+                )
+    for option in ("p", "closure_calls"):
+        check_same(optimizers, option)
