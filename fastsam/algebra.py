@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsam.memory.directions import Products, Vector
-from fastsam.radius import number_on
+from fastsam.ops.numbers import number_on
 from fastsam.saving import SavedOptimizer
 
 

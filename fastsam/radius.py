@@ -8,15 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-
-def number_on(device: torch.device, value: float | Tensor) -> Tensor:
-    """[] float64: a number on a device, without a copy that the host would wait for."""
-    if isinstance(value, Tensor):
-        return value.to(device, torch.float64, non_blocking=True)
-    return torch.full((), value, dtype=torch.float64, device=device)
+from fastsam.ops.numbers import number_on
 
 
 class Radius:

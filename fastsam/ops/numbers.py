@@ -13,6 +13,13 @@ STEP_BITS = 24  # a float32 step count is exact up to 2^24
 PHILOX_ROUNDS = 7  # the fewest that pass the tests of its authors
 
 
+def number_on(device: torch.device, value: float | Tensor) -> Tensor:
+    """[] float64: a number on a device, without a copy that the host would wait for."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
 def widen(x: Tensor) -> Tensor:
     """What is computed in: float32 for lower precision, else the tensor's own dtype."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
