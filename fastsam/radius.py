@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from fastsam.ops.numbers import number_on
+from fastsam.ops import numbers
 
 
 class Radius:
@@ -38,7 +39,7 @@ class Radius:
             rho: the radius of the groups.
         """
         n = squares.sqrt()
-        length = number_on(n.device, self.length(n / loss_scale, rho))
+        length = numbers.number_on(n.device, self.length(n / loss_scale, rho))
         mapped = (rho * n / length).square()
         return torch.where(mapped.isfinite(), mapped, squares)
 
