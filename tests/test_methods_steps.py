@@ -431,6 +431,58 @@ def test_options_out_of_range(build_one, message):
         build_one([Parameter(torch.ones(2))])
 
 
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_msam_keeps_weights_that_were_loaded(precision, model_first, backend, device):
+    """In the same process, too, where its weights are perturbed when the checkpoint is loaded."""
+    dtype, options = PRECISIONS[precision]
+    model = torch.nn.Linear(5, 3).to(device, dtype)
+    optimizer = methods.MSAM(model.parameters(), "sgd", 0.5, lr=0.1, momentum=0.9, backend=backend, **options)
+
+    def train(steps):
+        for t in range(steps):
+            for p, g in gradient_at(list(model.parameters()), t, 1).items():
+                p.grad = g
+            optimizer.step()
+
+    train(2)
+    optimizer.eval()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    optimizer.train()
+    train(3)
+    expected = [p.detach().clone() for p in model.parameters()]
+    train(2)
+    if model_first:
+        model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    if not model_first:
+        model.load_state_dict(saved[0])
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), saved[0].values(), strict=True))
+    optimizer.train()
+    train(3)
+    for p, q in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p, q)
+    model.load_state_dict(saved[0])  # alone: a step goes on from there
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.eval()
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), saved[0].values(), strict=True))
+
+
+def test_msam_keeps_its_mode_in_an_unperturbed_block(backend, device):
+    param = Parameter(torch.tensor([1.0, -2.0], device=device))
+    optimizer = methods.MSAM([param], "sgd", 0.5, lr=0.1, momentum=0.9, backend=backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with optimizer.unperturbed(), pytest.raises(RuntimeError, match="leave the `with"):
+        optimizer.eval()
+    optimizer.eval()
+    torch.testing.assert_close(param.detach().cpu(), torch.tensor([0.9, -2.1]))
+
+
 def test_msam_says_what_to_do(backend, device):
     param = Parameter(torch.tensor([1.0, -2.0], device=device))
     optimizer = methods.MSAM([param], "sgd", 0.5, lr=0.1, momentum=0.9, backend=backend)
