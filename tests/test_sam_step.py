@@ -326,6 +326,22 @@ def test_autocast_and_scaler_are_those_of_a_loop_by_hand(backend, device):
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("cls", [fastsam.FusedSAM, methods.VaSSO])
+def test_a_disabled_scaler_is_none(cls):
+    """Loops keep one for precisions that need no scaling."""
+    model = network(norm=False)
+    twin = copy.deepcopy(model)
+    steps = [
+        SAMStep(m, cls(m.parameters(), "sgd", 0.1, lr=0.1), F.cross_entropy, scaler=scaler, same_rng=False)
+        for m, scaler in ((model, torch.amp.GradScaler("cpu", enabled=False)), (twin, None))
+    ]
+    for t in range(2):
+        for step in steps:
+            torch.manual_seed(t)
+            step(*batch(t))
+    assert_same(model, twin)
+
+
 def test_forward_and_backward_of_the_users_own():
     """Two losses with a backward pass each, over micro-batches."""
     model, twin = network(dropout=0.0, norm=False).double(), None
