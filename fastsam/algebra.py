@@ -44,7 +44,11 @@ class Algebra(SavedOptimizer):
         return True
 
     def ascent(self, g1: Vector) -> Vector:
-        """The direction to climb along, in place of the gradients at w."""
+        """The direction to climb along, in place of the gradients at w.
+
+        Groups with `perturb=False` do not climb, whatever it says; where `descent` is overridden, too, g1 has their
+        gradients all the same, for that to step with.
+        """
         return g1
 
     def descent(self, g2: Vector) -> Vector:
@@ -114,9 +118,17 @@ class Algebra(SavedOptimizer):
         """<a,a>, [] float64."""
         return self._sam.directions.dot(a, None).aa
 
+    def in_perturbed_groups(self, vector: Vector) -> Vector:
+        """A vector of this pass without what it has in groups with `perturb=False`."""
+        directions = self._sam.directions
+        return directions.in_perturbed_groups(vector) if self._sam.buckets.skips_any() else vector
+
     @property
     def climbed(self) -> Tensor:
-        """[] bool: whether there was a perturbation in this step, or an overflow in the first pass was in its way."""
+        """[] bool: whether there was a perturbation in this step, or an overflow in the first pass was in its way.
+
+        That of the gradients in groups that are perturbed; with p = inf nothing is.
+        """
         sums = next(iter(self._sam.buckets.sums.values()), None)
         return torch.ones((), dtype=torch.bool) if sums is None else sums.isfinite().all()
 

@@ -55,13 +55,19 @@ class Steering(Algebra):
         self, grads: Sequence[Gradients]
     ) -> tuple[Sequence[Gradients], Tensor | Sequence[Gradients] | None]:
         sam = self._sam
-        g1 = sam.directions.begin(grads)
+        measures = self.renormalize or self._measures()
+        reads_all = sam.buckets.skips_any() and (measures or type(self).descent is not Algebra.descent)
+        g1 = sam.directions.begin(sam.buckets.gather_all() if reads_all else grads)
         sam.directions.divisor = None
-        if self.renormalize or self._measures():
+        if measures:
             sam.first_squares = self.squared_norm(g1)
-        along = sam.directions.here(self.ascent(g1))
+        along = self.ascent(g1)
         divisor, sam.directions.divisor = sam.directions.divisor, None  # it may hold the gradients
-        return along, sam.directions.here(divisor) if isinstance(divisor, Vector) else divisor
+        here = self._in_perturbed_groups if reads_all else sam.directions.here
+        return here(along), here(divisor) if isinstance(divisor, Vector) else divisor
+
+    def _in_perturbed_groups(self, vector: Vector) -> list[Gradients]:
+        return list(self.in_perturbed_groups(vector).parts)
 
     def _steer_descent(self, grads: Sequence[Gradients]) -> Sequence[Gradients]:
         sam = self._sam
@@ -163,5 +169,5 @@ class Steering(Algebra):
         def steer(parts: Sequence[Gradients]) -> tuple[Sequence[Gradients], None]:
             return sam.directions.here(direction(sam.directions.begin(parts))), None
 
-        buckets.perturb(steer, instead=lambda: sam.directions.in_perturbed_groups(source()))
+        buckets.perturb(steer, instead=lambda: list(self.in_perturbed_groups(source()).parts))
         torch.clear_autocast_cache()

@@ -284,6 +284,19 @@ def test_long_gradients_ask_for_sam(backend, device):
         variance = 0.0 if variance is None else 0.5 * variance + 0.5 * (last - mean) ** 2
 
 
+def test_all_gradients_are_measured_in_steps_of_either_kind(backend, device):
+    """Those of a group that is not perturbed, too."""
+    perturbed, left_out = (Parameter(torch.ones(3, device=device)) for _ in range(2))
+    for rule in (when.by_grad_norm(c=-1e9), when.by_grad_norm(c=1e9)):
+        groups = [dict(params=[perturbed]), dict(params=[left_out], perturb=False)]
+        optimizer = fastsam.FusedSAM(groups, "sgd", lr=0.0, when=rule, backend=backend)
+        for _ in range(3):
+            perturbed.grad, left_out.grad = torch.ones_like(perturbed), torch.full_like(left_out, 2.0)
+            optimizer.first_step()
+            optimizer.step()
+            assert rule.state()["last"] == 15
+
+
 def test_a_wasted_second_pass_is_right_and_an_added_one_refused(backend, device):
     def run(loop):
         param = Parameter(torch.tensor([1.0, -2.0], device=device))

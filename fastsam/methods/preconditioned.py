@@ -45,7 +45,7 @@ class PreconditionedSAM(FusedSAM):
                 if tensor is not None and v is not None:
                     group = buckets.shared.groups[segment.group]
                     tensor.div_(_denominator(v, segment.step, group["betas"][1], group["eps"]))
-        self.divide_by(self.dot(out, g1).ab)
+        self.divide_by(self.dot(self.in_perturbed_groups(out), g1).ab)
         return out
 
 
