@@ -205,6 +205,27 @@ def test_an_overflow_leaves_nothing_behind(name, backend, device):
                 assert optimizer.state[p][key].isfinite().all(), key
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("options", [{}, dict(p=float("inf"))], ids=["p2", "pinf"])
+def test_a_first_gradient_that_is_not_finite_is_not_stepped_with(options, decoupled, backend, device):
+    """Also one that has no part in a norm: of a group that is not perturbed, or with p = inf."""
+    params = real_params(torch.float32, device)
+    groups = [dict(params=params[:5]), dict(params=params[5:], perturb=False)]
+    optimizer = methods.WSAM(groups, "sgd", RHO, lr=0.1, decoupled=decoupled, backend=backend, **options)
+    for bad in (4, 6):
+        before = [p.detach().clone() for p in params]
+        for p, g in gradient_at(params, 0, 1).items():
+            p.grad = g
+        params[bad].grad[0] = torch.inf
+        optimizer.first_step(zero_grad=True)
+        grads = gradient_at(before, 0, 2)
+        for p, w in zip(params, before, strict=True):
+            p.grad = grads[w]
+        optimizer.step()
+        for p, w in zip(params, before, strict=True):  # with g2 alone
+            torch.testing.assert_close(p.detach(), w - 0.1 * grads[w])
+
+
 @pytest.mark.parametrize("cls", [methods.FriendlySAM, methods.VaSSO])
 def test_averages_need_the_scaler(cls, backend, device):
     params = real_params(torch.float32, device)
