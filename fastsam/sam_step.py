@@ -46,7 +46,8 @@ class SAMStep:
             large GPU) or "local" (m-SAM: each rank perturbs by its own part, without communication in the first pass).
         ascent_fraction: the share of the batch, its first samples, that the first pass sees; in (0, 1].
         select: the share of the samples in the second pass, in (0, 1]: those whose loss the perturbation raises most
-            (ESAM, arXiv 2110.03141), found by a third forward pass. Needs the loss of each sample.
+            (ESAM, arXiv 2110.03141), of those that the first pass saw; found by a third forward pass. Needs the loss of
+            each sample.
         same_rng: whether the second pass draws the random numbers of the first, as the paper's code does.
         functional: Functional-SAM (arXiv 2502.02407): the second backward pass begins with the first pass's gradient
             of the loss with respect to the model's output.
@@ -317,12 +318,13 @@ class SAMStep:
     def _selected(self, parts: Sequence[Batch], before: Sequence[Tensor]) -> list[Batch]:
         """Of each part the samples whose loss the perturbation raises most."""
         chosen = []
-        for part, losses in zip(parts, before, strict=True):
+        for whole, losses in zip(parts, before, strict=True):
+            part = _first_samples(whole, self.ascent_fraction)  # the losses of the others at w are not known
             with torch.no_grad(), self._autocast():
-                raised = self._loss(self.model(*part[:-1]), part[-1])[: len(losses)] - losses
+                raised = self._loss(self.model(*part[:-1]), part[-1]) - losses
             count = max(math.ceil(self.select * len(losses)), 1)
             places = raised.topk(count).indices.sort().values
-            chosen.append(tree_map_only(Tensor, functools.partial(_rows, places=places, total=len(losses)), part))
+            chosen.append(tree_map_only(Tensor, functools.partial(_rows, places=places, total=_samples(part)), part))
         return chosen
 
     def _backward_of(self, weight: float) -> Callable[..., None]:

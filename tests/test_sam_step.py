@@ -207,6 +207,18 @@ def test_esam_selects_what_the_perturbation_raises_most():
     assert_same(model, twin)
 
 
+def test_samples_are_selected_among_those_of_the_first_pass():
+    """Only their losses at w are known."""
+    model, seen = network(dropout=0.0, norm=False), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    per_sample = nn.CrossEntropyLoss(reduction="none")
+    step = SAMStep(model, optimizer_of(model), per_sample, select=0.5, ascent_fraction=0.5, micro_batches=2)
+    step(*batch(0))
+    assert [len(x) for x in seen] == [3, 3, 3, 3, 2, 2]
+    for k in (0, 1):
+        assert torch.isin(seen[4 + k], seen[k]).all()
+
+
 def test_selecting_all_is_the_plain_step():
     model = network()
     twin = copy.deepcopy(model)
