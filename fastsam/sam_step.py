@@ -295,6 +295,11 @@ class SAMStep:
                     torch.autograd.backward(outputs, outputs_from[i])
                     continue
                 if keep is not None and self.functional:
+                    if not isinstance(outputs, Tensor):
+                        raise ValueError(
+                            "SAMStep: functional needs a model whose output is one tensor, got "
+                            f"{type(outputs).__name__}; wrap it in a module that returns what the loss is made of"
+                        )
                     scaled = self._scaled(loss * weight)
                     (gradient,) = torch.autograd.grad(scaled, outputs, retain_graph=True)
                     keep.append(gradient)

@@ -417,6 +417,19 @@ def test_options_out_of_range(options, message):
         SAMStep(model, optimizer_of(model), **{"loss_fn": F.cross_entropy, **options})
 
 
+def test_functional_needs_one_output():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = Pair(6, 4)
+    before = copy.deepcopy(model)
+    step = SAMStep(model, optimizer_of(model), lambda out, y: F.cross_entropy(out[0], y), functional=True)
+    with pytest.raises(ValueError, match="functional needs a model whose output is one tensor, got tuple"):
+        step(*batch(0))
+    assert_same(model, before)
+
+
 def test_what_does_not_fit_is_said():
     model = network()
     with pytest.raises(ValueError, match="optimizer must be a FusedSAM, got SGD"):
