@@ -402,10 +402,11 @@ class SAMStep:
         with self._autocast():
             loss = self._loss(self.model(*part[:-1]), part[-1]).mean()
         climbing = [p for p in named.values() if rho_of.get(id(p))]
-        grads = torch.autograd.grad(loss, climbing, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, climbing, create_graph=True, allow_unused=True) if climbing else ()
         pairs = [(p, g) for p, g in zip(climbing, grads, strict=True) if g is not None]
         rng.rewind()
-        n = torch.stack([g.square().sum() for _, g in pairs]).sum().sqrt() + 1e-12
+        squares = torch.stack([g.square().sum() for _, g in pairs] or [torch.zeros(())]).sum()
+        n = torch.where(squares > 0, squares, 1.0).sqrt() + 1e-12  # sqrt has no derivative at 0, where e is 0
         moved = {id(p): p + g * (rho_of[id(p)] / n) for p, g in pairs}
         with freeze_running_stats(self.model), self._autocast():
             outputs = torch.func.functional_call(

@@ -430,6 +430,23 @@ def test_functional_needs_one_output():
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("kind", ["no radius", "no gradient"])
+def test_the_second_order_gradient_without_a_perturbation_is_the_first(kind):
+    """rho of 0, as schedules have it, or a gradient of 0: the step is the base optimizer's."""
+    model = network(dropout=0.0, norm=False).double()
+    twin = copy.deepcopy(model)
+    rho, factor = (0.0, 1.0) if kind == "no radius" else (RHO, 0.0)
+    loss_fn = lambda out, y: factor * F.cross_entropy(out, y)  # noqa: E731
+    optimizer = fastsam.FusedSAM(model.parameters(), torch.optim.SGD, rho, **OPTIONS)
+    base = torch.optim.SGD(twin.parameters(), **OPTIONS)
+    x, y = batch(0)
+    SAMStep(model, optimizer, loss_fn, second_order=True)(x.double(), y)
+    loss_fn(twin(x.double()), y).backward()
+    base.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_what_does_not_fit_is_said():
     model = network()
     with pytest.raises(ValueError, match="optimizer must be a FusedSAM, got SGD"):
