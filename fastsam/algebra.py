@@ -29,11 +29,14 @@ class Algebra(SavedOptimizer):
     Attributes:
         mixes_steps: whether gradients of several steps are added, so that under a GradScaler `first_step` must be told
             the scaler: its scale may change between them.
+        mixes_passes: whether `descent`, if there is one, adds gradients of both passes, so that they must have one loss
+            scale; then the second ones are brought to that of the first.
         capturable: whether nothing is decided on the host in a step, so that a CUDA graph can repeat it.
         counts_steps: whether the number of the step decides anything, and is to be saved.
     """
 
     mixes_steps: ClassVar[bool] = False
+    mixes_passes: ClassVar[bool] = True
     counts_steps: ClassVar[bool] = False
     capturable: ClassVar[bool] = True
 

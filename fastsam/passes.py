@@ -90,8 +90,9 @@ class Passes(Steering):
         else:
             buckets.weight_watch.close()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._refuse_mixed_scales(grad_scale, found_inf)
+        grad_scale = self._common_scale(grad_scale, found_inf)
         sam.scaling = grad_scale, found_inf
-        self._refuse_mixed_scales(grad_scale)
         steer, overflow = self._steer_descent if self._steers_descent() else None, False
         if buckets.shared.rule is not None and not own_step and len(args) == 1 and not kwargs:
             grads = buckets.update(grad_scale, found_inf, self.max_grad_norm, steer, self._length_to_take())

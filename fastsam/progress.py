@@ -33,6 +33,7 @@ class Progress:
         steps: how many steps began.
         loss_scale: what the gradients at w are multiplied by.
         first_scaled: whether `first_step` was told so.
+        second_factor: [] float64, what brings the second gradients to the loss scale of the first; None for nothing.
         scaling: the loss scale and the overflow flag of the update that is being made.
         first_squares: [] float64, the squared length of the gradients at w, where it is needed later.
     """
@@ -53,6 +54,7 @@ class Progress:
         self.steps = 0
         self.loss_scale: float | Tensor = 1.0
         self.first_scaled = False
+        self.second_factor: Tensor | None = None
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         self.first_squares: Tensor | None = None
 

@@ -226,6 +226,63 @@ def test_a_first_gradient_that_is_not_finite_is_not_stepped_with(options, decoup
             torch.testing.assert_close(p.detach(), w - 0.1 * grads[w])
 
 
+@pytest.mark.parametrize("unscaled", [(), (1,), (2,), (1, 2)], ids=str)
+@pytest.mark.parametrize("clipped", [None, 0.5])
+@pytest.mark.parametrize("name", ["gsam", "wsam", "wsam coupled", "looksam", "friendly", "stable", "unnormalized"])
+def test_gradients_may_be_unscaled_in_each_pass(name, clipped, unscaled, backend, device):
+    """As loops do that clip or look at gradients."""
+    kinds = {**FAMILY, "wsam coupled": (methods.WSAM, dict(gamma=0.8, decoupled=False))}
+    cls, options = kinds[name]
+    params = real_params(torch.float32, device)
+    twins = copy.deepcopy(params)
+    optimizer, plain = (
+        cls(groups_of(of), "sgd", RHO, lr=0.05, max_grad_norm=clipped, backend=backend, **options)
+        for of in (params, twins)
+    )
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+
+    def backward(of, t, k, scale):
+        for p, g in gradient_at(of, t, k).items():
+            p.grad = g * scale
+
+    for t in range(4):
+        backward(params, t, 1, scaler.scale(torch.ones((), device=device)).item())
+        if 1 in unscaled:
+            scaler.unscale_(optimizer)
+        second = optimizer.first_step(zero_grad=True, scaler=scaler)
+        if second:
+            if 1 in unscaled:
+                scaler.update()
+            backward(params, t, 2, scaler.get_scale())
+        if 2 in unscaled and (second or 1 not in unscaled):
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        backward(twins, t, 1, 1.0)
+        if plain.first_step(zero_grad=True):
+            backward(twins, t, 2, 1.0)
+        plain.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gsam", "wsam", "stable", "unnormalized"])
+def test_unscaled_gradients_need_the_scale_of_the_first(name, backend, device):
+    params = real_params(torch.float32, device)
+    optimizer = build(name, params, backend)
+    scaler = torch.amp.GradScaler(device, init_scale=64.0)
+    before = [p.detach().clone() for p in params]
+    for k in (1, 2):
+        for p, g in gradient_at(params, 0, k).items():
+            p.grad = g * scaler.scale(torch.ones((), device=device))
+        if k == 1:
+            optimizer.first_step(zero_grad=True)
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="needs to know the loss scale.*scaler=scaler"):
+        scaler.step(optimizer)
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+
+
 @pytest.mark.parametrize("cls", [methods.FriendlySAM, methods.VaSSO])
 def test_averages_need_the_scaler(cls, backend, device):
     params = real_params(torch.float32, device)

@@ -41,6 +41,7 @@ class LookSAM(FusedSAM):
     options = ("k", "alpha", "layerwise")
     buffers = {"orthogonal_grad": None}
     counts_steps = True
+    mixes_passes = False  # lengths cancel wherever g1 is added
 
     def __init__(
         self,
