@@ -86,7 +86,8 @@ class Steering(Algebra):
     def _map_sums(self, sums: Mapping[torch.device, Tensor]) -> Mapping[torch.device, Tensor]:
         """What `perturb_` takes for the sums of squares, so that the perturbation has the radius' length."""
         assert self.radius is not None
-        rho = next((float(group["rho"]) for group in self.param_groups if group["perturb"]), 0.0)
+        radii = [float(group["rho"]) for group in self.param_groups if group["perturb"]]
+        rho = next((value for value in radii if value > 0), 0.0)
         mapped = {}
         for device, parts in sums.items():
             scale = self.loss_scale.to(device) if isinstance(self.loss_scale, Tensor) else self.loss_scale

@@ -444,6 +444,20 @@ def test_gradients_at_hand_and_one_call(backend, device):
     assert len(calls) == 2
 
 
+def test_a_radius_is_that_of_the_groups_that_climb(backend, device):
+    """Where the first group has rho = 0, too."""
+    for cls, options, expected in (
+        (fastsam.FusedSAM, dict(radius=radius.unnormalized()), 0.5 * 5.0),
+        (methods.ESAM, dict(beta=0.999), 0.5 / 0.999),
+    ):
+        still, climbing = (Parameter(torch.zeros(2, device=device)) for _ in range(2))
+        groups = [dict(params=[still], rho=0.0), dict(params=[climbing], rho=0.5)]
+        optimizer = cls(groups, "sgd", lr=0.1, backend=backend, **options)
+        still.grad, climbing.grad = torch.zeros_like(still), torch.tensor([3.0, 4.0], device=device)
+        optimizer.first_step()
+        assert climbing.norm().item() == pytest.approx(expected)
+
+
 def test_rho_follows_the_learning_rate(backend, device):
     param = Parameter(torch.ones(3, device=device))
     optimizer = methods.GSAM([param], "sgd", 0.1, lr=0.8, backend=backend)
