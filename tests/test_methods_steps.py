@@ -458,6 +458,25 @@ def test_a_radius_is_that_of_the_groups_that_climb(backend, device):
         assert climbing.norm().item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("cls", [fastsam.FusedSAM, methods.VaSSO, methods.FriendlySAM, methods.SparseSAM])
+def test_a_radius_knows_the_loss_scale(cls, backend, device):
+    """Of averages, too, which have none."""
+    lengths = []
+    for enabled in (False, True):
+        params = real_params(torch.float32, device)
+        optimizer = cls(params, "sgd", 0.1, lr=0.0, radius=radius.unnormalized(), backend=backend)
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=enabled)
+        for t in range(3):
+            before = [p.detach().clone() for p in params]
+            for p, g in gradient_at(params, t, 1).items():
+                p.grad = g * scaler.scale(torch.ones((), device=device))
+            optimizer.first_step(scaler=scaler)
+            lengths.append(sum((p - w).square().sum() for p, w in zip(params, before, strict=True)).item())
+            scaler.step(optimizer)
+            scaler.update()
+    assert lengths[3:] == pytest.approx(lengths[:3], rel=1e-5)
+
+
 def test_rho_follows_the_learning_rate(backend, device):
     param = Parameter(torch.ones(3, device=device))
     optimizer = methods.GSAM([param], "sgd", 0.1, lr=0.8, backend=backend)
