@@ -545,6 +545,21 @@ def test_a_users_own_method(backend, device):
             "radius must be one of fastsam.radius.*a number is rho",
         ),
         (lambda p: fastsam.FusedSAM(p, "sgd", lr=0.1, p=3.0, radius=radius.mixed(0.5)), "radius= needs p=2, got p=3.0"),
+        *(
+            (
+                lambda p, c=c, k=k: c(p, "adamw", lr=0.1, perturb_with_weight_decay=True, **k),
+                "would add the weight decay",
+            )
+            for c, k in (
+                (methods.ESAM, {}),
+                (methods.SparseSAM, {}),
+                (methods.MSAM, {}),
+                (methods.PreconditionedSAM, {}),
+                (methods.LookSAM, dict(layerwise=True)),
+            )
+        ),
+        (lambda p: methods.PreconditionedSAM(p, "adam", lr=0.1, p=4.0), "p must be 2 and adaptive False, got p=4.0"),
+        (lambda p: methods.PreconditionedSAM(p, "adam", lr=0.1, adaptive=True), "p must be 2 and adaptive False"),
         (lambda p: fastsam.FusedSAM(p, "sgd", lr=0.1, when=5), "when must be one of fastsam.when.*got 5"),
         (lambda p: when.every(0), "k must be an integer >= 1, got 0"),
         (lambda p: when.randomly(1.5), r"p must be in \[0, 1\], got 1.5"),

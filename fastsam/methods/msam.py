@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastsam.closures import call, entry
+from fastsam.methods.checks import check_no_decay
 from fastsam.optimizer import FusedSAM
 from fastsam.progress import CLEAN, PERTURBED, SAM
 
@@ -53,6 +54,7 @@ class MSAM(FusedSAM):
                 "MSAM: radius=..., renormalize=True and when=by_grad_norm() go by the gradients of a first pass, which "
                 "MSAM does not have; leave them out"
             )
+        check_no_decay("MSAM", kwargs.get("perturb_with_weight_decay", False), "the momentum")
         self.training = True
         super().__init__(params, base_optimizer, rho, **kwargs)
 
