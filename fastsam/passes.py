@@ -194,12 +194,15 @@ class Passes(Steering):
         watched.close()
         return watched.added_to
 
+    def _forget_step(self) -> None:
+        self._end_one_pass()
+        self._sam.begun = False
+
     @entry
     def restore(self) -> None:
         """Bring the weights back, bit for bit, without an update; nothing happens if they are not perturbed."""
         sam = self._sam
-        self._end_one_pass()
-        sam.begun = False
+        self._forget_step()
         if sam.phase == PERTURBED:
             sam.buckets.restore()
             sam.phase = CLEAN

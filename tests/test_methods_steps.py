@@ -427,6 +427,36 @@ def test_a_step_of_one_pass_can_be_given_up(backend, device):
     assert torch.equal(param.detach().cpu(), torch.tensor([1.0, -2.0]))
 
 
+def test_loading_ends_a_step_of_one_pass_that_was_begun(backend, device):
+    param = Parameter(torch.ones(3, device=device))
+    optimizer = methods.LookSAM([param], "sgd", lr=0.1, k=2, backend=backend)
+    param.grad = torch.ones_like(param)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert optimizer.first_step()
+    optimizer.step()
+    assert not optimizer.first_step()
+    optimizer.load_state_dict(saved)
+    assert optimizer.first_step()  # the checkpoint's first step
+    param.grad = None
+    param.sum().backward()
+    optimizer.step()
+
+
+def test_what_is_counted_goes_on_where_a_checkpoint_does_not_say(backend, device):
+    """One of the base optimizer."""
+    param = Parameter(torch.ones(3, device=device))
+    rule = when.by_grad_norm()
+    optimizer = methods.LookSAM([param], "sgd", lr=0.1, k=2, when=rule, backend=backend)
+    param.grad = torch.ones_like(param)
+    for _ in range(3):
+        optimizer.first_step()
+        optimizer.step()
+    known = rule.state()
+    optimizer.load_state_dict(torch.optim.SGD([param], lr=0.1).state_dict())
+    assert optimizer._sam.steps == 3
+    assert rule.state() == known
+
+
 def test_gradients_at_hand_and_one_call(backend, device):
     """With closure_calls=1 a step of one pass does not call the closure."""
     param = Parameter(torch.tensor([1.0, -2.0], device=device))
