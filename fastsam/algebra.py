@@ -29,11 +29,14 @@ class Algebra(SavedOptimizer):
     Attributes:
         mixes_steps: whether gradients of several steps are added, so that under a GradScaler `first_step` must be told
             the scaler: its scale may change between them.
+        mixes_passes: whether `descent`, if there is one, adds gradients of both passes, so that they must have one loss
+            scale; then the second ones are brought to that of the first.
         capturable: whether nothing is decided on the host in a step, so that a CUDA graph can repeat it.
         counts_steps: whether the number of the step decides anything, and is to be saved.
     """
 
     mixes_steps: ClassVar[bool] = False
+    mixes_passes: ClassVar[bool] = True
     counts_steps: ClassVar[bool] = False
     capturable: ClassVar[bool] = True
 
@@ -44,7 +47,11 @@ class Algebra(SavedOptimizer):
         return True
 
     def ascent(self, g1: Vector) -> Vector:
-        """The direction to climb along, in place of the gradients at w."""
+        """The direction to climb along, in place of the gradients at w.
+
+        Groups with `perturb=False` do not climb, whatever it says; where `descent` is overridden, too, g1 has their
+        gradients all the same, for that to step with.
+        """
         return g1
 
     def descent(self, g2: Vector) -> Vector:
@@ -114,9 +121,17 @@ class Algebra(SavedOptimizer):
         """<a,a>, [] float64."""
         return self._sam.directions.dot(a, None).aa
 
+    def in_perturbed_groups(self, vector: Vector) -> Vector:
+        """A vector of this pass without what it has in groups with `perturb=False`."""
+        directions = self._sam.directions
+        return directions.in_perturbed_groups(vector) if self._sam.buckets.skips_any() else vector
+
     @property
     def climbed(self) -> Tensor:
-        """[] bool: whether there was a perturbation in this step, or an overflow in the first pass was in its way."""
+        """[] bool: whether there was a perturbation in this step, or an overflow in the first pass was in its way.
+
+        That of the gradients in groups that are perturbed; with p = inf nothing is.
+        """
         common = self._sam.common_sums
         sums = next(iter((self._sam.buckets.sums if common is None else common).values()), None)
         return torch.ones((), dtype=torch.bool) if sums is None else sums.isfinite().all()

@@ -296,8 +296,9 @@ class FusedSAM(Passes):
 
         Args:
             zero_grad: set the gradients to None afterwards.
-            scaler: the GradScaler that scaled the loss, for methods whose gradients of several steps are added up, and
-                for `radius`.
+            scaler: the GradScaler that scaled the loss, for methods whose gradients of several steps are added up, for
+                `radius`, and, where `unscale_` is called in one of the passes, for methods that add those of both
+                passes and for `renormalize`.
 
         Returns:
             Whether the step has a second pass.

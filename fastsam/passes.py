@@ -117,8 +117,9 @@ class Passes(Steering):
         else:
             buckets.weight_watch.close()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._refuse_mixed_scales(grad_scale, found_inf)
+        grad_scale = self._common_scale(grad_scale, found_inf)
         sam.scaling = grad_scale, found_inf
-        self._refuse_mixed_scales(grad_scale)
         steer, overflow = self._steer_descent if self._steers_descent() else None, False
         if buckets.shared.rule is not None and not own_step and len(args) == 1 and not kwargs:
             grads = buckets.update(grad_scale, found_inf, self.max_grad_norm, steer, self._length_to_take())
@@ -220,12 +221,15 @@ class Passes(Steering):
         watched.close()
         return watched.added_to
 
+    def _forget_step(self) -> None:
+        self._end_one_pass()
+        self._sam.begun = False
+
     @entry
     def restore(self) -> None:
         """Bring the weights back, bit for bit, without an update; nothing happens if they are not perturbed."""
         sam = self._sam
-        self._end_one_pass()
-        sam.begun = False
+        self._forget_step()
         if sam.phase == PERTURBED:
             sam.buckets.restore()
             sam.phase = CLEAN

@@ -35,6 +35,7 @@ class Progress:
         steps: how many steps began.
         loss_scale: what the gradients at w are multiplied by.
         first_scaled: whether `first_step` was told so.
+        second_factor: [] float64, what brings the second gradients to the loss scale of the first; None for nothing.
         scaling: the loss scale and the overflow flag of the update that is being made.
         common_sums: what stood for the sums of squares in the last climb under a norm with other optimizers.
         joint: a weak reference to the `fastsam.joint` that this optimizer is in, or what gives None.
@@ -57,6 +58,7 @@ class Progress:
         self.steps = 0
         self.loss_scale: float | Tensor = 1.0
         self.first_scaled = False
+        self.second_factor: Tensor | None = None
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         self.first_squares: Tensor | None = None
         self.common_sums: Mapping[torch.device, Tensor] | None = None

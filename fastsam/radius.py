@@ -1,7 +1,8 @@
 """How long the perturbation is where that is not rho throughout: `FusedSAM(..., radius=unnormalized())`.
 
 A rule says the length rho_t from rho and n, the norm of the gradients at w (of T g in ASAM): e = rho_t g / n. With rho
-of several groups, that of the first one which is perturbed is asked for, and the others' share is theirs to it.
+of several groups, that of the first one which is perturbed, by more than 0, is asked for, and the others' share is
+theirs to it.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ class SAMStep:
             large GPU) or "local" (m-SAM: each rank perturbs by its own part, without communication in the first pass).
         ascent_fraction: the share of the batch, its first samples, that the first pass sees; in (0, 1].
         select: the share of the samples in the second pass, in (0, 1]: those whose loss the perturbation raises most
-            (ESAM, arXiv 2110.03141), found by a third forward pass. Needs the loss of each sample.
+            (ESAM, arXiv 2110.03141), of those that the first pass saw; found by a third forward pass. Needs the loss of
+            each sample.
         same_rng: whether the second pass draws the random numbers of the first, as the paper's code does.
         functional: Functional-SAM (arXiv 2502.02407): the second backward pass begins with the first pass's gradient
             of the loss with respect to the model's output.
@@ -294,6 +295,11 @@ class SAMStep:
                     torch.autograd.backward(outputs, outputs_from[i])
                     continue
                 if keep is not None and self.functional:
+                    if not isinstance(outputs, Tensor):
+                        raise ValueError(
+                            "SAMStep: functional needs a model whose output is one tensor, got "
+                            f"{type(outputs).__name__}; wrap it in a module that returns what the loss is made of"
+                        )
                     scaled = self._scaled(loss * weight)
                     (gradient,) = torch.autograd.grad(scaled, outputs, retain_graph=True)
                     keep.append(gradient)
@@ -317,12 +323,13 @@ class SAMStep:
     def _selected(self, parts: Sequence[Batch], before: Sequence[Tensor]) -> list[Batch]:
         """Of each part the samples whose loss the perturbation raises most."""
         chosen = []
-        for part, losses in zip(parts, before, strict=True):
+        for whole, losses in zip(parts, before, strict=True):
+            part = _first_samples(whole, self.ascent_fraction)  # the losses of the others at w are not known
             with torch.no_grad(), self._autocast():
-                raised = self._loss(self.model(*part[:-1]), part[-1])[: len(losses)] - losses
+                raised = self._loss(self.model(*part[:-1]), part[-1]) - losses
             count = max(math.ceil(self.select * len(losses)), 1)
             places = raised.topk(count).indices.sort().values
-            chosen.append(tree_map_only(Tensor, functools.partial(_rows, places=places, total=len(losses)), part))
+            chosen.append(tree_map_only(Tensor, functools.partial(_rows, places=places, total=_samples(part)), part))
         return chosen
 
     def _backward_of(self, weight: float) -> Callable[..., None]:
@@ -395,10 +402,11 @@ class SAMStep:
         with self._autocast():
             loss = self._loss(self.model(*part[:-1]), part[-1]).mean()
         climbing = [p for p in named.values() if rho_of.get(id(p))]
-        grads = torch.autograd.grad(loss, climbing, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, climbing, create_graph=True, allow_unused=True) if climbing else ()
         pairs = [(p, g) for p, g in zip(climbing, grads, strict=True) if g is not None]
         rng.rewind()
-        n = torch.stack([g.square().sum() for _, g in pairs]).sum().sqrt() + 1e-12
+        squares = torch.stack([g.square().sum() for _, g in pairs] or [torch.zeros(())]).sum()
+        n = torch.where(squares > 0, squares, 1.0).sqrt() + 1e-12  # sqrt has no derivative at 0, where e is 0
         moved = {id(p): p + g * (rho_of[id(p)] / n) for p, g in pairs}
         with freeze_running_stats(self.model), self._autocast():
             outputs = torch.func.functional_call(

@@ -151,6 +151,8 @@ class SavedOptimizer(Optimizer):
             RuntimeError: the weights are perturbed.
         """
         self._sam.require_clean("load_state_dict()")
+        self._note_counters()  # which are in the groups' place where a checkpoint lacks them
+        self._forget_step()
         buckets = self._sam.buckets
         fused = buckets.shared.rule is not None
         ignored = ("old_p", "master") if fused and not self.precision.master_weights else ("old_p",)
@@ -169,6 +171,10 @@ class SavedOptimizer(Optimizer):
 
     def _sync(self) -> Buckets:
         """The buckets, caught up with the parameter groups."""
+        raise NotImplementedError
+
+    def _forget_step(self) -> None:
+        """Give up a step of one pass that was begun."""
         raise NotImplementedError
 
     def _note_counters(self) -> None:

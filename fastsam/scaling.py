@@ -42,8 +42,8 @@ def scale_of(scaler: torch.amp.GradScaler, optimizer: Any) -> float | torch.Tens
     """
     if not isinstance(scaler, torch.amp.GradScaler):
         raise ValueError(f"FusedSAM: scaler must be a torch.amp.GradScaler, got {scaler!r}")
-    scale = scaler._scale
-    if not scaler.is_enabled() or scale is None:
+    scale = scaler._scale if scaler.is_enabled() else None
+    if scale is None:
         return 1.0
     known = scaler._per_optimizer_states.get(id(optimizer))
     return 1.0 if known is not None and known["stage"].name == "UNSCALED" else scale.double().reshape(())

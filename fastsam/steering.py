@@ -56,13 +56,19 @@ class Steering(Algebra):
         self, grads: Sequence[Gradients]
     ) -> tuple[Sequence[Gradients], Tensor | Sequence[Gradients] | None]:
         sam = self._sam
-        g1 = sam.directions.begin(grads)
+        measures = self.renormalize or self._measures()
+        reads_all = sam.buckets.skips_any() and (measures or type(self).descent is not Algebra.descent)
+        g1 = sam.directions.begin(sam.buckets.gather_all() if reads_all else grads)
         sam.directions.divisor = None
-        if self.renormalize or self._measures():
+        if measures:
             sam.first_squares = self.squared_norm(g1)
-        along = sam.directions.here(self.ascent(g1))
+        along = self.ascent(g1)
         divisor, sam.directions.divisor = sam.directions.divisor, None  # it may hold the gradients
-        return along, sam.directions.here(divisor) if isinstance(divisor, Vector) else divisor
+        here = self._in_perturbed_groups if reads_all else sam.directions.here
+        return here(along), here(divisor) if isinstance(divisor, Vector) else divisor
+
+    def _in_perturbed_groups(self, vector: Vector) -> list[Gradients]:
+        return list(self.in_perturbed_groups(vector).parts)
 
     def _steer_descent(self, grads: Sequence[Gradients]) -> Sequence[Gradients]:
         sam = self._sam
@@ -71,6 +77,8 @@ class Steering(Algebra):
             sam.first_squares = self.squared_norm(g)
         if sam.turn == BASE:
             return grads
+        if sam.second_factor is not None:
+            g = self.combine("second", (sam.second_factor, g))
         return sam.directions.here(self.descent(g) if sam.turn == SAM else self.plain(g))
 
     def _measures(self) -> bool:
@@ -79,7 +87,8 @@ class Steering(Algebra):
     def _map_sums(self, sums: Mapping[torch.device, Tensor]) -> Mapping[torch.device, Tensor]:
         """What `perturb_` takes for the sums of squares, so that the perturbation has the radius' length."""
         assert self.radius is not None
-        rho = next((float(group["rho"]) for group in self.param_groups if group["perturb"]), 0.0)
+        radii = [float(group["rho"]) for group in self.param_groups if group["perturb"]]
+        rho = next((value for value in radii if value > 0), 0.0)
         mapped = {}
         for device, parts in sums.items():
             scale = self.loss_scale.to(device) if isinstance(self.loss_scale, Tensor) else self.loss_scale
@@ -87,19 +96,46 @@ class Steering(Algebra):
             mapped[device][0] = self.radius.map(parts.sum(), scale, rho)
         return mapped
 
-    def _refuse_mixed_scales(self, grad_scale: Tensor | None) -> None:
-        """Refuse what cannot be right where gradients at w are still multiplied by a GradScaler's scale."""
-        needs = self.mixes_steps or (self.radius is not None and self.radius.measures)
-        if needs and grad_scale is not None and self._sam.turn == SAM and not self._sam.first_scaled:
-            who = type(self).__name__ if self.mixes_steps else f"radius={self.radius}"
-            raise RuntimeError(
-                f"FusedSAM: {who} needs to know the loss scale of the first pass: call "
-                "optimizer.first_step(zero_grad=True, scaler=scaler)"
-            )
+    def _refuse_mixed_scales(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Refuse what cannot be right where gradients at w may still be multiplied by a GradScaler's scale."""
+        sam = self._sam
+        if found_inf is None or sam.turn != SAM or sam.first_scaled:
+            return
+        if self.mixes_steps or (grad_scale is None and self._mixes_passes()):
+            who = "renormalize=True" if self.renormalize and not self.mixes_steps else type(self).__name__
+        elif self.radius is not None and self.radius.measures:
+            who = f"radius={self.radius}"
+        else:
+            return
+        raise RuntimeError(
+            f"FusedSAM: {who} needs to know the loss scale of the first pass: call "
+            "optimizer.first_step(zero_grad=True, scaler=scaler)"
+        )
+
+    def _mixes_passes(self) -> bool:
+        """Whether the gradients of both passes must have one loss scale."""
+        return self.renormalize or (self.mixes_passes and type(self).descent is not Algebra.descent)
+
+    def _common_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+        """The loss scale of what the base optimizer is to step with: that of both passes, if one was unscaled."""
+        sam = self._sam
+        sam.second_factor = None
+        if found_inf is None or sam.turn != SAM or not sam.first_scaled or not self._mixes_passes():
+            return grad_scale
+        first = sam.loss_scale
+        if isinstance(first, Tensor) and grad_scale is None:
+            sam.second_factor = first
+            return first.float()
+        if not isinstance(first, Tensor) and grad_scale is not None:
+            sam.second_factor = grad_scale.double().reshape(()).reciprocal()
+            return None
+        return grad_scale
 
     def _steers_descent(self) -> bool:
         """Whether the base optimizer is to step with anything else than the gradients, or these are to be measured."""
         cls, turn = type(self), self._sam.turn
+        if self._sam.second_factor is not None:
+            return True
         if turn == SAM:
             return cls.descent is not Algebra.descent or cls.after_update is not Algebra.after_update
         return self._measures() or (turn == PLAIN and cls.plain is not Algebra.plain)
@@ -169,5 +205,5 @@ class Steering(Algebra):
         def steer(parts: Sequence[Gradients]) -> tuple[Sequence[Gradients], None]:
             return sam.directions.here(direction(sam.directions.begin(parts))), None
 
-        buckets.perturb(steer, instead=lambda: sam.directions.in_perturbed_groups(source()))
+        buckets.perturb(steer, instead=lambda: list(self.in_perturbed_groups(source()).parts))
         torch.clear_autocast_cache()

@@ -78,8 +78,8 @@ class ByHand:
         if self.one_pass():
             self._base_step(self.plain(gradient(1)))
             return
-        g1 = {p: g for p, g in gradient(1).items() if p not in self.not_perturbed}
-        self.g1 = g1
+        self.g1 = gradient(1)
+        g1 = {p: g for p, g in self.g1.items() if p not in self.not_perturbed}
         d = only(self.ascent(g1), g1)
         n = self.divisor(d, g1)
         old = {p: p.clone() for p in d}

@@ -205,6 +205,84 @@ def test_an_overflow_leaves_nothing_behind(name, backend, device):
                 assert optimizer.state[p][key].isfinite().all(), key
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("options", [{}, dict(p=float("inf"))], ids=["p2", "pinf"])
+def test_a_first_gradient_that_is_not_finite_is_not_stepped_with(options, decoupled, backend, device):
+    """Also one that has no part in a norm: of a group that is not perturbed, or with p = inf."""
+    params = real_params(torch.float32, device)
+    groups = [dict(params=params[:5]), dict(params=params[5:], perturb=False)]
+    optimizer = methods.WSAM(groups, "sgd", RHO, lr=0.1, decoupled=decoupled, backend=backend, **options)
+    for bad in (4, 6):
+        before = [p.detach().clone() for p in params]
+        for p, g in gradient_at(params, 0, 1).items():
+            p.grad = g
+        params[bad].grad[0] = torch.inf
+        optimizer.first_step(zero_grad=True)
+        grads = gradient_at(before, 0, 2)
+        for p, w in zip(params, before, strict=True):
+            p.grad = grads[w]
+        optimizer.step()
+        for p, w in zip(params, before, strict=True):  # with g2 alone
+            torch.testing.assert_close(p.detach(), w - 0.1 * grads[w])
+
+
+@pytest.mark.parametrize("unscaled", [(), (1,), (2,), (1, 2)], ids=str)
+@pytest.mark.parametrize("clipped", [None, 0.5])
+@pytest.mark.parametrize("name", ["gsam", "wsam", "wsam coupled", "looksam", "friendly", "stable", "unnormalized"])
+def test_gradients_may_be_unscaled_in_each_pass(name, clipped, unscaled, backend, device):
+    """As loops do that clip or look at gradients."""
+    kinds = {**FAMILY, "wsam coupled": (methods.WSAM, dict(gamma=0.8, decoupled=False))}
+    cls, options = kinds[name]
+    params = real_params(torch.float32, device)
+    twins = copy.deepcopy(params)
+    optimizer, plain = (
+        cls(groups_of(of), "sgd", RHO, lr=0.05, max_grad_norm=clipped, backend=backend, **options)
+        for of in (params, twins)
+    )
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+
+    def backward(of, t, k, scale):
+        for p, g in gradient_at(of, t, k).items():
+            p.grad = g * scale
+
+    for t in range(4):
+        backward(params, t, 1, scaler.scale(torch.ones((), device=device)).item())
+        if 1 in unscaled:
+            scaler.unscale_(optimizer)
+        second = optimizer.first_step(zero_grad=True, scaler=scaler)
+        if second:
+            if 1 in unscaled:
+                scaler.update()
+            backward(params, t, 2, scaler.get_scale())
+        if 2 in unscaled and (second or 1 not in unscaled):
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        backward(twins, t, 1, 1.0)
+        if plain.first_step(zero_grad=True):
+            backward(twins, t, 2, 1.0)
+        plain.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gsam", "wsam", "stable", "unnormalized"])
+def test_unscaled_gradients_need_the_scale_of_the_first(name, backend, device):
+    params = real_params(torch.float32, device)
+    optimizer = build(name, params, backend)
+    scaler = torch.amp.GradScaler(device, init_scale=64.0)
+    before = [p.detach().clone() for p in params]
+    for k in (1, 2):
+        for p, g in gradient_at(params, 0, k).items():
+            p.grad = g * scaler.scale(torch.ones((), device=device))
+        if k == 1:
+            optimizer.first_step(zero_grad=True)
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="needs to know the loss scale.*scaler=scaler"):
+        scaler.step(optimizer)
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+
+
 @pytest.mark.parametrize("cls", [methods.FriendlySAM, methods.VaSSO])
 def test_averages_need_the_scaler(cls, backend, device):
     params = real_params(torch.float32, device)
@@ -284,6 +362,19 @@ def test_long_gradients_ask_for_sam(backend, device):
         variance = 0.0 if variance is None else 0.5 * variance + 0.5 * (last - mean) ** 2
 
 
+def test_all_gradients_are_measured_in_steps_of_either_kind(backend, device):
+    """Those of a group that is not perturbed, too."""
+    perturbed, left_out = (Parameter(torch.ones(3, device=device)) for _ in range(2))
+    for rule in (when.by_grad_norm(c=-1e9), when.by_grad_norm(c=1e9)):
+        groups = [dict(params=[perturbed]), dict(params=[left_out], perturb=False)]
+        optimizer = fastsam.FusedSAM(groups, "sgd", lr=0.0, when=rule, backend=backend)
+        for _ in range(3):
+            perturbed.grad, left_out.grad = torch.ones_like(perturbed), torch.full_like(left_out, 2.0)
+            optimizer.first_step()
+            optimizer.step()
+            assert rule.state()["last"] == 15
+
+
 def test_a_wasted_second_pass_is_right_and_an_added_one_refused(backend, device):
     def run(loop):
         param = Parameter(torch.tensor([1.0, -2.0], device=device))
@@ -336,6 +427,36 @@ def test_a_step_of_one_pass_can_be_given_up(backend, device):
     assert torch.equal(param.detach().cpu(), torch.tensor([1.0, -2.0]))
 
 
+def test_loading_ends_a_step_of_one_pass_that_was_begun(backend, device):
+    param = Parameter(torch.ones(3, device=device))
+    optimizer = methods.LookSAM([param], "sgd", lr=0.1, k=2, backend=backend)
+    param.grad = torch.ones_like(param)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert optimizer.first_step()
+    optimizer.step()
+    assert not optimizer.first_step()
+    optimizer.load_state_dict(saved)
+    assert optimizer.first_step()  # the checkpoint's first step
+    param.grad = None
+    param.sum().backward()
+    optimizer.step()
+
+
+def test_what_is_counted_goes_on_where_a_checkpoint_does_not_say(backend, device):
+    """One of the base optimizer."""
+    param = Parameter(torch.ones(3, device=device))
+    rule = when.by_grad_norm()
+    optimizer = methods.LookSAM([param], "sgd", lr=0.1, k=2, when=rule, backend=backend)
+    param.grad = torch.ones_like(param)
+    for _ in range(3):
+        optimizer.first_step()
+        optimizer.step()
+    known = rule.state()
+    optimizer.load_state_dict(torch.optim.SGD([param], lr=0.1).state_dict())
+    assert optimizer._sam.steps == 3
+    assert rule.state() == known
+
+
 def test_gradients_at_hand_and_one_call(backend, device):
     """With closure_calls=1 a step of one pass does not call the closure."""
     param = Parameter(torch.tensor([1.0, -2.0], device=device))
@@ -351,6 +472,39 @@ def test_gradients_at_hand_and_one_call(backend, device):
         (param**2).sum().backward()
         optimizer.step(closure)
     assert len(calls) == 2
+
+
+def test_a_radius_is_that_of_the_groups_that_climb(backend, device):
+    """Where the first group has rho = 0, too."""
+    for cls, options, expected in (
+        (fastsam.FusedSAM, dict(radius=radius.unnormalized()), 0.5 * 5.0),
+        (methods.ESAM, dict(beta=0.999), 0.5 / 0.999),
+    ):
+        still, climbing = (Parameter(torch.zeros(2, device=device)) for _ in range(2))
+        groups = [dict(params=[still], rho=0.0), dict(params=[climbing], rho=0.5)]
+        optimizer = cls(groups, "sgd", lr=0.1, backend=backend, **options)
+        still.grad, climbing.grad = torch.zeros_like(still), torch.tensor([3.0, 4.0], device=device)
+        optimizer.first_step()
+        assert climbing.norm().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("cls", [fastsam.FusedSAM, methods.VaSSO, methods.FriendlySAM, methods.SparseSAM])
+def test_a_radius_knows_the_loss_scale(cls, backend, device):
+    """Of averages, too, which have none."""
+    lengths = []
+    for enabled in (False, True):
+        params = real_params(torch.float32, device)
+        optimizer = cls(params, "sgd", 0.1, lr=0.0, radius=radius.unnormalized(), backend=backend)
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=enabled)
+        for t in range(3):
+            before = [p.detach().clone() for p in params]
+            for p, g in gradient_at(params, t, 1).items():
+                p.grad = g * scaler.scale(torch.ones((), device=device))
+            optimizer.first_step(scaler=scaler)
+            lengths.append(sum((p - w).square().sum() for p, w in zip(params, before, strict=True)).item())
+            scaler.step(optimizer)
+            scaler.update()
+    assert lengths[3:] == pytest.approx(lengths[:3], rel=1e-5)
 
 
 def test_rho_follows_the_learning_rate(backend, device):
@@ -421,6 +575,21 @@ def test_a_users_own_method(backend, device):
             "radius must be one of fastsam.radius.*a number is rho",
         ),
         (lambda p: fastsam.FusedSAM(p, "sgd", lr=0.1, p=3.0, radius=radius.mixed(0.5)), "radius= needs p=2, got p=3.0"),
+        *(
+            (
+                lambda p, c=c, k=k: c(p, "adamw", lr=0.1, perturb_with_weight_decay=True, **k),
+                "would add the weight decay",
+            )
+            for c, k in (
+                (methods.ESAM, {}),
+                (methods.SparseSAM, {}),
+                (methods.MSAM, {}),
+                (methods.PreconditionedSAM, {}),
+                (methods.LookSAM, dict(layerwise=True)),
+            )
+        ),
+        (lambda p: methods.PreconditionedSAM(p, "adam", lr=0.1, p=4.0), "p must be 2 and adaptive False, got p=4.0"),
+        (lambda p: methods.PreconditionedSAM(p, "adam", lr=0.1, adaptive=True), "p must be 2 and adaptive False"),
         (lambda p: fastsam.FusedSAM(p, "sgd", lr=0.1, when=5), "when must be one of fastsam.when.*got 5"),
         (lambda p: when.every(0), "k must be an integer >= 1, got 0"),
         (lambda p: when.randomly(1.5), r"p must be in \[0, 1\], got 1.5"),
@@ -429,6 +598,58 @@ def test_a_users_own_method(backend, device):
 def test_options_out_of_range(build_one, message):
     with pytest.raises(ValueError, match=message):
         build_one([Parameter(torch.ones(2))])
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_msam_keeps_weights_that_were_loaded(precision, model_first, backend, device):
+    """In the same process, too, where its weights are perturbed when the checkpoint is loaded."""
+    dtype, options = PRECISIONS[precision]
+    model = torch.nn.Linear(5, 3).to(device, dtype)
+    optimizer = methods.MSAM(model.parameters(), "sgd", 0.5, lr=0.1, momentum=0.9, backend=backend, **options)
+
+    def train(steps):
+        for t in range(steps):
+            for p, g in gradient_at(list(model.parameters()), t, 1).items():
+                p.grad = g
+            optimizer.step()
+
+    train(2)
+    optimizer.eval()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    optimizer.train()
+    train(3)
+    expected = [p.detach().clone() for p in model.parameters()]
+    train(2)
+    if model_first:
+        model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    if not model_first:
+        model.load_state_dict(saved[0])
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), saved[0].values(), strict=True))
+    optimizer.train()
+    train(3)
+    for p, q in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p, q)
+    model.load_state_dict(saved[0])  # alone: a step goes on from there
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.eval()
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), saved[0].values(), strict=True))
+
+
+def test_msam_keeps_its_mode_in_an_unperturbed_block(backend, device):
+    param = Parameter(torch.tensor([1.0, -2.0], device=device))
+    optimizer = methods.MSAM([param], "sgd", 0.5, lr=0.1, momentum=0.9, backend=backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with optimizer.unperturbed(), pytest.raises(RuntimeError, match="leave the `with"):
+        optimizer.eval()
+    optimizer.eval()
+    torch.testing.assert_close(param.detach().cpu(), torch.tensor([0.9, -2.1]))
 
 
 def test_msam_says_what_to_do(backend, device):

@@ -207,6 +207,18 @@ def test_esam_selects_what_the_perturbation_raises_most():
     assert_same(model, twin)
 
 
+def test_samples_are_selected_among_those_of_the_first_pass():
+    """Only their losses at w are known."""
+    model, seen = network(dropout=0.0, norm=False), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    per_sample = nn.CrossEntropyLoss(reduction="none")
+    step = SAMStep(model, optimizer_of(model), per_sample, select=0.5, ascent_fraction=0.5, micro_batches=2)
+    step(*batch(0))
+    assert [len(x) for x in seen] == [3, 3, 3, 3, 2, 2]
+    for k in (0, 1):
+        assert torch.isin(seen[4 + k], seen[k]).all()
+
+
 def test_selecting_all_is_the_plain_step():
     model = network()
     twin = copy.deepcopy(model)
@@ -326,6 +338,22 @@ def test_autocast_and_scaler_are_those_of_a_loop_by_hand(backend, device):
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("cls", [fastsam.FusedSAM, methods.VaSSO])
+def test_a_disabled_scaler_is_none(cls):
+    """Loops keep one for precisions that need no scaling."""
+    model = network(norm=False)
+    twin = copy.deepcopy(model)
+    steps = [
+        SAMStep(m, cls(m.parameters(), "sgd", 0.1, lr=0.1), F.cross_entropy, scaler=scaler, same_rng=False)
+        for m, scaler in ((model, torch.amp.GradScaler("cpu", enabled=False)), (twin, None))
+    ]
+    for t in range(2):
+        for step in steps:
+            torch.manual_seed(t)
+            step(*batch(t))
+    assert_same(model, twin)
+
+
 def test_forward_and_backward_of_the_users_own():
     """Two losses with a backward pass each, over micro-batches."""
     model, twin = network(dropout=0.0, norm=False).double(), None
@@ -387,6 +415,36 @@ def test_options_out_of_range(options, message):
     model = network()
     with pytest.raises(ValueError, match=message):
         SAMStep(model, optimizer_of(model), **{"loss_fn": F.cross_entropy, **options})
+
+
+def test_functional_needs_one_output():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = Pair(6, 4)
+    before = copy.deepcopy(model)
+    step = SAMStep(model, optimizer_of(model), lambda out, y: F.cross_entropy(out[0], y), functional=True)
+    with pytest.raises(ValueError, match="functional needs a model whose output is one tensor, got tuple"):
+        step(*batch(0))
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("kind", ["no radius", "no gradient"])
+def test_the_second_order_gradient_without_a_perturbation_is_the_first(kind):
+    """rho of 0, as schedules have it, or a gradient of 0: the step is the base optimizer's."""
+    model = network(dropout=0.0, norm=False).double()
+    twin = copy.deepcopy(model)
+    rho, factor = (0.0, 1.0) if kind == "no radius" else (RHO, 0.0)
+    loss_fn = lambda out, y: factor * F.cross_entropy(out, y)  # noqa: E731
+    optimizer = fastsam.FusedSAM(model.parameters(), torch.optim.SGD, rho, **OPTIONS)
+    base = torch.optim.SGD(twin.parameters(), **OPTIONS)
+    x, y = batch(0)
+    SAMStep(model, optimizer, loss_fn, second_order=True)(x.double(), y)
+    loss_fn(twin(x.double()), y).backward()
+    base.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_what_does_not_fit_is_said():

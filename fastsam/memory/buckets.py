@@ -138,6 +138,20 @@ class Buckets(Grouping):
                     )
         return [grads for grads, _ in read]
 
+    def skips_any(self) -> bool:
+        """Whether there are parameters in groups with `perturb=False`."""
+        return any(bucket.gradients.skips_any for bucket in self.items)
+
+    def gather_all(self) -> list[Gradients]:
+        """In a first pass, whose gradients were gathered: those of the groups with `perturb=False`, too.
+
+        The tables of what was gathered before hold their addresses from now on.
+        """
+        known = self.known_entries
+        read = self.gather(ascent=False)
+        self.known_entries = known
+        return read
+
     def require_memory(self, grads: Sequence[Gradients] | None, *, ascent: bool) -> None:
         """Before a pass: have what it needs of memory for these gradients, or for one of every parameter."""
         for i, bucket in enumerate(self.items):

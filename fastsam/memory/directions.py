@@ -145,15 +145,15 @@ class Directions:
             return list(vector.parts)
         return [flat.where(mask) for flat, mask in zip(vector.flats, self.masks, strict=True)]
 
-    def in_perturbed_groups(self, vector: Vector) -> list[Gradients]:
-        """A vector that is not a direction, without the groups that have `perturb=False`."""
+    def in_perturbed_groups(self, vector: Vector) -> Vector:
+        """A vector of this pass, without the groups that have `perturb=False`."""
         kept = []
-        for bucket, part in zip(self.buckets.items, vector.parts, strict=True):
+        for bucket, part in zip(self.buckets.items, self.here(vector), strict=True):
             skipped = bucket.gradients.skipped
             less = Gradients([None if skip else t for t, skip in zip(part, skipped.tolist(), strict=True)])
             less.table, less.dtype = None if part.table is None else part.table * ~skipped, part.dtype
             kept.append(less)
-        return kept
+        return Vector(vector.name, vector.params, kept)
 
     def combine(self, out: Vector, terms: Sequence[Term], first: Term | None = None) -> Vector:
         """Write a linear combination into `out`, where there are gradients in this pass; see `FusedSAM.combine`."""

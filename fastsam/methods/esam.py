@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastsam.memory.directions import Vector
-from fastsam.methods.checks import check_range
+from fastsam.methods.checks import check_no_decay, check_range
 from fastsam.optimizer import FusedSAM
 from fastsam.radius import Radius
 
@@ -63,6 +63,7 @@ class ESAM(FusedSAM):
         self.beta, self.seed = check_range("ESAM", "beta", beta, 0.0, 1.0), int(seed)
         if self.beta == 0:
             raise ValueError(f"ESAM: beta must be in (0, 1], got {beta!r}")
+        check_no_decay("ESAM", self.beta < 1 and kwargs.get("perturb_with_weight_decay", False), "masked gradients")
         if kwargs.get("radius") is not None:
             raise ValueError(f"ESAM: the radius is rho / beta, got radius={kwargs['radius']!r}, too")
         kwargs["radius"] = None if self.beta == 1 else _Widened(self.beta)

@@ -9,7 +9,7 @@ import torch
 
 from fastsam.algebra import pick
 from fastsam.memory.directions import Vector
-from fastsam.methods.checks import check_range
+from fastsam.methods.checks import check_no_decay, check_range
 from fastsam.ops.reference import NORM_EPS
 from fastsam.optimizer import FusedSAM
 from fastsam.radius import unnormalized
@@ -41,6 +41,7 @@ class LookSAM(FusedSAM):
     options = ("k", "alpha", "layerwise")
     buffers = {"orthogonal_grad": None}
     counts_steps = True
+    mixes_passes = False  # lengths cancel wherever g1 is added
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class LookSAM(FusedSAM):
         if layerwise and kwargs.get("radius") is not None:
             raise ValueError(f"LookSAM: layerwise=True has a radius of its own, got radius={kwargs['radius']!r}, too")
         if layerwise:
+            check_no_decay("LookSAM", kwargs.get("perturb_with_weight_decay", False), "a gradient scaled by layer")
             kwargs["radius"] = unnormalized()
         self.k, self.alpha, self.layerwise = k, check_range("LookSAM", "alpha", alpha, 0.0), bool(layerwise)
         super().__init__(params, base_optimizer, rho, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastsam.closures import call, entry
+from fastsam.methods.checks import check_no_decay
 from fastsam.optimizer import FusedSAM
 from fastsam.progress import CLEAN, PERTURBED, SAM
 
@@ -26,7 +27,8 @@ class MSAM(FusedSAM):
     `step(closure)`, which calls the closure once. To evaluate or to save, `optimizer.eval()` brings the weights w back,
     bit for bit, and `optimizer.train()` perturbs them again, as with schedule-free optimizers; `with
     optimizer.unperturbed():` does both. After `load_state_dict` it is in evaluation mode. Recalibrate BatchNorm's
-    statistics for w before evaluating: they were taken at the perturbed weights.
+    statistics for w before evaluating: they were taken at the perturbed weights. A model that is loaded in part only
+    must be loaded in evaluation mode, or it is given its old weights.
 
     With DistributedDataParallel nothing is to be done: v is the same on all ranks.
 
@@ -52,6 +54,7 @@ class MSAM(FusedSAM):
                 "MSAM: radius=..., renormalize=True and when=by_grad_norm() go by the gradients of a first pass, which "
                 "MSAM does not have; leave them out"
             )
+        check_no_decay("MSAM", kwargs.get("perturb_with_weight_decay", False), "the momentum")
         self.training = True
         super().__init__(params, base_optimizer, rho, **kwargs)
 
@@ -83,6 +86,7 @@ class MSAM(FusedSAM):
             )
         sam = self._sam
         loss = None if closure is None else call(closure)
+        self._keep_loaded_weights()
         sam.turn = SAM
         sam.steps += 1
         self._update()
@@ -106,9 +110,22 @@ class MSAM(FusedSAM):
         name = next(name for name in rule.states if name in MOMENTA)
         self._perturb_without_gradients(lambda: self.base_state(name), lambda v: self.combine("ascent", (-1.0, v)))
 
+    def _keep_loaded_weights(self) -> None:
+        """Let go of the perturbation where the model was given other weights since: they are no perturbed ones."""
+        sam = self._sam
+        if sam.phase == PERTURBED and sam.buckets.weight_watch.loaded():
+            sam.buckets.drop_perturbation()
+            sam.phase = CLEAN
+
     def eval(self) -> None:
-        """Bring the weights w back, to evaluate or to save."""
+        """Bring the weights w back, to evaluate or to save; weights that the whole model was given since are kept.
+
+        Raises:
+            RuntimeError: within `with optimizer.unperturbed():`, at whose end the weights are perturbed again.
+        """
         if self.training:
+            self._sam.require_running()
+            self._keep_loaded_weights()
             self.restore()
             self.training = False
 
@@ -134,6 +151,6 @@ class MSAM(FusedSAM):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As for FusedSAM; call `train()` when the model's weights are loaded, too."""
+        """As for FusedSAM; call `train()` when the model's weights are loaded, too, before or after this."""
         self.eval()
         super().load_state_dict(state_dict)

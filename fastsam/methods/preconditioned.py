@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsam.memory.directions import Vector
+from fastsam.methods.checks import check_no_decay
 from fastsam.optimizer import FusedSAM
 
 
@@ -29,6 +30,12 @@ class PreconditionedSAM(FusedSAM):
 
     def _check_group(self, index: int, group: dict[str, object]) -> None:
         super()._check_group(index, group)
+        check_no_decay("PreconditionedSAM", self.perturb_with_weight_decay, "a preconditioned gradient")
+        if self.p != 2 or group["adaptive"]:
+            raise ValueError(
+                "PreconditionedSAM: it measures e by Adam's second moments, so p must be 2 and adaptive False, got "
+                f"p={self.p!r}, adaptive={group['adaptive']!r}"
+            )
         rule = self._sam.buckets.shared.rule
         if rule is None or "exp_avg_sq" not in rule.states:
             raise ValueError(
@@ -45,7 +52,7 @@ class PreconditionedSAM(FusedSAM):
                 if tensor is not None and v is not None:
                     group = buckets.shared.groups[segment.group]
                     tensor.div_(_denominator(v, segment.step, group["betas"][1], group["eps"]))
-        self.divide_by(self.dot(out, g1).ab)
+        self.divide_by(self.dot(self.in_perturbed_groups(out), g1).ab)
         return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsam.closures import entry
 from fastsam.memory.directions import Vector
-from fastsam.methods.checks import check_range
+from fastsam.methods.checks import check_no_decay, check_range
 from fastsam.optimizer import FusedSAM
 
 
@@ -67,6 +67,8 @@ class SparseSAM(FusedSAM):
         self.sparsity = check_range("SparseSAM", "sparsity", sparsity, 0.0)
         if self.sparsity >= 1:
             raise ValueError(f"SparseSAM: sparsity must be in [0, 1), got {sparsity!r}")
+        decays = self.sparsity > 0 and kwargs.get("perturb_with_weight_decay", False)
+        check_no_decay("SparseSAM", decays, "masked gradients")
         self.drop_rate = check_range("SparseSAM", "drop_rate", drop_rate, 0.0, 1.0)
         for name, value, known in (
             ("drop", drop, ("weight", "gradient", "random")),

@@ -57,4 +57,7 @@ class VaSSO(FusedSAM):
         share = pick(begins, 1.0, self.theta) / scale
         begun = pick(finite, 1.0, 0.0) / scale
         rest = pick(finite, 1 - self.theta, 1.0)
-        return self.combine(m, (rest, m), (pick(finite, share, 0.0), g1), first=(begun, g1))
+        self.combine(m, (rest, m), (pick(finite, share, 0.0), g1), first=(begun, g1))
+        if self.radius is None or not self.radius.measures or not isinstance(scale, torch.Tensor):
+            return m
+        return self.combine("ascent", (scale, m))  # a radius measures what is multiplied by the loss scale

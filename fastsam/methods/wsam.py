@@ -60,11 +60,16 @@ class WSAM(FusedSAM):
 
     def descent(self, g2: Vector) -> Vector:
         """Decoupled: step with g1, and keep a (g2 - g1). Coupled: step with a g2 + (1 - a) g1."""
-        a, g1, ok = self.gamma / (1 - self.gamma), self.direction("kept"), self.climbed
+        a, g1 = self.gamma / (1 - self.gamma), self.direction("kept")
+        ok = self.climbed if self._norm_is_of_all() else self.squared_norm(g1).isfinite()
         if not self.decoupled:
             return self.combine(g1, (pick(ok, a, 1.0), g2), (pick(ok, 1 - a, 0.0), g1))
         self.combine("sharpness", (pick(ok, a, 0.0), g2), (pick(ok, -a, 0.0), g1))
         return self.combine(g1, (pick(ok, 0.0, 1.0), g2), (pick(ok, 1.0, 0.0), g1))
+
+    def _norm_is_of_all(self) -> bool:
+        """Whether the norm that the perturbation was scaled by says that all of g1 is finite."""
+        return self.p != float("inf") and all(group["perturb"] for group in self.param_groups)
 
     def after_update(self) -> None:
         """Decoupled: w <- w - lr a (g2 - g1)."""
