@@ -47,14 +47,15 @@ template <class F>
 constexpr int kSourceSize = sizeof(typename F::Source);
 template <class F>
 constexpr int kGradSize = sizeof(typename F::Grad);
+constexpr int kMostNormBlocks = 6;
 template <class F>
 constexpr int kNormBlocks = kSourceSize<F> == 8              ? 4
                             : kSourceSize<F> != kGradSize<F> ? 5
-                                                             : 6;
+                                                             : kMostNormBlocks;
 template <class F>
-constexpr int kPerturbBlocks = kSourceSize<F> == 8             ? 4
-                               : kSourceSize<F> < kGradSize<F> ? 5
-                                                               : 6;
+constexpr int kPerturbBlocks = kSourceSize<F> == 8                               ? 4
+                               : kSourceSize<F> != kGradSize<F> && !F::kMasters ? 5
+                                                                                : 6;
 template <Kernel kKernel, class F>
 FASTSAM_HD constexpr int update_blocks() {
   const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
@@ -63,7 +64,7 @@ FASTSAM_HD constexpr int update_blocks() {
   // sm_120's code takes a few registers more.
   if (F::kDraws) return kArch >= 1200 && (kKernel != Kernel::adam || F::kMasters) ? 3 : 4;
   if (kKernel != Kernel::adam) return 4;
-  return F::kMasters ? 3 : F::kUniform ? 5 : 4;
+  return F::kMasters ? 3 : F::kUniform && !kSecondTile<kAdam, F> ? 5 : 4;
 }
 // sm_75 has room for 4.
 #define FASTSAM_BOUNDS(blocks) __launch_bounds__(kThreads, kArch < 800 && (blocks) > 4 ? 4 : (blocks))
