@@ -3,8 +3,9 @@
 // benchmarks/NOTES.md says what each is expected to gain.
 #pragma once
 
-// update_ and perturb_ load a tile anew as soon as it is stored, instead of all tiles after the last one is; and Adam in
-// float32 has two tiles instead of one, for which a processor holds one block fewer.
+// update_ and perturb_ load a tile anew as soon as it is stored, instead of all tiles after the last one is; perturb_
+// loads its first tiles ahead of the scalars, and Adam in float32 has two tiles instead of one. A processor holds one
+// block of these two fewer.
 #ifndef FASTSAM_PREFETCH
 #define FASTSAM_PREFETCH 0
 #endif
