@@ -65,7 +65,7 @@ FASTSAM_HD constexpr int update_blocks() {
   if (kSourceSize<F> == 8) return states > 1 ? 2 : 3;
   if (kSourceSize<F> < kGradSize<F> || states == 3 || kKernel == Kernel::radam) return 3;
   // sm_120's code takes a few registers more.
-  if (F::kDraws) return kArch >= 1200 ? 3 : 4;
+  if (F::kDraws) return kArch < 1200 ? 4 : kKernel == Kernel::adam && kSourceSize<F> == 2 ? 2 : 3;
   if (kKernel != Kernel::adam) return 4;
   return F::kMasters ? 3 : F::kUniform && !kSecondTile<kAdam, F> ? 5 : 4;
 }

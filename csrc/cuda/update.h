@@ -144,7 +144,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
         if (aligned) load(tiles[t].each[u], t * kElements + u * kStride);
       }
     };
-    constexpr bool kAhead = kRule != kRmsprop;  // sm_80 has no register left for RMSprop's
+    constexpr bool kAhead = kRule != kRmsprop && !F::kDraws;  // sm_80 and sm_120 have no register left for these
     const auto load_ahead = [&](Tile& tile, int i) { load_weights(tile, i, Sources::kWidth, Direction::kWidth); };
     if (kAhead) each_tile(load_ahead);
     if (t == 0) {
