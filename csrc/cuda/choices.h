@@ -20,7 +20,7 @@
 #define FASTSAM_RESIDENT_NORM 0
 #endif
 
-// Loads and stores of tensors are plain ones of global memory instead of the intrinsics, whose machine code says STRONG.
+// Tensors are loaded and stored plainly, as global memory, without the intrinsics, whose machine code says STRONG.
 #ifndef FASTSAM_PLAIN_ACCESS
 #define FASTSAM_PLAIN_ACCESS 0
 #endif
