@@ -27,13 +27,13 @@ import torch
 from cases import Case, Problem
 from devices import Cpu, HostClock, device_named
 from rivals import Fastsam, Stepper, kernel_backends
-from shapes import TINY
+from shapes import SHRUNK, TINY
 from timing import environment
 from torch import Tensor
 
 MODELS = [f"tiny{count}" for count in TINY]
 RANGE = "Optimizer.step#FusedSAM.step"  # torch puts it around every optimizer's step
-WARMUP, STEPS = 10, 50
+WARMUP, STEPS = (1, 2) if SHRUNK else (10, 50)
 
 
 class Closure:

@@ -3,8 +3,9 @@
 // benchmarks/NOTES.md says what each is expected to gain.
 #pragma once
 
-// update_ and perturb_ load a tile anew as soon as it is stored, instead of all tiles after the last one is; and Adam in
-// float32 has two tiles instead of one, for which a processor holds one block fewer.
+// update_ and perturb_ load a tile anew as soon as it is stored, instead of all tiles after the last one is; perturb_
+// loads its first tiles ahead of the scalars, and Adam in float32 has two tiles instead of one. A processor holds one
+// block of these two fewer.
 #ifndef FASTSAM_PREFETCH
 #define FASTSAM_PREFETCH 0
 #endif
@@ -19,7 +20,7 @@
 #define FASTSAM_RESIDENT_NORM 0
 #endif
 
-// Loads and stores of tensors are plain ones of global memory instead of the intrinsics, whose machine code says STRONG.
+// Tensors are loaded and stored plainly, as global memory, without the intrinsics, whose machine code says STRONG.
 #ifndef FASTSAM_PLAIN_ACCESS
 #define FASTSAM_PLAIN_ACCESS 0
 #endif

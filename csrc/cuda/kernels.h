@@ -389,6 +389,7 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<typename F::G
     const int64_t address = args.grad(chunk.segment);
     auto& warps = shared.warps[buffer];
     if (address) {
+      if (kResidentNorm) buffer ^= 1;  // thread 0 may still read this one when the others are at the next chunk
       const G* const g = element_of<const G>(address, chunk, 0);
       const Segment* const segment = args.segments + chunk.segment;
       typename Ctx::template PerThread<Several<T, Shared::kGroups>> sums;
@@ -411,7 +412,6 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<typename F::G
       args.partials[index] = static_cast<double>(pair_sum<Shared::kGroups>(groups));
     });
     if (!kResidentNorm) break;  // a block a chunk
-    buffer ^= 1;
   }
   if (arrive_last(ctx, args, shared)) sum_partials(ctx, args, shared);
 }
@@ -493,16 +493,19 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
     tile.g = load_words<Direction, Hint::kOnce>(own.g + i, g_bytes);
   };
   ctx.threads([&](int t) {
-    const auto load = [&](int u) {
-      if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, Sources::kWidth, Direction::kWidth);
+    const auto load_tiles = [&] {
+      FASTSAM_UNROLL
+      for (int u = 0; u < kUnroll; u++) {
+        if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, Sources::kWidth, Direction::kWidth);
+      }
     };
-    load(0);  // both would take a processor's sixth block
+    if (kPrefetch) load_tiles();  // ahead of the scalars they would take a processor's sixth block
     if (t == 0) {
       const Row row = args.row(own.segment->group);
       shared.perturb.put(Perturb<T>(row, ordered_sum(args)));
       if constexpr (F::kDrawsWeights) shared.noise.put(Noise(row, own.segment->index, *args.rounding));
     }
-    load(1);
+    if (!kPrefetch) load_tiles();
   });
   ctx.sync();
   ctx.threads([&](int t) {

@@ -144,7 +144,9 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
         if (aligned) load(tiles[t].each[u], t * kElements + u * kStride);
       }
     };
-    each_tile([&](Tile& tile, int i) { load_weights(tile, i, Sources::kWidth, Direction::kWidth); });
+    constexpr bool kAhead = kRule != kRmsprop && !F::kDraws;  // sm_80 and sm_120 have no register left for these
+    const auto load_ahead = [&](Tile& tile, int i) { load_weights(tile, i, Sources::kWidth, Direction::kWidth); };
+    if (kAhead) each_tile(load_ahead);
     if (t == 0) {
       const Progress progress = *reinterpret_cast<const Progress*>(part.segment->progress);
       shared.gradient.put(Gradient<T>(row, args.grad_scale, args.clip));
@@ -152,6 +154,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
       if constexpr (F::kDraws) shared.noise.put(Noise(row, part.segment->index, *args.rounding));
       arrive(t);
     }
+    if (!kAhead) each_tile(load_ahead);
     each_tile(load_states);  // after the scalars, which need the registers
   });
   ctx.sync();
