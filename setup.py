@@ -54,6 +54,16 @@ CUDA_ARCHS = [75, 80, 86, 89, 90, 100, 120]  # of a wheel
 # 12.0, and between the others nvcc makes the same PTX (benchmarks/NOTES.md).
 FRONT_ENDS = [75, 80, 100, 120]
 SLOWEST = ["sgd", "adam", "amsgrad", "centered", "kernels"]  # to be started first
+# The kernels' files that the choices of csrc/cuda/choices.h are for:
+# all others' objects serve libraries with any choice.
+RULES = "adagrad adam amsgrad centered lion nadam radam rmsprop sgd".split()
+CHOICES = {
+    "FASTSAM_PREFETCH": ["perturb", *RULES],
+    "FASTSAM_LEAST_PART": ["launch"],
+    "FASTSAM_RESIDENT_NORM": ["launch", "norm"],
+    "FASTSAM_PLAIN_ACCESS": ["norm", "perturb", "power", *RULES],
+    "FASTSAM_DESCENDING_UPDATE": RULES,
+}
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 
 
@@ -243,7 +253,9 @@ def targets_of_list(wish: str, served: list[int]) -> Targets:
     return Targets(sorted(machine_code, key=order), sorted(ptx, key=order), f"TORCH_CUDA_ARCH_LIST={wish}")
 
 
-def jobs(cxx: list[str], nvcc: str | None, cuda_flags: list[str], torch_include: Path) -> list[Job]:
+def jobs(
+    cxx: list[str], nvcc: str | None, cuda_flags: list[str], torch_include: Path, choices: dict[str, int]
+) -> list[Job]:
     """All compilations: the loops once for each instruction set, everything else once."""
     command = [*cxx, *CXX_FLAGS, *MATH_FLAGS, *sanitizers(), f"-isystem{torch_include}", "-c"]
     result = []
@@ -262,7 +274,9 @@ def jobs(cxx: list[str], nvcc: str | None, cuda_flags: list[str], torch_include:
     if nvcc:
         command = [nvcc, *NVCC_FLAGS, *cuda_flags, "-ccbin", cxx[0], TORCH_TARGET, f"-isystem={torch_include}"]
         for source in sorted(CSRC.glob("cuda/*.cu")):
-            result.append(Job(source, OBJECTS / f"cuda_{source.stem}.o", [*command, "-c", str(source)]))
+            chosen = [f"-D{name}={value}" for name, value in choices.items() if source.stem in CHOICES[name]]
+            name = "".join([f"cuda_{source.stem}", *chosen])
+            result.append(Job(source, OBJECTS / f"{name}.o", [*command, *chosen, "-c", str(source)]))
     place = {name: i for i, name in enumerate(SLOWEST)}
     return sorted(result, key=lambda job: place.get(job.source.stem, len(SLOWEST)))
 
@@ -295,18 +309,23 @@ def compile_all(jobs: list[Job]) -> None:
     run([ninja, "-C", str(OBJECTS)], show=True)
 
 
-def build(library: Path) -> str:
-    """Build the library, without CUDA if only nvcc fails, and return what the record says of it."""
+def build(library: Path, choices: dict[str, int] | None = None) -> str:
+    """Build the library, without CUDA if only nvcc fails, and return what the record says of it.
+
+    Args:
+        library: where it goes.
+        choices: values of `CHOICES` other than those of csrc/cuda/choices.h.
+    """
     nvcc = find_nvcc()
     try:
-        return build_with(nvcc, library)
+        return build_with(nvcc, library, choices or {})
     except RuntimeError as error:
         if nvcc is None or os.environ.get("FASTSAM_CUDA") == "1":
             raise
-        return f"{build_with(None, library)} ({error})"
+        return f"{build_with(None, library, {})} ({error})"
 
 
-def build_with(nvcc: str | None, library: Path) -> str:
+def build_with(nvcc: str | None, library: Path, choices: dict[str, int]) -> str:
     """Compile and link."""
     try:
         import torch
@@ -321,8 +340,9 @@ def build_with(nvcc: str | None, library: Path) -> str:
         targets = targets_for(wish, [] if wish.strip() else gpus_of_this_machine(), known)
         flags = targets.flags(known)
         release = re.search(r"release ([\d.]+)", run([nvcc, "--version"]))
-        cuda = f"nvcc {release[1] if release else '(version unknown)'}, {targets}"
-    steps = jobs(cxx, nvcc, flags, torch_dir / "include")
+        chosen = "".join(f", {name}={value}" for name, value in choices.items())
+        cuda = f"nvcc {release[1] if release else '(version unknown)'}, {targets}{chosen}"
+    steps = jobs(cxx, nvcc, flags, torch_dir / "include", choices)
     print(f"fastsam: compiling {len(steps)} files; CUDA kernels: {cuda}", flush=True)
     compile_all(steps)
     linker, libraries = [*cxx, "-shared", *sanitizers()], [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
@@ -336,7 +356,7 @@ def build_with(nvcc: str | None, library: Path) -> str:
     return f"built with {version}, torch {torch.__version__}, Python {platform.python_version()}\nCUDA kernels: {cuda}"
 
 
-def build_and_record(library: Path) -> None:
+def build_and_record(library: Path, choices: dict[str, int] | None = None) -> None:
     """Build, write the outcome beside the library, and go on without it where that is allowed."""
     library.unlink(missing_ok=True)  # an earlier build's must not be taken for this one's
     record = library.parent / RECORD
@@ -344,7 +364,7 @@ def build_and_record(library: Path) -> None:
     try:
         if os.environ.get("FASTSAM_NATIVE") == "0":
             raise RuntimeError("FASTSAM_NATIVE=0")
-        record.write_text(build(library) + "\n")
+        record.write_text(build(library, choices) + "\n")
     except Exception as error:
         record.write_text(f"not built: {error}\n")
         print(f"fastsam: the native library was not built: {error}", file=sys.stderr)

@@ -18,22 +18,22 @@ import argparse
 import collections
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Case, Problem
+from devices import Cpu, HostClock, device_named
 from rivals import Fastsam, Stepper, kernel_backends
-from shapes import TINY
-from timing import HostClock, environment
+from shapes import SHRUNK, TINY
+from timing import environment
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity
 
 MODELS = [f"tiny{count}" for count in TINY]
 RANGE = "Optimizer.step#FusedSAM.step"  # torch puts it around every optimizer's step
-WARMUP, STEPS = 10, 50
+WARMUP, STEPS = (1, 2) if SHRUNK else (10, 50)
 
 
 class Closure:
@@ -63,16 +63,6 @@ class Closure:
         """Nothing: the step is done."""
 
 
-def profiled(work: Callable[[], Any], device: torch.device) -> list[Any]:
-    """The profiler's events of `work`."""
-    cuda = device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
-        work()
-        if cuda:
-            torch.cuda.synchronize(device)
-    return list(found.events())
-
-
 def operations(events: list[Any]) -> list[str]:
     """Operations that Python dispatched; what an operation calls itself is left out."""
     found = []
@@ -89,12 +79,6 @@ def _is_operation(name: str) -> bool:
     return name.startswith(("aten::", "fastsam::"))
 
 
-def kernels(events: list[Any]) -> list[Any]:
-    """What ran on a GPU (kernels, copies and fills), in order; the ranges that are drawn around these are left out."""
-    found = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    return sorted(found, key=lambda event: event.time_range.start)
-
-
 def whole_step(stepper: Stepper) -> None:
     """Both parts, gradients included."""
     stepper.prepare_first()
@@ -103,9 +87,9 @@ def whole_step(stepper: Stepper) -> None:
     stepper.second()
 
 
-def measure(model: str, backend: str, device: torch.device) -> dict[str, Any]:
+def measure(model: str, backend: str, device: Cpu) -> dict[str, Any]:
     """The keys above, of one backend."""
-    stepper = Fastsam(backend, Problem(model, Case(), device), backend)
+    stepper = Fastsam(backend, Problem(model, Case(), device.torch), backend)
     # The same gradients in both passes from now on: handing over thousands would take time between the two, and a table
     # of other addresses would be sent to the GPU once more.
     closure = Closure(stepper)
@@ -114,14 +98,14 @@ def measure(model: str, backend: str, device: torch.device) -> dict[str, Any]:
         stepper.second()
         closure.first()
 
-    events = profiled(lambda: _queued(stepper, device), device)
-    if device.type == "cuda":
-        own = kernels(events)[1:]  # without the sleep
+    events = device.profile(lambda: _queued(stepper, device))
+    if device.gpu:
+        own = device.kernels(events)[1:]  # without the sleep
         names = [event.name[:80] for event in own]
         gaps = [after.time_range.start - before.time_range.end for before, after in zip(own, own[1:], strict=False)]
     else:
         names, gaps = [name for name in operations(events) if name.startswith("fastsam::")], []
-    ranges = [event.cpu_time_total for event in profiled(closure.first, device) if event.name == RANGE]
+    ranges = [event.cpu_time_total for event in device.profile(closure.first) if event.name == RANGE]
     return {
         "kernels": len(names),
         "names": dict(collections.Counter(names)),
@@ -132,15 +116,14 @@ def measure(model: str, backend: str, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _queued(stepper: Stepper, device: torch.device) -> None:
-    """A step whose kernels all wait behind a sleep, so that no gap between them is the host's."""
-    if device.type == "cuda":
-        torch.cuda._sleep(100_000_000)  # cycles: 50 ms, ten times what queueing takes with 9,000 tensors
+def _queued(stepper: Stepper, device: Cpu) -> None:
+    """A step whose kernels all wait behind something that takes a while, so that no gap between them is the host's."""
+    device.hold()
     stepper.first()
     stepper.second()
 
 
-def _micros(work: Callable[[], Any], device: torch.device) -> float:
+def _micros(work: Callable[[], Any], device: Cpu) -> float:
     """Median wall time of `work`."""
     clock = HostClock(device)
     times = []
@@ -158,11 +141,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = device_named(args.device)
     document: dict[str, Any] = {"environment": environment(device, torch.get_num_threads()), "launches": {}}
     for model in args.models:
         document["launches"][model] = found = {}
-        for backend in kernel_backends(device, torch.float32):
+        for backend in kernel_backends(device.torch, torch.float32):
             try:
                 found[backend] = measure(model, backend, device)
             except Exception as error:  # the other backend is still to come
@@ -170,6 +153,7 @@ def main() -> None:
             print(model, backend, json.dumps(found[backend]), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(document) + "\n")
+    sys.exit(any("error" in one for backends in document["launches"].values() for one in backends.values()))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from devices import ROOT, Cpu
 from table import markdown, replace_between_markers
-from timing import ROOT, environment
+from timing import environment
 
 import fastsam
 
@@ -78,7 +79,7 @@ def main() -> None:
         "format": 1,
         "date": date,
         "command": "python benchmarks/realised.py --json --readme",
-        "environment": {**environment(torch.device("cpu"), torch.get_num_threads()), "fastsam": fastsam.__version__},
+        "environment": {**environment(Cpu(), torch.get_num_threads()), "fastsam": fastsam.__version__},
         "samples": SAMPLES,
         "results": [
             {"model": model, "parameters": count, "method": method, **realised(count, options, args.backend)}

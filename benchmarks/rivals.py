@@ -11,6 +11,8 @@ Gradients are handed over before each part, outside the timing, and are never wr
 
 import ctypes
 import functools
+import importlib
+import importlib.metadata
 import inspect
 import subprocess
 import tempfile
@@ -20,10 +22,12 @@ from typing import Any
 
 import torch
 from cases import BASES, PRECISIONS, Problem
+from shapes import SHRUNK
 from timing import last_level_cache
 from torch import Tensor
 
 EPS = 1e-12
+PACKAGE = "pytorch_optimizer"
 
 
 class Stepper:
@@ -201,6 +205,27 @@ class MasterSAM(Stepper):
         return tuple(map(list, lists))
 
 
+class PackagedSAM(Stepper):
+    """SAM of the package pytorch_optimizer, over the fastest base of torch's."""
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        """Make it."""
+        super().__init__(name, problem)
+        package = importlib.import_module(PACKAGE)
+        groups, base = problem.groups(self.params), BASES[problem.case.base]
+        self.optimizer = package.SAM(groups, base, rho=problem.rho, **fastest(problem))
+        self.first = self.optimizer.first_step
+        self.second = self.optimizer.second_step
+
+
+def package_version() -> str | None:
+    """That of pytorch_optimizer, None where it is not installed."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 class PlainBase(Stepper):
     """The base optimizer alone, `fused=True`: a step without SAM."""
 
@@ -316,7 +341,7 @@ class DeviceCopy(Triad):
     def __init__(self, device: torch.device) -> None:
         """Allocate source and destination."""
         self.streams = True
-        self.elements = 2**28
+        self.elements = 2**16 if SHRUNK else 2**28
         self.bytes = 8 * self.elements
         self.arrays = [torch.ones(self.elements, device=device) for _ in range(2)]
 
@@ -347,6 +372,7 @@ RIVALS: dict[str, Callable[[Problem], Stepper]] = {
     "foreach_mul": lambda problem: ForeachSAM("foreach_mul", problem, alpha=False),
     "foreach_alpha": lambda problem: ForeachSAM("foreach_alpha", problem, alpha=True),
     "foreach_masters": lambda problem: MasterSAM("foreach_masters", problem),
+    PACKAGE: lambda problem: PackagedSAM(PACKAGE, problem),
     "base_fused": lambda problem: PlainBase("base_fused", problem),
 }
 

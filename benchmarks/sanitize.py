@@ -5,7 +5,10 @@ for more tensors than arguments hold. Everything is copied from the host: initch
 test's memory, filled with NaN, would hide from it what has not. The weights are compared with the reference's.
 """
 
+import argparse
+
 import torch
+from devices import Cpu, device_named
 from torch import Tensor
 
 import fastsam
@@ -19,16 +22,20 @@ BASES = [
 
 
 def step(
-    sizes: tuple[int, ...], dtype: torch.dtype, base: type[torch.optim.Optimizer], options: dict[str, float]
+    device: Cpu,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    base: type[torch.optim.Optimizer],
+    options: dict[str, float],
 ) -> None:
     """Two SAM steps on the GPU and on the host; the same weights."""
     start = [torch.linspace(-2, 2, n, dtype=torch.float64).to(dtype) for n in sizes]
     steps = []
-    for device, backend in (("cuda", "cuda"), ("cpu", "reference")):
-        params = [torch.nn.Parameter(weight) for weight in sent(start, device, 0)]
+    for where, backend in ((device.torch, device.backend), (torch.device("cpu"), "reference")):
+        params = [torch.nn.Parameter(weight) for weight in sent(start, where, 0)]
         optimizer = fastsam.FusedSAM(params, base, rho=0.5, backend=backend, **options)
         for finish in (optimizer.first_step, optimizer.step) * 2:
-            for param, gradient in zip(params, sent(start, device, 1), strict=True):
+            for param, gradient in zip(params, sent(start, where, 1), strict=True):
                 param.grad = gradient
             finish()
         steps.append([param.detach().cpu() for param in params])
@@ -37,7 +44,7 @@ def step(
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def sent(tensors: list[Tensor], device: str, offset: int) -> list[Tensor]:
+def sent(tensors: list[Tensor], device: torch.device, offset: int) -> list[Tensor]:
     """Copies, `offset` elements beyond a 16-byte boundary; thousands of them in one piece of memory, others apart."""
     if len(tensors) > 1000:
         memory = torch.cat([tensors[0][:offset], *tensors]).to(device, copy=True)
@@ -47,11 +54,14 @@ def sent(tensors: list[Tensor], device: str, offset: int) -> list[Tensor]:
 
 def main() -> None:
     """All of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    device = device_named(parser.parse_args().device)
     for dtype in DTYPES:
         for base, options in BASES:
-            step(SIZES, dtype, base, options)
+            step(device, SIZES, dtype, base, options)
             print(dtype, base.__name__, flush=True)
-    step((3,) * 5000, torch.float32, *BASES[0])
+    step(device, (3,) * 5000, torch.float32, *BASES[0])
     print("5,000 tensors")
 
 

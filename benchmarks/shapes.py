@@ -8,6 +8,7 @@ implementations register them, and checked against the known totals.
 """
 
 import math
+import os
 from collections.abc import Callable
 
 Shape = tuple[int, ...]
@@ -90,6 +91,9 @@ MODELS: dict[str, Callable[[], list[Shape]]] = {
     **{f"tiny{count}": lambda count=count: [(8,)] * count for count in TINY},
 }
 
+# For a run that only shows that nothing fails: a few tensors of each model, and small ones.
+SHRUNK = os.environ.get("FASTSAM_SHRUNK") == "1"
+
 TOTALS = {  # tensors, elements
     "resnet18": (62, 11_689_512),
     "resnet50": (161, 25_557_032),
@@ -107,6 +111,8 @@ def shapes_of(model: str) -> list[Shape]:
     found = len(shapes), sum(map(math.prod, shapes))
     if found != TOTALS[model]:
         raise AssertionError(f"{model}: expected (tensors, elements) = {TOTALS[model]}, got {found}")
+    if SHRUNK:
+        return [tuple(min(size, 8) for size in shape) for shape in shapes[:: max(1, len(shapes) // 4)]]
     return shapes
 
 

@@ -29,10 +29,12 @@ from typing import Any
 
 import torch
 from cases import BASES, CASES, DTYPES, PRECISIONS, SWITCHES, Case, Problem
-from launches import Closure, kernels, operations, profiled, whole_step
+from devices import ROOT, Cpu, HostClock, device_named
+from launches import Closure, operations, whole_step
 from ratios import across, paired_ratio
 from rivals import (
     NEED_FUSED_BASE,
+    PACKAGE,
     RIVALS,
     DeviceCopy,
     Fastsam,
@@ -41,23 +43,15 @@ from rivals import (
     backends_for,
     fused_base_works,
     kernel_backends,
+    package_version,
 )
-from shapes import MODELS
+from shapes import MODELS, SHRUNK
 from table import ANCHOR, over_prediction, render, share_of_yardstick
-from timing import (
-    ROOT,
-    HostClock,
-    available_memory,
-    clock_for,
-    environment,
-    fresh_processes,
-    interleave,
-    others,
-)
+from timing import available_memory, environment, fresh_processes, interleave, others
 
 HOST_MODEL = "tiny161"
-PROCESSES, ROUNDS, WARMUP = 5, 15, 3
-HOST_ROUNDS, HOST_WARMUP, HOST_BURST = 30, 3, 20
+PROCESSES, ROUNDS, WARMUP = 5, 15, 1 if SHRUNK else 3
+HOST_ROUNDS, HOST_WARMUP, HOST_BURST = 30, 3, 2 if SHRUNK else 20
 CASE_RIVALS = ("eager", "foreach_alpha", "foreach_masters")  # beside every case of --all; SGD's has them all
 # assert_close's defaults but for float16, whose 1e-3 is one step of the format: rivals round after every operation.
 TOLERANCE = {torch.float16: {"rtol": 4e-3, "atol": 1e-5}}
@@ -75,6 +69,9 @@ def contenders_of(args: argparse.Namespace, problem: Problem) -> dict[str, Calla
     if not fused_base_works(problem):
         print("this torch's fused=True base does not step such weights: foreach=True instead", file=sys.stderr)
         wanted = [name for name in wanted if name not in NEED_FUSED_BASE]
+    if PACKAGE in wanted and package_version() is None:
+        print(f"{PACKAGE} is not installed: its SAM is left out", file=sys.stderr)
+        wanted.remove(PACKAGE)
     backends = []
     if "fastsam" in wanted:
         available = kernel_backends if args.sweep else backends_for
@@ -98,16 +95,16 @@ def check_memory(problem: Problem, count: int) -> None:
         )
 
 
-def peak_bytes(make: Callable[[], Stepper], problem: Problem) -> int:
+def peak_bytes(make: Callable[[], Stepper], problem: Problem, device: Cpu) -> int:
     """GPU memory that a contender takes at its peak, beyond gradients, weights, their masters and the base's state."""
-    gc.collect()
-    before = torch.cuda.memory_allocated(problem.device)
-    torch.cuda.reset_peak_memory_stats(problem.device)
-    stepper = make()
-    for _ in range(2):  # the second has what the first left behind
-        whole_step(stepper)
-    taken: int = torch.cuda.max_memory_allocated(problem.device) - before
-    return taken - problem.elements * problem.case.sizes().kept(problem.case.base)
+
+    def two_steps() -> Stepper:
+        stepper = make()
+        for _ in range(2):  # the second has what the first left behind
+            whole_step(stepper)
+        return stepper
+
+    return device.peak_bytes(two_steps) - problem.elements * problem.case.sizes().kept(problem.case.base)
 
 
 def check_parity(steppers: Sequence[Stepper], steps: int = 2) -> None:
@@ -159,24 +156,23 @@ def rounded(times: dict[str, list[float]]) -> dict[str, list[float]]:
 def work(args: argparse.Namespace, model: str, case: Case) -> dict[str, Any]:
     """What one process measures."""
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    problem = Problem(model, case, device)
+    device = device_named(args.device)
+    problem = Problem(model, case, device.torch)
     made = contenders_of(args, problem)
     check_memory(problem, len(made))
-    peaks = {name: peak_bytes(make, problem) for name, make in made.items()} if cuda else None
+    peaks = {name: peak_bytes(make, problem, device) for name, make in made.items()} if device.gpu else None
     gc.collect()
     steppers = [make() for make in made.values()]
     problem.start.clear()
     check_parity(steppers)
-    events = {stepper.name: profiled(functools.partial(whole_step, stepper), device) for stepper in steppers}
+    events = {stepper.name: device.profile(functools.partial(whole_step, stepper)) for stepper in steppers}
     result: dict[str, Any] = {
         "elements": problem.elements,
         "bytes": {stepper.name: problem.ideal_bytes() for stepper in steppers if stepper.perturbs},
         "fused_base": fused_base_works(problem),
         "fastsam": [stepper.name for stepper in steppers if isinstance(stepper, Fastsam)],
         "operations": {name: len(operations(found)) for name, found in events.items()},
-        "launches": {name: len(kernels(found)) for name, found in events.items()} if cuda else None,
+        "launches": {name: len(device.kernels(found)) for name, found in events.items()} if device.gpu else None,
         "peak_bytes": peaks,
     }
     if model == HOST_MODEL:
@@ -191,12 +187,12 @@ def work(args: argparse.Namespace, model: str, case: Case) -> dict[str, Any]:
 
     contenders: list[Any] = list(steppers)
     if args.against_sgd:
-        plain = Problem(model, Case(), device)
-        contenders.append(Fastsam(ANCHOR, plain, (args.backend or backends_for(device, torch.float32))[0]))
+        plain = Problem(model, Case(), device.torch)
+        contenders.append(Fastsam(ANCHOR, plain, (args.backend or backends_for(device.torch, torch.float32))[0]))
         result["bytes"][ANCHOR] = plain.ideal_bytes()
     if not args.contenders or "bandwidth" in args.contenders:
         try:
-            yardstick = DeviceCopy(device) if cuda else Triad(args.threads)
+            yardstick = DeviceCopy(device.torch) if device.gpu else Triad(args.threads)
         except RuntimeError as error:
             print(f"no streaming triad: {error}", file=sys.stderr)
         else:
@@ -205,7 +201,7 @@ def work(args: argparse.Namespace, model: str, case: Case) -> dict[str, Any]:
             contenders.append(yardstick)
             result["bytes"][yardstick.name] = yardstick.bytes
     start, before = time.perf_counter(), others()
-    times = interleave(contenders, clock_for(device), args.rounds or ROUNDS, WARMUP)
+    times = interleave(contenders, device.clock(), args.rounds or ROUNDS, WARMUP)
     taken = (others() - before) / (time.perf_counter() - start)
     return {**result, "times": rounded(times), "cores_taken": round(taken, 2)}
 
@@ -234,27 +230,34 @@ def summed_up(found: Sequence[dict[str, Any]], case: Case, model: str, name: str
 
 
 def sweep(args: argparse.Namespace, document: dict[str, Any]) -> None:
-    """Measure cases one after the other, in this process, into `document`, which is kept after each."""
+    """Measure cases one after the other, in this process, into `document`, which is kept after each.
+
+    Those that the file of `--json` holds are not measured again.
+    """
     document |= {"results": [], "failures": {}}
+    known = json.loads(Path(args.json).read_text())["results"] if args.json and Path(args.json).is_file() else []
+    device = device_named(args.device)
     end = time.monotonic() + args.budget
     for model, case in args.sweep:
         name = "-".join([model, case.base, case.dtype, *([case.precision] if case.precision != "plain" else [])])
+        there = [one for one in known if (one["model"], Case(**one["case"])) == (model, case)]
+        document["results"] += there
+        if there:
+            continue
         try:
             if time.monotonic() > end:
                 raise TimeoutError(f"left out, the {args.budget} s are over")
             document["results"].append(summed_up([work(args, model, case)], case, model))
         except (Exception, SystemExit) as error:  # the other cases are still to come
             document["failures"][name] = f"{type(error).__name__}: {error}"[:500]
-        gc.collect()  # optimizers and their wrapped methods refer to each other
-        if args.device != "cpu":
-            torch.cuda.empty_cache()
+        device.free()
         print(name, document["failures"].get(name, "measured"), flush=True)
         keep(args, document)
 
 
 def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case on FusedSAM's best backend for it, SGD's with all rivals, and host time."""
-    device = torch.device(args.device)
+    device = device_named(args.device).torch
     results = []
     for name, case in CASES.items():
         backend = ["--backend", *(args.backend or backends_for(device, DTYPES[case.dtype])[:1])]
@@ -302,7 +305,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="resnet50")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; stub: see devices.py")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--all", action="store_true", help="every case of cases.py on --model's shapes, and host time")
     parser.add_argument("--backend", nargs="+", help="FusedSAM's backends [all available]; the first is compared")
@@ -360,13 +363,13 @@ def main() -> None:
         args.worker.write_text(json.dumps(work(args, args.model, case)))
         return
 
-    device = torch.device(args.device)
+    device = device_named(args.device)
     document: dict[str, Any] = {
         "format": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
-        "device": device.type,
-        "environment": {**environment(device, args.threads), **fastsam_environment()},
+        "device": device.name,
+        "environment": {**environment(device, args.threads), **fastsam_environment(), PACKAGE: package_version()},
     }
     if args.sweep:
         sweep(args, document)
@@ -378,13 +381,15 @@ def main() -> None:
         extra = ["--backend", *args.backend] if args.backend else []
         extra += ["--contenders", *args.contenders] if args.contenders else []
         document["results"] = [measure(args, case, args.model, extra)]
+    keep(args, document)
     print(render(document))
     busiest = max(rate for result in document["results"] for rate in result["cores_taken"])
     if busiest > QUIET:
         print(f"\nThis machine is busy, others took {busiest:.2f} cores: do not use these times.", file=sys.stderr)
     else:
-        print("\n" + "\n".join(judge_goals(document["results"], device.type)), file=sys.stderr)
-    keep(args, document)
+        print("\n" + "\n".join(judge_goals(document["results"], device.name)), file=sys.stderr)
+    if document.get("failures"):
+        raise SystemExit(f"not measured: {document['failures']}")
 
 
 def fastsam_environment() -> dict[str, Any]:
@@ -392,14 +397,15 @@ def fastsam_environment() -> dict[str, Any]:
     try:
         import fastsam
         from fastsam import ops
+        from fastsam.commands.diagnosis import build_record
+        from fastsam.ops import native
     except ModuleNotFoundError:
         return {"fastsam": None}
-    found = {"fastsam": fastsam.__version__, "backends": ops.backends()}
-    try:
-        from fastsam import _C
-    except ImportError:
+    found = {"fastsam": fastsam.__version__, "backends": ops.backends(), "build": build_record()}
+    library: Any = native.reader
+    if library is None:
         return {**found, "cpu_isa": None}
-    return {**found, "cpu_isa": _C.cpu_isa(), "source_hash": _C.source_hash}
+    return {**found, "cpu_isa": library.cpu_isa(), "source_hash": library.source_hash}
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from devices import Cpu, output
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU_SYSFS = Path("/sys/devices/system/cpu")
 
 
@@ -51,63 +50,6 @@ class Clock(Protocol):
 
     def settle(self) -> None:
         """Wait for what somebody else has left to be done."""
-
-
-class HostClock:
-    """Wall time of a call: on a CPU the work is done when it returns, on a GPU it is queued.
-
-    A GPU is not waited for between calls. Its queue of some 1,000 launches does not fill as long as the GPU needs less
-    time than the host, as it does for tensors that hold next to nothing: then no launch has to wait.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """Remember whose work is queued."""
-        self.device = device
-
-    def __call__(self, work: Callable[[], None]) -> float:
-        """Seconds until `work` returns."""
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    def settle(self) -> None:
-        """Empty a GPU's queue."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-class CudaClock:
-    """Device time between two events around a call that finds a cold L2 cache and a busy device.
-
-    The device is kept busy, and the cache filled with something else, by overwriting 1 GiB: 0.25 ms on an H200. That
-    is the host's lead: launches that take it no longer than that are hidden, as they are behind a backward pass, and
-    what takes longer is seen, as is every wait for the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """Allocate the memory to overwrite."""
-        self.device = device
-        size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**30)
-        self.scrub = torch.empty(size, dtype=torch.uint8, device=device)
-
-    def __call__(self, work: Callable[[], None]) -> float:
-        """Seconds between the events."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.scrub.zero_()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def settle(self) -> None:
-        """Wait for all queued work."""
-        torch.cuda.synchronize(self.device)
-
-
-def clock_for(device: torch.device) -> Clock:
-    """The clock that measures work on `device`."""
-    return CudaClock(device) if device.type == "cuda" else HostClock(device)
 
 
 def interleave(
@@ -186,7 +128,7 @@ def fresh_processes(arguments: Sequence[str], count: int, threads: int) -> list[
     return results
 
 
-def environment(device: torch.device, threads: int) -> dict[str, Any]:
+def environment(device: Cpu, threads: int) -> dict[str, Any]:
     """What a number on this machine depends on. No host name, user or path: the result is committed."""
     found: dict[str, Any] = {
         "cpu": _cpu_model(),
@@ -200,15 +142,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         **_commit(),
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name,
-            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "cuda": torch.version.cuda,
-        }
-    return found
+    return found | device.facts()
 
 
 def last_level_cache() -> int:
@@ -252,15 +186,7 @@ def _caches() -> list[dict[str, Any]]:
 
 
 def _commit() -> dict[str, Any]:
-    commit = _output("git", "rev-parse", "HEAD")
+    commit = output("git", "rev-parse", "HEAD")
     # Result files are written by the run itself and say nothing about what was measured.
-    dirty = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    dirty = output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
     return {"commit": commit, "dirty": dirty != "" if commit else None}
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -11,18 +11,20 @@ turns; medians of the rounds.
 """
 
 import argparse
-import gc
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from devices import WARMUP, Cpu, device_named
 from rivals import eager_climb, eager_return
-from timing import clock_for, environment
+from shapes import SHRUNK
+from timing import environment
 from torch import Tensor, nn
 
 import fastsam
@@ -35,14 +37,13 @@ MODELS = {  # name: (batch, pixels, classes)
     "vit_b16": (64, 224, 1000),
 }
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05
-WARMUP = 3
 EVERYWHERE = ("passes", "fastsam", "eager")
 CONTENDERS = (*EVERYWHERE, "passes_captured", "fastsam_captured")
 
 
 def make_model(name: str, pixels: int, classes: int) -> nn.Module:
     """One of `MODELS`; ImportError if no package has it."""
-    if name == "small":
+    if name == "small" or SHRUNK:
         layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * pixels * pixels, classes))
     try:
@@ -63,10 +64,11 @@ def make_model(name: str, pixels: int, classes: int) -> nn.Module:
 class Contender:
     """A model with a training step; `name` decides how."""
 
-    def __init__(self, name: str, model: str, device: torch.device) -> None:
+    def __init__(self, name: str, model: str, where: Cpu) -> None:
         """Build model, data and optimizer."""
-        batch, pixels, classes = MODELS[model]
+        batch, pixels, classes = MODELS["small" if SHRUNK else model]
         torch.manual_seed(0)
+        device = where.torch
         self.name, self.device = name, device
         self.model = make_model(model, pixels, classes).to(device)
         self.x = torch.randn(batch, 3, pixels, pixels, device=device)
@@ -81,7 +83,7 @@ class Contender:
         steps: dict[str, Callable[[], None]] = {"passes": self.passes, "fastsam": self.fastsam, "eager": self.eager}
         self.step = steps[kind]
         if name.endswith("_captured"):
-            self.capture()
+            self.step = where.capture(self.step, lambda: self.model.zero_grad(set_to_none=True))
 
     def first_pass(self) -> None:
         """One forward and backward pass, in bfloat16 autocast on a GPU."""
@@ -116,25 +118,11 @@ class Contender:
         eager_return(self.base.param_groups, self.old)
         self.base.step()
 
-    def capture(self) -> None:
-        """Make `step` the replay of one CUDA graph, after the warm-up on another stream that torch asks for."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.model.zero_grad(set_to_none=True)  # the graph's gradients are to lie in its own memory
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        self.step = graph.replay
 
-
-def train(model: str, device: torch.device, rounds: int) -> dict[str, Any]:
+def train(model: str, device: Cpu, rounds: int) -> dict[str, Any]:
     """Milliseconds of a step of every contender, and ratios to the two passes; None for what a CPU has not."""
-    contenders = [Contender(name, model, device) for name in CONTENDERS if device.type == "cuda" or name in EVERYWHERE]
-    clock = clock_for(device)
+    contenders = [Contender(name, model, device) for name in CONTENDERS if device.gpu or name in EVERYWHERE]
+    clock = device.clock()
     rows: list[dict[str, float]] = []
     for turn in range(WARMUP + rounds):
         order = random.Random(turn).sample(contenders, len(contenders))
@@ -159,24 +147,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small model alone, three rounds")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = device_named(args.device)
     torch.backends.cudnn.benchmark = True
     found: dict[str, Any] = {"environment": environment(device, torch.get_num_threads()), "train": {}}
+    if args.json and args.json.is_file():  # an earlier run's, of which only what failed is run again
+        found["train"] = {name: one for name, one in json.loads(args.json.read_text())["train"].items() if "ms" in one}
     end = time.monotonic() + args.budget
-    for name in args.models or (["small"] if args.quick else [name for name in MODELS if name != "small"]):
+    wanted = args.models or (["small"] if args.quick else [name for name in MODELS if name != "small"])
+    for name in [name for name in wanted if name not in found["train"]]:
         try:
             if time.monotonic() > end:
                 raise TimeoutError(f"left out, the {args.budget} s are over")
             result = train(name, device, 3 if args.quick else args.rounds)
         except Exception as error:  # a missing package, too little memory: the others go on
             result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        gc.collect()  # contenders refer to themselves
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        device.free()
         found["train"][name] = result
         print(name, json.dumps(result), flush=True)
         if args.json:
             args.json.write_text(json.dumps(found) + "\n")
+    sys.exit(any("error" in one for one in found["train"].values()))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ struct Progress {    // of one segment, 2 float32
   float mu_product;  // NAdam: the product of all momenta so far
 };
 
-struct Chunk {  // up to kChunk elements of one segment, 4 int32
+struct alignas(16) Chunk {  // up to kChunk elements of one segment, 4 int32; read by one load
   int32_t segment;
   int32_t start;     // in units, within the segment
   int32_t length;    // in elements

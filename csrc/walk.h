@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/choices.h"
 #include "math/numbers.h"
 
 #ifdef __CUDACC__
@@ -25,6 +26,8 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kVector = 16;  // bytes
+constexpr bool kPrefetch = FASTSAM_PREFETCH, kResidentNorm = FASTSAM_RESIDENT_NORM;
+constexpr bool kPlainAccess = FASTSAM_PLAIN_ACCESS, kDescendingUpdate = FASTSAM_DESCENDING_UPDATE;
 
 // ---- Which elements.
 
@@ -76,6 +79,10 @@ using Vector = Words<4>;
 template <class W, Hint hint>
 FASTSAM_DEVICE W load_word(const void* from) {
 #ifdef __CUDA_ARCH__  // the intrinsics say that it is global memory, which an address from a table does not
+  if (kPlainAccess && hint == Hint::kKeep) {
+    __builtin_assume(__isGlobal(from));
+    return *static_cast<const W*>(from);
+  }
   return hint == Hint::kOnce ? __ldcs(static_cast<const W*>(from)) : __ldca(static_cast<const W*>(from));
 #else
   W word;
@@ -86,6 +93,11 @@ FASTSAM_DEVICE W load_word(const void* from) {
 template <class W, Hint hint>
 FASTSAM_DEVICE void store_word(void* to, W word) {
 #ifdef __CUDA_ARCH__
+  if (kPlainAccess && hint == Hint::kKeep) {
+    __builtin_assume(__isGlobal(to));
+    *static_cast<W*>(to) = word;
+    return;
+  }
   if (hint == Hint::kOnce) __stcs(static_cast<W*>(to), word);
   if (hint == Hint::kKeep) __stwb(static_cast<W*>(to), word);
 #else

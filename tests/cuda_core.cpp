@@ -52,15 +52,21 @@ class HostContext {
     }
   }
 
-  bool arrive(uint32_t* ticket) {
+  uint32_t arrive(uint32_t* ticket) {
     const uint32_t last = blocks_ - 1;
     uint32_t before = __atomic_load_n(ticket, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(ticket, &before, before >= last ? 0 : before + 1, false, FASTSAM_TICKET_ORDER,
                                         __ATOMIC_RELAXED)) {
     }
-    return before == last;
+    return before;
   }
+  bool is_last(uint32_t before) const { return before == static_cast<uint32_t>(blocks_ - 1); }
   double load_other(const double* from) { return *from; }
+  void load_others(const double* from, double* x) {
+    if (reinterpret_cast<uintptr_t>(from) % 16) std::abort();  // as a GPU would
+    x[0] = from[0];
+    x[1] = from[1];
+  }
 
  private:
   int block_, blocks_;
@@ -120,7 +126,7 @@ void run_grid(int blocks, const L& launch, const Body& body) {
 }
 
 template <class F, class Body>
-void run(const Launch& launch, const Body& body) {
+void run(const Launch& launch, const Body& body, int most_blocks = 1 << 30) {
   auto args = std::make_unique<Arguments<4096>>();
   static_cast<Header&>(*args) = Header{};
   std::vector<int64_t> words(launch.n_segments);
@@ -160,16 +166,17 @@ void run(const Launch& launch, const Body& body) {
   } else {
     args->grads = words.data();
   }
-  const int blocks = std::max(1, args->n_chunks << args->split_bits);
+  const int blocks = std::max(1, std::min(args->n_chunks << args->split_bits, most_blocks));
   run_grid(blocks, launch, [&](HostContext& ctx) { body(ctx, *args); });
 }
 
 template <class F>
 void grad_norm(const Launch& launch) {
-  run<F>(launch, [](HostContext& ctx, const auto& args) {
+  const auto body = [](HostContext& ctx, const auto& args) {
     NormShared<typename F::Grad> shared;
     norm_block<typename F::Norm>(ctx, args, shared);
-  });
+  };
+  run<F>(launch, body, kResidentNorm ? 3 : 1 << 30);
 }
 
 template <class F>

@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastsam import FusedSAM, ops
+from fastsam.ops import graphs
+from fastsam.ops.formats import Precision
+from fastsam.ops.tables import Tables
 
 AGAIN = "capture it again"
 
@@ -65,6 +68,24 @@ def take(opt):
         taken.append([p.grad for p in params])
         finish()
     return taken
+
+
+def test_refresh_uploads_only_what_the_device_was_not_told_yet(monkeypatch):
+    tables, uploads = Tables(torch.device("cpu"), Precision().format_of(torch.float32)), []
+    monkeypatch.setattr("fastsam.ops.native.upload_rows", uploads.append)
+    changes = [
+        dict(rows=[1.0]),
+        dict(q=3.0),
+        dict(format=tables.format._replace(grad=torch.bfloat16)),
+        dict(cache=None),
+    ]
+    for change in changes:
+        for name, value in change.items():
+            setattr(tables, name, value)
+        for _ in range(3):
+            graphs.upload_values(tables)
+            graphs.prepare_capture(tables)
+    assert len(uploads) == len(changes)
 
 
 def graph_memory(opt):

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import itertools
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -99,11 +100,24 @@ def objects(request):
     return request.config.cache.mkdir("cuda_core")
 
 
-@pytest.fixture(scope="session")
-def library(objects):
-    library = ctypes.CDLL(str(compiled(objects, "core", "-O2", "-shared", "-fPIC")))
+def loaded(file):
+    library = ctypes.CDLL(str(file))
     library.fastsam_run.restype = ctypes.c_bool
     return library
+
+
+@pytest.fixture(scope="session")
+def library(objects):
+    return loaded(compiled(objects, "core", "-O2", "-shared", "-fPIC"))
+
+
+@pytest.fixture(scope="session")
+def other_choices(objects):
+    """The same with the other choice wherever csrc/cuda/choices.h leaves one."""
+    names = re.findall(r"#ifndef (FASTSAM_\w+)", (ROOT / "csrc" / "cuda" / "choices.h").read_text())
+    assert len(names) == 5
+    flags = [f"-D{name}=1" for name in names]
+    return loaded(compiled(objects, "choices", "-O1", "-shared", "-fPIC", *flags))
 
 
 class Emulated:
@@ -233,6 +247,36 @@ def check_steps(backend, bucket, option, place=lambda grad: grad):
 def test_three_sam_steps_follow_the_plan_in_any_order_of_blocks(library, dtype, option):
     for split_bits, seed in ((0, 0), (1, 11), (2, 12)):
         check_steps(Emulated(library, split_bits, seed), fresh_bucket(option, dtype), option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", [*PLAIN, *MASTERS, *STOCHASTIC], ids=label)
+def test_other_choices_follow_the_plan_too(other_choices, format):
+    for split_bits, option in enumerate(("sgd-dampening", "adam", "lion")):
+        check_steps(Emulated(other_choices, split_bits, 17), fresh_bucket(option, format), option)
+        bucket = fresh_bucket(option, format, lambda n, dtype: guarded(n, dtype, True) if n else shifted(n, dtype))
+        place = lambda g: copied(guarded(len(g), g.dtype, True), g) if len(g) else g  # noqa: E731
+        check_steps(Emulated(other_choices, split_bits), bucket, option, place)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 1023, 3073, 5 * 1024 + 3])
+def test_thousands_of_partial_sums_are_added_in_the_order_of_the_plan(library, n_chunks):
+    """The last block takes several of a thread's partial sums at once."""
+    bucket = bucket_of([torch.zeros(64 * n_chunks)], "sgd")
+    start = torch.arange(n_chunks, dtype=torch.int32)
+    bucket.chunk_table = torch.stack([0 * start, start, 0 * start + 64, start], dim=1).contiguous()
+    bucket.partials = torch.full((n_chunks,), float("nan"), dtype=torch.float64)
+    grad = torch.linspace(-1, 3, 64 * n_chunks)
+    out = torch.zeros(1, dtype=torch.float64)
+    bucket.slot = 0
+    Emulated(library, seed=3).grad_norm(bucket, [grad], out)
+    lanes = torch.zeros(1024, dtype=torch.float64)
+    for part in bucket.partials.split(1024):
+        lanes[: len(part)] += part
+    while len(lanes) > 1:
+        lanes = lanes[0::2] + lanes[1::2]
+    assert out.tolist() == lanes.tolist()
+    assert out.item() == pytest.approx(grad.double().square().sum().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)

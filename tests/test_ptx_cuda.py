@@ -334,7 +334,7 @@ MUTANTS = {  # kernel, pattern, what it becomes, which of those that match
     "the barrier after the scalars is missing": (CLIMB, r"bar\.sync\s+0;", "", 0),
     "a lane takes another's number": (NORM, r"(shfl\.sync)\.bfly(\.b32.*)", r"\1.up\2", 0),
     "a ticket goes on": (NORM, r"\.inc\.u32", ".add.u32", 0),
-    "a ticket orders nothing": (SGD, r"atom\.acq_rel\.gpu", "atom.relaxed.gpu", 0),
+    "a ticket orders nothing": (SGD, r"atom\.release\.gpu", "atom.relaxed.gpu", 2),
     "a sum is rounded twice": (SGD, r"fma\.rn\.f32(\s+\S+, \S+, \S+), \S+;", r"mul.rn.f32\1;", 2),
     "a store lies beside its place": (CLIMB, r"(st\.global\.\w+\.v4\.u32\s+\[%rd\d+)\]", r"\1+16]", 0),
     "a store lies across its place": (CLIMB, r"(st\.global\.\w+\.v4\.u32\s+\[%rd\d+)\]", r"\1+8]", 0),

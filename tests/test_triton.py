@@ -119,7 +119,7 @@ def compile_kernel(kernels, kernel, constants, target):
     signature.update(dict.fromkeys(kernel.arg_names[n:], "constexpr"))
     baked = {(n + i,): value for i, value in enumerate(constants)}
     source = ASTSource(fn=kernel, signature=signature, constexprs=baked, attrs={})
-    return compile(source, target=target, options=kernels._options(kernel, constants))
+    return compile(source, target=target, options=kernels._options(kernel, constants, target.warp_size))
 
 
 def loops(ptx):
@@ -356,7 +356,7 @@ class Notes:
     """Triton's driver as far as launches need one; kernels are compiled, not run."""
 
     def __init__(self):
-        self.launches, self.utils, self.fails = [], self, ""
+        self.launches, self.hooks, self.utils, self.fails = [], [], self, ""
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -380,6 +380,7 @@ class Notes:
             if source.fn.__name__ == self.fails:
                 raise RuntimeError("the driver says no")
             types = list(source.signature.values())
+            self.hooks.append((launch_metadata, enter, leave))
             self.launches.append((source.fn.__name__, (x, y, z), args[: types.index("constexpr")], source))
 
         return launch
@@ -506,6 +507,21 @@ def test_one_kernel_serves_all_directions_of_a_bucket(kernels, notes, monkeypatc
 
 
 @compiled_only
+def test_hooks_of_a_profiler_are_called_and_missing_ones_cost_nothing(kernels, notes, monkeypatch):
+    import triton
+
+    bucket = bucket_of([5, 8192])
+    step(kernels, bucket)
+    assert notes.hooks == [(None, None, None)] * 3
+    hook = lambda metadata: None  # noqa: E731
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", hook)  # of 3.6 and later a chain, or a function
+    step(kernels, bucket)
+    assert len(notes.hooks) == 6
+    assert all(metadata.get()["name"] and enter is hook for metadata, enter, _ in notes.hooks[3:])
+    assert [args[:2] for *_, args, _ in notes.launches[:3]] == [args[:2] for *_, args, _ in notes.launches[3:]]
+
+
+@compiled_only
 def test_a_capture_before_the_first_step_is_refused(kernels, notes, monkeypatch):
     bucket = bucket_of([5, 8192])
     bucket.device = torch.device("cuda", 0)
@@ -586,6 +602,17 @@ def test_roots_on_amd_gpus_start_from_nothing_that_flushes(kernels, monkeypatch,
     monkeypatch.setattr(kernels, "_version", lambda: (3, 6))
     assert re.match("on AMD GPUs it needs triton >= 3.7", kernels.reason())
     kernels.reason.cache_clear()
+
+
+@compiled_only
+@pytest.mark.parametrize("name", ["perturb_", "sgd-momentum"])
+def test_low_precision_on_amd_gpus_is_accessed_in_16_bytes(kernels, monkeypatch, name):
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    code = compile_with(kernels, name, PLAIN[2], (False, False), GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
+    assert len(re.findall("_load_dwordx4", code)) >= 8 and "_store_dwordx4" in code
+    assert re.search(r"\.vgpr_spill_count:\s+0", code)
 
 
 @compiled_only

@@ -33,15 +33,22 @@ struct DeviceContext {
     }
   }
 
-  // True for the last of the grid's blocks. What the calling thread did before is visible to the thread that is told
-  // so. The counter wraps to 0 by itself, so that the next launch finds it as this one did.
-  __device__ __forceinline__ bool arrive(uint32_t* ticket) const {
+  // How many of the grid's blocks arrived before; nothing waits for the answer before `is_last` is asked. The counter
+  // wraps to 0 by itself, so that the next launch finds it as this one did.
+  __device__ __forceinline__ uint32_t arrive(uint32_t* ticket) const {
     uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+    asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"
                  : "=r"(before)
                  : "l"(__cvta_generic_to_global(ticket)), "r"(gridDim.x - 1)
                  : "memory");
-    return before == gridDim.x - 1;
+    return before;
+  }
+
+  // True in the block that arrived last, whose thread then sees what the others did before they arrived.
+  __device__ __forceinline__ bool is_last(uint32_t before) const {
+    const bool last = before == gridDim.x - 1;
+    if (last) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    return last;
   }
 
   // What another block wrote: past this processor's own cache.
@@ -49,6 +56,12 @@ struct DeviceContext {
     double x;
     asm volatile("ld.global.cg.f64 %0, [%1];" : "=d"(x) : "l"(__cvta_generic_to_global(from)) : "memory");
     return x;
+  }
+  __device__ __forceinline__ void load_others(const double* from, double* x) const {  // two, from 16 bytes
+    asm volatile("ld.global.cg.v2.f64 {%0, %1}, [%2];"
+                 : "=d"(x[0]), "=d"(x[1])
+                 : "l"(__cvta_generic_to_global(from))
+                 : "memory");
   }
 };
 

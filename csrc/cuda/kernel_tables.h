@@ -47,23 +47,27 @@ template <class F>
 constexpr int kSourceSize = sizeof(typename F::Source);
 template <class F>
 constexpr int kGradSize = sizeof(typename F::Grad);
+constexpr int kMostNormBlocks = 6;
 template <class F>
 constexpr int kNormBlocks = kSourceSize<F> == 8              ? 4
                             : kSourceSize<F> != kGradSize<F> ? 5
-                                                             : 6;
+                            // sm_120's code of bfloat16 takes a few registers more.
+                            : kArch >= 1200 && kGradSize<F> == 2 ? 5
+                                                                 : kMostNormBlocks;
 template <class F>
-constexpr int kPerturbBlocks = kSourceSize<F> == 8             ? 4
-                               : kSourceSize<F> < kGradSize<F> ? 5
-                                                               : 6;
+constexpr int kPerturbBlocks = (kSourceSize<F> == 8                               ? 4
+                                : kSourceSize<F> != kGradSize<F> && !F::kMasters ? 5
+                                                                                 : 6) -
+                               kPrefetch;
 template <Kernel kKernel, class F>
 FASTSAM_HD constexpr int update_blocks() {
   const int states = count_states(kKernels[static_cast<int>(kKernel)].states);
   if (kSourceSize<F> == 8) return states > 1 ? 2 : 3;
   if (kSourceSize<F> < kGradSize<F> || states == 3 || kKernel == Kernel::radam) return 3;
   // sm_120's code takes a few registers more.
-  if (F::kDraws) return kArch >= 1200 && (kKernel != Kernel::adam || F::kMasters) ? 3 : 4;
+  if (F::kDraws) return kArch < 1200 ? 4 : kKernel == Kernel::adam && kSourceSize<F> == 2 ? 2 : 3;
   if (kKernel != Kernel::adam) return 4;
-  return F::kMasters ? 3 : F::kUniform ? 5 : 4;
+  return F::kMasters ? 3 : F::kUniform && !kSecondTile<kAdam, F> ? 5 : 4;
 }
 // sm_75 has room for 4.
 #define FASTSAM_BOUNDS(blocks) __launch_bounds__(kThreads, kArch < 800 && (blocks) > 4 ? 4 : (blocks))

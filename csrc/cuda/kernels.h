@@ -11,20 +11,20 @@
 
 namespace fastsam::FASTSAM_ISA {
 
-// All formats for which there are kernels: `one(kernel, types)`, or `both` where that is of weights and gradients
-// alone, of one type.
+// All formats for which there are kernels: `one(kernel, types)`, or `both` for the usual ones, whose kernels come with
+// small arguments, too.
 // clang-format off
-#define FASTSAM_FORMATS(both, one, kernel)                                              \
-  both(kernel, float, float), both(kernel, double, double),                             \
-  both(kernel, bfloat16, bfloat16), both(kernel, float16, float16),                     \
-  one(kernel, float, bfloat16), one(kernel, float, float16),                            \
-  one(kernel, bfloat16, float), one(kernel, float16, float),                            \
-  one(kernel, float, bfloat16, bfloat16), one(kernel, float, float16, float16),         \
-  one(kernel, float, float, bfloat16), one(kernel, float, float, float16),              \
-  one(kernel, bfloat16, bfloat16, bfloat16, bfloat16, true),                            \
-  one(kernel, float16, float16, float16, float16, true),                                \
-  one(kernel, float, float, float, bfloat16, true),                                     \
-  one(kernel, float, bfloat16, bfloat16, bfloat16, true),                               \
+#define FASTSAM_FORMATS(both, one, kernel)                                        \
+  both(kernel, float, float), both(kernel, double, double),                       \
+  both(kernel, bfloat16, bfloat16), both(kernel, float16, float16),               \
+  one(kernel, float, bfloat16), one(kernel, float, float16),                      \
+  one(kernel, bfloat16, float), one(kernel, float16, float),                      \
+  both(kernel, float, bfloat16, bfloat16), both(kernel, float, float16, float16), \
+  one(kernel, float, float, bfloat16), one(kernel, float, float, float16),        \
+  both(kernel, bfloat16, bfloat16, bfloat16, bfloat16, true),                     \
+  one(kernel, float16, float16, float16, float16, true),                          \
+  both(kernel, float, float, float, bfloat16, true),                              \
+  both(kernel, float, bfloat16, bfloat16, bfloat16, true),                        \
   one(kernel, float, float16, float16, bfloat16, true)
 // clang-format on
 
@@ -216,7 +216,7 @@ template <class G>
 struct NormShared {
   using T = typename Compute<G>::type;
   static constexpr int kGroups = kLanes / (kThreads * Pack<G>::kElements);
-  T warps[kGroups][kWarps];
+  T warps[kResidentNorm ? 2 : 1][kGroups][kWarps];  // of a chunk and of the next
   double slots[1][kWarps];
   bool last;
 };
@@ -324,13 +324,11 @@ FASTSAM_DEVICE void fold_warps(Ctx& ctx, PerThread& numbers, T (&warps)[kGroups]
   ctx.sync();
 }
 
-// Write the block's partial sum, which thread 0 knows. True in the last block to arrive, which then sees all blocks'.
-template <class Shared, class Ctx, class A, class Partial>
-FASTSAM_DEVICE bool write_partial(Ctx& ctx, const A& args, Shared& shared, const Partial& partial) {
+// After thread 0 has written the block's partial sums: true in the last block to arrive, which then sees all blocks'.
+template <class Shared, class Ctx, class A>
+FASTSAM_DEVICE bool arrive_last(Ctx& ctx, const A& args, Shared& shared) {
   ctx.threads([&](int t) {
-    if (t != 0) return;
-    if (ctx.block() < args.n_chunks) args.partials[ctx.block()] = partial();
-    shared.last = ctx.arrive(args.ticket);
+    if (t == 0) shared.last = ctx.is_last(ctx.arrive(args.ticket));
   });
   ctx.sync();
   return shared.last;
@@ -339,10 +337,25 @@ FASTSAM_DEVICE bool write_partial(Ctx& ctx, const A& args, Shared& shared, const
 // Thread t's lanes of the sum over chunks, folded to one value: lane i mod 1024 takes the partial sums in order.
 template <class Ctx>
 FASTSAM_DEVICE double slot_lanes(Ctx& ctx, const double* partials, int n_chunks, int t) {
-  constexpr int kEach = kSlots / kThreads;
+  constexpr int kEach = kSlots / kThreads, kUnroll = 3;
   double acc[kEach] = {};
+  int i = kEach * t;
   FASTSAM_ROLLED
-  for (int i = kEach * t; i < n_chunks; i += kSlots) {
+  for (; i + (kUnroll - 1) * kSlots + kEach <= n_chunks; i += kUnroll * kSlots) {
+    double x[kUnroll][kEach];  // as many as keep the memory's latency from being waited for one by one
+    FASTSAM_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      FASTSAM_UNROLL
+      for (int e = 0; e < kEach; e += 2) ctx.load_others(partials + i + u * kSlots + e, x[u] + e);
+    }
+    FASTSAM_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      FASTSAM_UNROLL
+      for (int e = 0; e < kEach; e++) acc[e] += x[u][e];
+    }
+  }
+  FASTSAM_ROLLED
+  for (; i < n_chunks; i += kSlots) {
     FASTSAM_UNROLL
     for (int e = 0; e < kEach; e++) {
       if (i + e < n_chunks) acc[e] += ctx.load_other(partials + i + e);
@@ -370,11 +383,13 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<typename F::G
   using G = typename F::Grad;
   using T = typename F::T;
   using Shared = NormShared<G>;
-  int64_t address = 0;
-  if (ctx.block() < args.n_chunks) {
-    const Chunk chunk = args.chunks[ctx.block()];
-    address = args.grad(chunk.segment);
+  int buffer = 0;
+  for (int index = ctx.block(); index < args.n_chunks; index += ctx.blocks()) {
+    const Chunk chunk = args.chunks[index];
+    const int64_t address = args.grad(chunk.segment);
+    auto& warps = shared.warps[buffer];
     if (address) {
+      if (kResidentNorm) buffer ^= 1;  // thread 0 may still read this one when the others are at the next chunk
       const G* const g = element_of<const G>(address, chunk, 0);
       const Segment* const segment = args.segments + chunk.segment;
       typename Ctx::template PerThread<Several<T, Shared::kGroups>> sums;
@@ -387,16 +402,18 @@ FASTSAM_DEVICE void norm_block(Ctx& ctx, const A& args, NormShared<typename F::G
       } else {
         ctx.threads([&](int t) { sums[t] = lane_sums<S, G, false>(nullptr, g, chunk.length, steepest, t); });
       }
-      fold_warps(ctx, sums, shared.warps);
+      fold_warps(ctx, sums, warps);
     }
+    ctx.threads([&](int t) {
+      if (t != 0) return;
+      T groups[Shared::kGroups];
+      FASTSAM_UNROLL
+      for (int j = 0; j < Shared::kGroups; j++) groups[j] = address ? pair_sum<kWarps>(warps[j]) : T(0);
+      args.partials[index] = static_cast<double>(pair_sum<Shared::kGroups>(groups));
+    });
+    if (!kResidentNorm) break;  // a block a chunk
   }
-  const bool last = write_partial(ctx, args, shared, [&] {
-    T groups[Shared::kGroups];
-    FASTSAM_UNROLL
-    for (int j = 0; j < Shared::kGroups; j++) groups[j] = address ? pair_sum<kWarps>(shared.warps[j]) : T(0);
-    return static_cast<double>(pair_sum<Shared::kGroups>(groups));
-  });
-  if (last) sum_partials(ctx, args, shared);
+  if (arrive_last(ctx, args, shared)) sum_partials(ctx, args, shared);
 }
 
 // ---- perturb_: reads 2n, writes 2n elements, n where a master is the backup; descending: starts on what grad_norm
@@ -476,15 +493,19 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
     tile.g = load_words<Direction, Hint::kOnce>(own.g + i, g_bytes);
   };
   ctx.threads([&](int t) {
+    const auto load_tiles = [&] {
+      FASTSAM_UNROLL
+      for (int u = 0; u < kUnroll; u++) {
+        if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, Sources::kWidth, Direction::kWidth);
+      }
+    };
+    if (kPrefetch) load_tiles();  // ahead of the scalars they would take a processor's sixth block
     if (t == 0) {
       const Row row = args.row(own.segment->group);
       shared.perturb.put(Perturb<T>(row, ordered_sum(args)));
       if constexpr (F::kDrawsWeights) shared.noise.put(Noise(row, own.segment->index, *args.rounding));
     }
-    FASTSAM_UNROLL
-    for (int u = 0; u < kUnroll; u++) {
-      if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, Sources::kWidth, Direction::kWidth);
-    }
+    if (!kPrefetch) load_tiles();
   });
   ctx.sync();
   ctx.threads([&](int t) {
@@ -508,17 +529,23 @@ FASTSAM_DEVICE void perturb_block(Ctx& ctx, const A& args, PerturbShared<F>& sha
       }
       store_words<Hint::kKeep>(own.w + i, converted<C, S, kElements>(tile.w), width);
     };
+    const auto load_next = [&](int u, int i) {
+      load_tile(tiles[t].each[u], i + (u + kUnroll) * kStride, Sources::kWidth, Direction::kWidth);
+    };
     int i = t * kElements;
     if (aligned) {
       FASTSAM_ROLLED
       while (i < full) {
         FASTSAM_UNROLL
-        for (int u = 0; u < kUnroll; u++) climb_and_store(tiles[t].each[u], i + u * kStride, Weights::kWidth);
-        i += kUnroll * kStride;
+        for (int u = 0; u < kUnroll; u++) {
+          climb_and_store(tiles[t].each[u], i + u * kStride, Weights::kWidth);
+          if (kPrefetch) load_next(u, i);
+        }
         FASTSAM_UNROLL
         for (int u = 0; u < kUnroll; u++) {
-          load_tile(tiles[t].each[u], i + u * kStride, Sources::kWidth, Direction::kWidth);
+          if (!kPrefetch) load_next(u, i);
         }
+        i += kUnroll * kStride;
       }
     } else {
       FASTSAM_ROLLED

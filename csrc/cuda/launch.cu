@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <mutex>
+#include <set>
+#include <utility>
+#include <vector>
 
 #include "kernel_tables.h"
 #include "launch.h"
@@ -68,19 +72,37 @@ cudaError_t write_rows(Row* to, const gpu::Launch& launch, cudaStream_t stream) 
                      [&](int64_t i) { return row_word(launch, i); });
 }
 
+int64_t processors_of(int device) {
+  static std::atomic<int> processors[kMostDevices];
+  std::atomic<int>& known = processors[device % kMostDevices];
+  if (known == 0) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    known = std::max(count, 1);
+  }
+  return known;
+}
+
+constexpr int64_t size_of(Dtype dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+// What the two operations read and write of an element: without masters the first has a backup to write, with them the
+// second has them to write.
+int64_t perturb_bytes(const Format& format) {
+  return size_of(format.grad) + size_of(format.weight) + (format.masters() ? 1 : 2) * size_of(format.source);
+}
+int64_t update_bytes(const Format& format, int states) {
+  return size_of(format.grad) + size_of(format.weight) + (format.masters() ? 2 : 1) * size_of(format.source) +
+         2 * count_states(states) * size_of(format.state);
+}
+
 // Small models fill a GPU better with several blocks a chunk: below some waves of blocks, the last one is a large
 // share.
 template <class L>
-int split_bits_for(const L& launch) {
-  static std::atomic<int> processors[kMostDevices];
-  std::atomic<int>& known = processors[launch.device % kMostDevices];
-  if (known == 0) {
-    int count = 0;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, launch.device);
-    known = std::max(count, 1);
-  }
-  const int64_t blocks_at_once = 5 * known;
-  return launch.n_chunks < 6 * blocks_at_once ? 2 : launch.n_chunks < 12 * blocks_at_once ? 1 : 0;
+int split_bits_for(const L& launch, int64_t bytes) {
+  const int64_t blocks_at_once = 5 * processors_of(launch.device);
+  int bits = launch.n_chunks < 6 * blocks_at_once ? 2 : launch.n_chunks < 12 * blocks_at_once ? 1 : 0;
+  while (bits > 0 && kChunk * bytes >> bits < 1024 * FASTSAM_LEAST_PART) bits--;
+  return bits;
 }
 
 template <int kWords>
@@ -101,7 +123,7 @@ const Variants& variants_of(const Variants* kernels, const gpu::Launch& launch) 
 
 // Run a kernel with what it is told by value, or, where that is too much, from the device's tables.
 cudaError_t launch_kernel(const Variants* kernels, const gpu::Launch& launch, Header header, uint32_t* ticket,
-                          bool whole_chunks) {
+                          int split_bits, int64_t most_blocks = INT32_MAX) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaSetDevice(launch.device);
@@ -117,7 +139,7 @@ cudaError_t launch_kernel(const Variants* kernels, const gpu::Launch& launch, He
   header.n_chunks = static_cast<int32_t>(launch.n_chunks);
   header.n_segments = static_cast<int32_t>(n);
   header.n_groups = static_cast<int32_t>(launch.n_groups);
-  header.split_bits = whole_chunks ? 0 : split_bits_for(launch);
+  header.split_bits = split_bits;
   if (capturing) {
     header.rows = captured_rows_of(launch);  // where a replay finds what was uploaded since
     header.adaptive = !header.clip;          // in a replay a group may be
@@ -131,7 +153,8 @@ cudaError_t launch_kernel(const Variants* kernels, const gpu::Launch& launch, He
   }
   if (error != cudaSuccess) return error;
   // Without a chunk one block still has to sum nothing, or to count the updates of empty parameters.
-  const unsigned grid = static_cast<unsigned>(std::max<int64_t>(launch.n_chunks << header.split_bits, 1));
+  const int64_t blocks = std::min(launch.n_chunks << split_bits, most_blocks);
+  const unsigned grid = static_cast<unsigned>(std::max<int64_t>(blocks, 1));
   const int64_t words = (rows_fit ? row_words : 0) + (grads_fit ? n : 0);
   const Variants& variants = variants_of(kernels, launch);
   return words <= kSmallWords && variants.small
@@ -196,8 +219,10 @@ cudaError_t grad_norm(const gpu::Launch& launch) {
                                                 [](const Row& row) { return needs_weight(row); });
   header.masters = launch.format.masters();
   header.q = launch.q;
-  const Variants* const kernels = launch.q == 2 ? norm_kernels : power_norm_kernels;
-  return launch_kernel(kernels, launch, header, &control_of(launch)->norm_ticket, true);
+  uint32_t* const ticket = &control_of(launch)->norm_ticket;
+  if (launch.q != 2) return launch_kernel(power_norm_kernels, launch, header, ticket, 0);
+  return launch_kernel(norm_kernels, launch, header, ticket, 0,
+                       kResidentNorm ? kMostNormBlocks * processors_of(launch.device) : INT32_MAX);
 }
 
 cudaError_t perturb(const gpu::Launch& launch) {
@@ -213,14 +238,15 @@ cudaError_t perturb(const gpu::Launch& launch) {
     power_count<<<1, 1, 0, static_cast<cudaStream_t>(launch.stream)>>>(header);
     return cudaGetLastError();
   }
-  return launch_kernel(launch.q == 2 ? perturb_kernels : power_perturb_kernels, launch, header, nullptr, false);
+  return launch_kernel(launch.q == 2 ? perturb_kernels : power_perturb_kernels, launch, header, nullptr,
+                       split_bits_for(launch, perturb_bytes(launch.format)));
 }
 
-const Variants* update_kernels(const gpu::Launch& launch) {
+const Variants* update_kernels(int kernel) {
 #define FASTSAM_ROW(name, ...) name##_kernels,
   static const Variants* const kernels[] = {FASTSAM_UPDATE_KERNELS(FASTSAM_ROW)};
 #undef FASTSAM_ROW
-  return kernels[kernel_for(launch.rule, launch.rows, launch.n_groups)];
+  return kernels[kernel];
 }
 
 cudaError_t update(const gpu::Launch& launch) {
@@ -230,7 +256,9 @@ cudaError_t update(const gpu::Launch& launch) {
   header.clip = launch.clip;
   header.overflows = launch.overflows;
   header.rounding = launch.rounding;
-  return launch_kernel(update_kernels(launch), launch, header, &control_of(launch)->update_ticket, false);
+  const int kernel = kernel_for(launch.rule, launch.rows, launch.n_groups);
+  return launch_kernel(update_kernels(kernel), launch, header, &control_of(launch)->update_ticket,
+                       split_bits_for(launch, update_bytes(launch.format, kKernels[kernel].states)));
 }
 
 cudaError_t dot(const gpu::Dot& launch) {
@@ -245,7 +273,9 @@ cudaError_t dot(const gpu::Dot& launch) {
 cudaError_t combine(const gpu::Combination& launch) {
   if (launch.n_chunks == 0) return cudaSuccess;
   CombineHeader header{};
-  header.split_bits = split_bits_for(launch);
+  int64_t bytes = size_of(launch.out.dtype);
+  for (const Term& term : launch.terms) bytes += term.operand.addresses ? size_of(term.operand.dtype) : 0;
+  header.split_bits = split_bits_for(launch, bytes);
   const Operand* operands[kMostTerms + 1] = {&launch.out};
   int n_terms = 0;
   for (const Term& term : launch.terms) {
@@ -257,25 +287,37 @@ cudaError_t combine(const gpu::Combination& launch) {
   return launch_operands(combine_kernels, header, launch, operands, n_terms + 1);
 }
 
-template <class V>
-cudaError_t load(const V& variants) {
+// CUDA loads a kernel when it is first asked for, which may not be while capturing: ask for it, once on each device.
+cudaError_t load_kernel(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> loaded;
+  const std::lock_guard<std::mutex> guard(mutex);
+  if (!kernel || loaded.count({device, kernel})) return cudaSuccess;
   cudaFuncAttributes unused;
-  if (variants.small) {
-    if (const cudaError_t error = cudaFuncGetAttributes(&unused, variants.small)) return error;
-  }
-  return cudaFuncGetAttributes(&unused, variants.large);
+  if (const cudaError_t error = cudaFuncGetAttributes(&unused, kernel)) return error;
+  loaded.insert({device, kernel});
+  return cudaSuccess;
 }
 
-// Loads what a step will launch, too: CUDA loads a kernel when it is first asked for, which may not be while capturing.
+template <class V>
+cudaError_t load_variants(const V& variants, int device) {
+  if (const cudaError_t error = load_kernel(reinterpret_cast<const void*>(variants.small), device)) return error;
+  return load_kernel(reinterpret_cast<const void*>(variants.large), device);
+}
+
+// Loads what a step will launch, too.
 cudaError_t upload_rows(const gpu::Launch& launch) {
   if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
-  for (const Variants* kernels :
-       {norm_kernels, perturb_kernels, power_norm_kernels, power_perturb_kernels, update_kernels(launch)}) {
-    if (const cudaError_t error = load(variants_of(kernels, launch))) return error;
+  const bool power = launch.q != 2;
+  std::vector<const Variants*> used = {norm_kernels, power ? power_perturb_kernels : perturb_kernels};
+  if (power) used.push_back(power_norm_kernels);  // the other one is what gradients are clipped by
+  used.push_back(update_kernels(kernel_for(launch.rule, launch.rows, launch.n_groups)));
+  for (const Variants* kernels : used) {
+    if (const cudaError_t error = load_variants(variants_of(kernels, launch), launch.device)) return error;
   }
   const bool in_double = launch.format.source == kFloat64;
-  if (const cudaError_t error = load(dot_kernels[in_double])) return error;
-  if (const cudaError_t error = load(combine_kernels[in_double])) return error;
+  if (const cudaError_t error = load_variants(dot_kernels[in_double], launch.device)) return error;
+  if (const cudaError_t error = load_variants(combine_kernels[in_double], launch.device)) return error;
   return write_rows(captured_rows_of(launch), launch, static_cast<cudaStream_t>(launch.stream));
 }
 

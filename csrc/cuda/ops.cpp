@@ -246,7 +246,7 @@ void bind_(int64_t format, int64_t rule, Tensor segments, Tensor chunks, Tensor 
 
 // Captured graphs read the groups' values from the device's table; this writes it, outside the graph, and loads the
 // kernels.
-void upload_rows(int64_t format, int64_t rule, Tensor segments, Tensor rows, int64_t n_segments) {
+void upload_rows(int64_t format, int64_t rule, Tensor segments, Tensor rows, int64_t n_segments, double q) {
   gpu::Launch launch{};
   launch.format = served_format("upload_rows", format);
   launch.rule = checked_rule("upload_rows", rule);
@@ -254,6 +254,7 @@ void upload_rows(int64_t format, int64_t rule, Tensor segments, Tensor rows, int
       static_cast<const Row*>(checked("upload_rows", "rows", rows, Place::kCpu, ScalarType::Double, -1, kRowColumns));
   launch.n_segments = n_segments;
   launch.n_groups = rows.size(0);
+  launch.q = q;
   const int64_t size = gpu::table_size(n_segments, launch.n_groups);
   launch.segments = static_cast<const Segment*>(
       checked("upload_rows", "segments", segments, Place::kCuda, ScalarType::Long, size, 8));
@@ -276,7 +277,7 @@ void probe(int64_t device) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastsam, m) {
   m.def("probe(int device) -> ()");
-  m.def("upload_rows(int format, int rule, Tensor(a!) segments, Tensor rows, int n_segments) -> ()");
+  m.def("upload_rows(int format, int rule, Tensor(a!) segments, Tensor rows, int n_segments, float q) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {

@@ -65,7 +65,10 @@ FASTSAM_DEVICE void power_norm_block(Ctx& ctx, const A& args, PowerNormShared& s
       });
     }
   }
-  if (!write_partial(ctx, args, shared, [&] { return norm; })) return;
+  ctx.threads([&](int t) {
+    if (t == 0 && ctx.block() < args.n_chunks) args.partials[ctx.block()] = norm;
+  });
+  if (!arrive_last(ctx, args, shared)) return;
   norm = block_norm(ctx, shared, args.q, [&](int t, const auto& f) {
     FASTSAM_ROLLED
     for (int i = t; i < args.n_chunks; i += kThreads) f(ctx.load_other(args.partials + i));

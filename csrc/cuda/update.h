@@ -68,8 +68,6 @@ struct UpdatePart {  // of one chunk
   Chunk chunk;
   int begin, n;
   int64_t source, grad;  // addresses
-  Progress progress;
-  int64_t draw;  // the step of the random numbers
 };
 
 template <class F>
@@ -78,16 +76,23 @@ struct UpdateTile {
   Values<typename F::Grad, F::kElements> g;
   Values<typename F::State, F::kElements> state[kMaxStates];  // those not used take no registers
 };
+// Whether Adam has a second tile to be loaded while the first is computed; in 16 bits it would spill.
+template <Rule kRule, class F>
+constexpr bool kSecondTile = kPrefetch && kRule == kAdam && F::kUniform && sizeof(typename F::Source) == 4;
 // Vectors at once: two of few loads.
-template <class F, int kStates>
+template <Rule kRule, class F, int kStates>
 constexpr int kUpdateUnroll =
-    count_states(kStates) > (F::kMasters ? 2 : 1) || F::kElements > Pack<typename F::Source>::kElements ? 1 : 2;
+    count_states(kStates) > (F::kMasters || kSecondTile<kRule, F> ? 2 : 1) ||
+            F::kElements > Pack<typename F::Source>::kElements
+        ? 1
+        : 2;
 
 // kVectors: in 16 bytes at a time where the addresses allow it, kAnywhere: elsewhere as wide as they allow. Otherwise
 // one element at a time, which is much less code to compile.
-template <Rule kRule, int kStates, bool kVectors, bool kAnywhere, class F, class Ctx, class A>
+// `arrive()` takes the block's ticket, in thread 0.
+template <Rule kRule, int kStates, bool kVectors, bool kAnywhere, class F, class Ctx, class A, class Arrive>
 FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part, const Row& row,
-                                UpdateShared<kRule, F>& shared) {
+                                UpdateShared<kRule, F>& shared, const Arrive& arrive) {
   using S = typename F::Source;
   using G = typename F::Grad;
   using C = typename F::Weight;
@@ -95,7 +100,7 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
   using T = typename F::T;
   using R = typename RuleOf<kRule>::template Functor<T, kStates>;
   using Tile = UpdateTile<F>;
-  constexpr int kElements = F::kElements, kStride = kThreads * kElements, kUnroll = kUpdateUnroll<F, kStates>;
+  constexpr int kElements = F::kElements, kStride = kThreads * kElements, kUnroll = kUpdateUnroll<kRule, F, kStates>;
   using Sources = Values<S, kElements>;
   using Direction = Values<G, kElements>;
   using Weights = Values<C, kElements>;
@@ -116,25 +121,41 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
       kVectors && w_width == Weights::kWidth && source_width == Sources::kWidth && g_width == Direction::kWidth;
 
   typename Ctx::template PerThread<Several<Tile, kUnroll>> tiles;
-  const auto load_tile = [&](Tile& tile, int i, int source_bytes, int g_bytes) {
+  const auto load_weights = [&](Tile& tile, int i, int source_bytes, int g_bytes) {
     if (i >= full) return;
     tile.w = load_words<Sources, Hint::kOnce>(source + i, source_bytes);
     tile.g = load_words<Direction, Hint::kOnce>(g + i, g_bytes);
+  };
+  const auto load_states = [&](Tile& tile, int i) {
+    if (i >= full) return;
     FASTSAM_UNROLL
     for (int k = 0; k < kMaxStates; k++) {
       if (kStates >> k & 1) tile.state[k] = load_words<States, Hint::kKeep>(state[k] + i);
     }
   };
+  const auto load_tile = [&](Tile& tile, int i, int source_bytes, int g_bytes) {
+    load_weights(tile, i, source_bytes, g_bytes);
+    load_states(tile, i);
+  };
   ctx.threads([&](int t) {
+    const auto each_tile = [&](const auto& load) {
+      FASTSAM_UNROLL
+      for (int u = 0; u < kUnroll; u++) {
+        if (aligned) load(tiles[t].each[u], t * kElements + u * kStride);
+      }
+    };
+    constexpr bool kAhead = kRule != kRmsprop && !F::kDraws;  // sm_80 and sm_120 have no register left for these
+    const auto load_ahead = [&](Tile& tile, int i) { load_weights(tile, i, Sources::kWidth, Direction::kWidth); };
+    if (kAhead) each_tile(load_ahead);
     if (t == 0) {
+      const Progress progress = *reinterpret_cast<const Progress*>(part.segment->progress);
       shared.gradient.put(Gradient<T>(row, args.grad_scale, args.clip));
-      shared.template rule_as<R>().put(R(with_lr(row), part.progress));
-      if constexpr (F::kDraws) shared.noise.put(Noise(row, part.segment->index, part.draw));
+      shared.template rule_as<R>().put(R(with_lr(row), progress));
+      if constexpr (F::kDraws) shared.noise.put(Noise(row, part.segment->index, *args.rounding));
+      arrive(t);
     }
-    FASTSAM_UNROLL
-    for (int u = 0; u < kUnroll; u++) {
-      if (aligned) load_tile(tiles[t].each[u], t * kElements + u * kStride, Sources::kWidth, Direction::kWidth);
-    }
+    if (!kAhead) each_tile(load_ahead);
+    each_tile(load_states);  // after the scalars, which need the registers
   });
   ctx.sync();
   ctx.threads([&](int t) {
@@ -177,17 +198,23 @@ FASTSAM_DEVICE void update_part(Ctx& ctx, const A& args, const UpdatePart& part,
       if constexpr (F::kMasters) store_words<Hint::kOnce>(source + i, tile.w);
       store_words<Hint::kKeep>(w + i, converted<C, S, kElements>(tile.w), width);
     };
+    const auto load_next = [&](int u, int i) {
+      load_tile(tiles[t].each[u], i + (u + kUnroll) * kStride, Sources::kWidth, Direction::kWidth);
+    };
     int i = t * kElements, single = full + t;
     if (aligned) {
       FASTSAM_ROLLED
       while (i < full) {
         FASTSAM_UNROLL
-        for (int u = 0; u < kUnroll; u++) step_and_store(tiles[t].each[u], i + u * kStride, Weights::kWidth);
-        i += kUnroll * kStride;
+        for (int u = 0; u < kUnroll; u++) {
+          step_and_store(tiles[t].each[u], i + u * kStride, Weights::kWidth);
+          if (kPrefetch) load_next(u, i);
+        }
         FASTSAM_UNROLL
         for (int u = 0; u < kUnroll; u++) {
-          load_tile(tiles[t].each[u], i + u * kStride, Sources::kWidth, Direction::kWidth);
+          if (!kPrefetch) load_next(u, i);
         }
+        i += kUnroll * kStride;
       }
     } else if (kVectors && kAnywhere) {
       FASTSAM_ROLLED
@@ -228,7 +255,7 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args,
   using C = typename F::Weight;
   constexpr Rule kRule = kKernels[static_cast<int>(kKernel)].rule;
   constexpr int kMost = kKernels[static_cast<int>(kKernel)].states;
-  const Part share = part_of(ctx.block(), args.split_bits);
+  const Part share = part_of(kDescendingUpdate ? ctx.blocks() - 1 - ctx.block() : ctx.block(), args.split_bits);
   const bool found_inf = args.found_inf && *args.found_inf != 0;
   UpdatePart part{};
   Decision decision{};
@@ -244,16 +271,10 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args,
                   : decision.source == Source::kBackup ? part.segment->backup
                                                        : part.segment->weight;
   }
-  if (kRule != kNoRule) {
-    // Whoever arrives last knows that all have read their segment's step count and the step of the random numbers, and
-    // may change them.
-    ctx.threads([&](int t) {
-      if (t != 0) return;
-      if (part.n > 0) part.progress = *reinterpret_cast<const Progress*>(part.segment->progress);
-      if (F::kDraws) part.draw = *args.rounding;
-      shared.last = ctx.arrive(args.ticket);
-    });
-  }
+  // Whoever arrives last knows that all have read their segment's step count and the step of the random numbers, and
+  // may change them.
+  typename Ctx::template PerThread<uint32_t> arrived;
+  const auto arrive = [&](int t) { arrived[t] = ctx.arrive(args.ticket); };
   bool updated = false;
   if constexpr (kRule != kNoRule) {
     if (decision.rule && part.n > 0) {
@@ -263,20 +284,27 @@ FASTSAM_DEVICE void update_block(Ctx& ctx, const A& args,
         constexpr bool kAmsgrad = kKernel == Kernel::amsgrad;
         constexpr bool kUsual = (kRule == kSgd || kRule == kAdam) && !(kAmsgrad && F::kDraws);
         constexpr bool kVectors = kStates == kMost && (kUsual || F::kUniform), kAnywhere = kUsual && !kAmsgrad;
-        update_part<kRule, kStates, kVectors, kAnywhere, F>(ctx, args, part, row, shared);
+        update_part<kRule, kStates, kVectors, kAnywhere, F>(ctx, args, part, row, shared, arrive);
       });
       updated = true;
     }
   }
   if (!updated) {
-    ctx.sync();
+    ctx.threads([&](int t) {
+      if (t == 0 && kRule != kNoRule) arrive(t);
+    });
     if (decision.source == Source::kBackup && part.n > 0) {
       C* const w = element_of<C>(part.segment->weight, part.chunk, part.begin);
       const S* const kept = element_of<const S>(part.source, part.chunk, part.begin);
       ctx.threads([&](int t) { copy_part(w, kept, part.n, t); });
     }
   }
-  if (kRule == kNoRule || !shared.last) return;
+  if (kRule == kNoRule) return;
+  ctx.threads([&](int t) {
+    if (t == 0) shared.last = ctx.is_last(arrived[t]);
+  });
+  ctx.sync();
+  if (!shared.last) return;
   ctx.threads([&](int t) {  // over segments, because an empty parameter has no chunk and counts too
     if (t == 0 && found_inf && args.overflows) args.overflows[1]++;
     if (F::kDraws && t == 0) ++*args.rounding;

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import __version__, ops
+from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
 
 STEPS = 3
@@ -147,12 +148,12 @@ def _cpu_model() -> str:
 
 def _library() -> Any:
     """The native library's module, None where it cannot be used."""
-    return importlib.import_module("fastsam._C") if ops.backends()["cpu"] is None else None
+    return importlib.import_module(native.LIBRARY) if ops.backends()["cpu"] is None else None
 
 
 def build_record() -> str | None:
-    """What the installation wrote about its build, None if it wrote nothing."""
-    path = Path(__file__).parents[1] / "_build.txt"
+    """What was written beside the library about its build, None if nothing was."""
+    path = native.folder() / "_build.txt"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 

@@ -211,17 +211,29 @@ class Bucket:
             rows.append([address_of(segment.param), *addresses, segment.group | segment.index << 32])
         return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 8)
 
-    def write_segment_table(self) -> None:
-        """Write down where everything is."""
+    def write_segment_table(self, moved: Sequence[int] | None = None) -> None:
+        """Write down where everything is.
+
+        Args:
+            moved: the segments whose parameters lie elsewhere, in the same layout, where that is all that may have
+                changed.
+        """
         self._refuse_capture()
-        tables, host_table = self.tables, self._host_segment_table()
+        tables = self.tables
+        changed: Sequence[int] = range(len(self.segments))
+        if moved is None or not self.segment_table_current:
+            host_table = self._host_segment_table()
+        else:
+            host_table, changed = self.gradients.host_segment_table.clone(), moved
+            for i in moved:
+                host_table[i, 0] = address_of(self.segments[i].param)
         own_rows = host_table.new_zeros(self._own_rows(len(host_table)), 8)
         segment_table = torch.cat([host_table, own_rows]).to(tables.device)
         self.shared.captures.hold(tables.segment_table, tables.cache)
         tables.segment_table, tables.cache = segment_table, None
-        for segment in self.segments:
-            segment.layout = layout(segment.param)
-        self.gradients.set_places(host_table)
+        for i in changed:
+            self.segments[i].layout = layout(self.segments[i].param)
+        self.gradients.set_places(host_table, changed)
         self.segment_table_current = True
         self.versions = []  # a parameter may have been given other weights
 

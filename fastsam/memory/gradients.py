@@ -36,11 +36,14 @@ class GradientReader:
         self.skipped = torch.zeros(0, dtype=torch.bool, device="cpu")
         self.skips_any = False
 
-    def set_places(self, host_segment_table: Tensor) -> None:
-        """Take over where the parameters are now."""
+    def set_places(self, host_segment_table: Tensor, changed: Sequence[int]) -> None:
+        """Take over where the parameters are now, of which these changed."""
         self.host_segment_table = host_segment_table
         if self.reader is not None:
-            signatures = [self.reader.describe(segment.param)[1] for segment in self.segments]
+            known = len(self.signatures) == len(self.segments)
+            signatures = self.signatures.tolist() if known else [0] * len(self.segments)
+            for i in changed:
+                signatures[i] = self.reader.describe(self.segments[i].param)[1]
             self.signatures = torch.tensor(signatures, dtype=torch.int64, device="cpu")
 
     def set_skipped(self) -> None:

@@ -171,7 +171,7 @@ class Grouping:
             if not all(layout(bucket.params[i]).moved_only(bucket.segments[i].layout) for i in indices):
                 self._rebuild()
                 return
-            bucket.write_segment_table()
+            bucket.write_segment_table(indices)
         self._warn_of_weights_that_left()
 
     def _warn_of_weights_that_left(self) -> None:

@@ -92,7 +92,7 @@ def prepare_capture(tables: Tables) -> None:
     Raises:
         RuntimeError: a graph is being captured and the device holds other values.
     """
-    if tables.cache == tables.rows:  # the values that were uploaded
+    if _uploaded(tables):
         return
     if capturing(tables.device):
         raise RuntimeError(
@@ -104,6 +104,16 @@ def prepare_capture(tables: Tables) -> None:
 
 
 def upload_values(tables: Tables) -> None:
-    """Bring the groups' values to the device, outside of graphs."""
-    native.upload_rows(tables)
-    tables.cache = tables.rows
+    """Bring the groups' values to the device, outside of graphs, unless they are there."""
+    if not _uploaded(tables):
+        native.upload_rows(tables)
+        tables.cache = _told(tables)
+
+
+def _uploaded(tables: Tables) -> bool:
+    return bool(tables.cache == _told(tables))
+
+
+def _told(tables: Tables) -> tuple[Any, ...]:
+    """What an upload tells the device, and what decides which kernels it loads."""
+    return tables.rows, tables.format, tables.q

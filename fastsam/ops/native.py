@@ -1,14 +1,17 @@
 """The operations in C++ (and CUDA), twins of `reference.py`: one library over tables of addresses.
 
 `torch.ops.fastsam.*` write through the addresses in a bucket's tables, which no schema shows: only this module
-calls them.
+calls them. The library lies in the package; FASTSAM_LIBRARY in the environment names another file, built from the same
+sources.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,7 +28,14 @@ from fastsam.ops.tables import ALIGN, Gradients, Tables
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_RULE = -1
 MOST_TERMS = 3
+LIBRARY = "fastsam._C"
 BOUND_BYTES = 416  # of csrc/bound.h
+
+
+def folder() -> Path:
+    """Where the library lies, or would."""
+    elsewhere = os.environ.get("FASTSAM_LIBRARY")
+    return Path(__file__).parents[1] if elsewhere is None else Path(elsewhere).parent
 
 
 def reason() -> str | None:
@@ -196,6 +206,7 @@ def upload_rows(tables: Tables) -> None:
         tables.segment_table,
         tables.row_table,
         len(tables.grad_table),
+        tables.q,
     )
 
 
@@ -276,14 +287,29 @@ def _source_hash() -> str | None:
     return digest.hexdigest()[:16]
 
 
+def _import_from(file: str) -> ModuleType:
+    """The library in another file, under the name that it has in the package."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"FASTSAM_LIBRARY={file} is no file")
+    spec = importlib.util.spec_from_file_location(LIBRARY, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[LIBRARY] = module
+    return module
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 10):
         return None, f"it needs torch >= 2.10, this is {torch.__version__}"
+    elsewhere = os.environ.get("FASTSAM_LIBRARY")
     try:
-        module = importlib.import_module("fastsam._C")
+        module = importlib.import_module(LIBRARY) if elsewhere is None else _import_from(elsewhere)
     except ModuleNotFoundError:
         return None, "it was not built (python -m fastsam says why); build it with: pip install -e ."
+    except FileNotFoundError as error:
+        return None, str(error)
     except ImportError as error:
         return None, f"it does not load ({error}); rebuild: pip install -e ."
     expected = _source_hash()

@@ -374,7 +374,16 @@ def _launcher(kernel: Any, device: torch.device, programs: int, constants: tuple
                 "FusedSAM: a kernel is not compiled because a hook (triton.knobs.runtime.jit_cache_hook) said so; "
                 "remove the hook, or choose another backend"
             )
-        run = compiled[grid]
+        as_triton_does = compiled[grid]  # loads it, too
+
+    def run(*args: Any) -> None:
+        hooks = triton.knobs.runtime
+        if _has_calls(hooks.launch_enter_hook) or _has_calls(hooks.launch_exit_hook):  # a profiler's
+            as_triton_does(*args)
+            return
+        stream = triton.runtime.driver.active.get_current_stream(device.index or 0)
+        # What Triton's own launch comes to without them, which it asks for by way of Python each time.
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 
     def launch(*args: Any) -> None:
         if device.type != "cuda" or torch.cuda.current_device() == device.index:
@@ -386,23 +395,36 @@ def _launcher(kernel: Any, device: torch.device, programs: int, constants: tuple
     return launch
 
 
+def _has_calls(hook: Any) -> bool:
+    """Whether a hook of Triton's, None or a chain of functions, does anything."""
+    return bool(getattr(hook, "calls", hook))
+
+
 @cache
 def _compiled(kernel: Any, device: torch.device, constants: tuple[Any, ...]) -> Any:
     """A kernel for the current device, compiled from types alone: no tensor is touched."""
     types = [_TYPES.get(name, 0) for name in kernel.arg_names[: -len(constants)]]
-    return kernel.warmup(*types, *constants, grid=(1,), **_options(kernel, constants))
+    wave = triton.runtime.driver.active.get_current_target().warp_size
+    return kernel.warmup(*types, *constants, grid=(1,), **_options(kernel, constants, wave))
 
 
-def _options(kernel: Any, constants: tuple[Any, ...]) -> dict[str, Any]:
-    """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand."""
+def _options(kernel: Any, constants: tuple[Any, ...], wave: int) -> dict[str, Any]:
+    """How to compile: a thread holds 8 elements (4 of float64) of a tile, so 16 bytes or more of each operand.
+
+    In waves of 64 threads, which AMD's larger GPUs have, it holds half as many unless there are half as many waves.
+
+    Args:
+        kernel: the function.
+        constants: what it is compiled for.
+        wave: threads that run together: 32 or 64.
+    """
     options = {"num_warps": 8 if kernel in (_grad_norm_kernel, _dot_kernel) else 4, "enable_fp_fusion": False}
     named = dict(zip(kernel.arg_names[-len(constants) :], constants, strict=True))
     rule, states = named.get("RULE", NO_RULE.value), named.get("STATES", 0).bit_count()
-    wide, masters, drawn = (
-        named["WIDE"] == tl.float64,
-        named.get("SOURCE") != named.get("STORAGE"),
-        named.get("DRAWN", False),
-    )
+    source, wide, drawn = named.get("SOURCE"), named["WIDE"] == tl.float64, named.get("DRAWN", False)
+    masters = source != named.get("STORAGE")
+    if wave == 64 and source in (tl.uint16, tl.float16) and kernel is not _grad_norm_kernel:
+        options["num_warps"] = 2
     if torch.version.hip is None:  # left alone, ptxas spills a value to get by with 96 registers, 80 or 64
         if kernel is _combine_kernel and named["NARROW"]:
             options["maxnreg"] = 72

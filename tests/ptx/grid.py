@@ -26,7 +26,7 @@ class Access(NamedTuple):
     """One instruction's accesses to global memory; arrays have an element a thread."""
 
     line: int
-    kind: str  # "load", "store", or "atomic" and its memory order
+    kind: str  # "load", "store", "atomic" and its memory order, or "fence", which has no addresses
     addresses: Array
     size: int
     threads: Array  # numbered through the grid
@@ -286,6 +286,12 @@ class Grid:
         if self.log is not None:
             intervals = self.interval[self.block_of[threads]]
             self.log.append(Access(line, kind, addresses, size, self.numbers[threads], intervals))
+
+    def fence(self, line: int, threads: Array) -> None:
+        """A fence between blocks: blocks run in some order here, so that only the log has to know."""
+        if self.log is not None:
+            intervals = self.interval[self.block_of[threads]]
+            self.log.append(Access(line, "fence", np.zeros(0, np.uint64), 0, self.numbers[threads], intervals))
 
     def atomic(
         self, line: int, addresses: Array, threads: Array, dtype: np.dtype[Any], what: str, order: str, *values: Array

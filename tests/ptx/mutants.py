@@ -78,10 +78,10 @@ def changes(line: str) -> list[str]:
         size = int(re.search(r"\d+$", rest[-1])[0]) // 8  # type: ignore[index]
         moved = f"[{address[1]}+{int(address[2] or 0) + size}]"
         found.append(f"{guard}{name} {operands.replace(address[0], moved)};")
-    if head in ("st", "bar", "red"):
+    if head in ("st", "bar", "red", "fence"):
         found.append("")
     if head == "atom":
-        found.append(f"{guard}{name.replace('acq_rel', 'relaxed')} {operands};")
+        found.append(f"{guard}{name.replace('acq_rel', 'relaxed').replace('release', 'relaxed')} {operands};")
     return [each for each in found if each != line.strip()]
 
 
