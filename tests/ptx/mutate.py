@@ -29,6 +29,8 @@ KERNELS = [
     tests.SGD,
     "KernelE9ELi4077ENS0_5TypesIffff",  # RAdam, in float32
     tests.DRAWN,
+    tests.DOT,
+    tests.COMBINE,
 ]
 
 
