@@ -25,10 +25,11 @@ from ptx.buckets import (
     sums_for,
     with_own_rows,
 )
+from ptx.directions import COMBINATIONS, MIXES, SMALL, Directions, many_sizes
 from ptx.grid import Fault
 from ptx.races import races
 from ptx.tally import Tally
-from rounding import FIRST_DRAW, MASTERS, MIXED, PLAIN, STOCHASTIC, bucket_of, label, mixed, values
+from rounding import DTYPES, FIRST_DRAW, MASTERS, MIXED, PLAIN, STOCHASTIC, bucket_of, label, mixed, values
 
 from fastsam.bases.rules import ADAM, ADAPTIVE
 from fastsam.ops import native
@@ -206,6 +207,114 @@ def test_the_step_of_the_random_numbers_goes_on_with_a_rule_and_without_a_gradie
                 assert bucket.steps.tolist() == steps
 
 
+# ---- Gradients and directions.
+
+WIDES = [[dtype] * 5 for dtype in DTYPES[:2]]  # each what is computed in, too
+
+
+def named(dtypes):
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+@pytest.mark.parametrize("dtypes", MIXES, ids=named)
+def test_products_and_combinations_have_the_bits_of_the_cpu_library(make, check, dtypes):
+    """Any size, alignment and dtype, segments that an operand lacks, in each division of chunks among blocks."""
+    Directions(dtypes, MIXES.index(dtypes)).same_everything(check, [make(split_bits=i) for i in range(3)])
+
+
+@pytest.mark.parametrize("dtypes", [MIXES[1], *WIDES], ids=named)
+def test_what_has_the_coefficient_0_is_not_read(make, check, dtypes):
+    """Its memory is none that the kernel may touch; and 0 times what is there would not be 0."""
+    directions = Directions(dtypes)
+    directions.fill("a", [float("inf"), float("nan")])
+    directions.fill("c")
+    for i, zero in enumerate([0.0, -0.0, *([] if dtypes[1] == torch.float64 else [1e-60])]):  # 0 in float32
+        for terms in ([(zero, "a"), (0.3, "b")], [(0.3, "b"), (zero, "a"), (0.2, "c")], [(zero, "a")]):
+            for there in (False, True):
+                directions.same_combination(check, make(split_bits=i), terms, there)
+    for c in (float("nan"), float("inf")):
+        directions.same_combination(check, make(), [(c, "b"), (0.5, "c")], True)
+
+
+RANGES = [  # segments, operands, of how many segments the arguments take the addresses: small ones of 500 and so
+    (251, 2, 251),
+    (252, 2, 2043),
+    (2043, 2, 2043),
+    (2044, 2, 2043),
+    (4100, 2, 2043),
+    (503, 1, 503),
+    (504, 1, 4086),
+    (125, 4, 125),  # combinations
+    (126, 4, 1020),
+    (1020, 4, 1020),
+    (1021, 4, 1020),
+    (2100, 4, 1020),
+    (166, 3, 166),
+    (167, 3, 1361),
+]
+RANGED = [(*row, wide) for row in RANGES for wide in DTYPES[:2] if wide == DTYPES[0] or row[0] in (2044, 1021)]
+
+
+@pytest.mark.parametrize(("n_segments", "n_operands", "most", "wide"), RANGED)
+def test_addresses_are_told_by_value_in_ranges_of_segments(make, check, n_segments, n_operands, most, wide):
+    directions, library = Directions([wide] * 5, sizes=many_sizes(n_segments, most), every=5), make()
+    if n_operands < 3:
+        directions.same_products(check, library, "a", "b" if n_operands == 2 else None)
+    else:
+        directions.same_combination(check, library, COMBINATIONS[n_operands - 2])
+    launches = [ran.launch for ran in library.ran]
+    headers = [cuda.OPERAND_HEADERS[launch.operation].from_buffer_copy(launch.params) for launch in launches]
+    ranges = [(first, min(most, n_segments - first)) for first in range(0, n_segments, most)]
+    assert [(header.first_segment, header.n_segments) for header in headers] == ranges
+    assert {len(launch.params) == 4096 for launch in launches} == {n_operands * most <= 503}
+
+
+def test_products_over_more_chunks_than_lanes(make, check):
+    directions = Directions(WIDES[0], sizes=[1 + i % 3 for i in range(1100)])
+    directions.same_products(check, make())
+
+
+@pytest.mark.parametrize("dtypes", [MIXES[1], MIXES[2], WIDES[1]], ids=named)
+def test_operands_of_more_than_4_gi_elements(make, check, dtypes):
+    directions, library = Directions(dtypes, 3, far=True), make(split_bits=1)
+    directions.same_products(check, library)
+    for terms in COMBINATIONS[2:4]:
+        directions.same_combination(check, library, terms, True)
+
+
+def test_nothing_to_add(make, check):
+    """One block sums nothing; nothing writes nothing."""
+    directions, library = Directions(WIDES[0], sizes=[0, 0, 0]), make()
+    directions.same_products(check, library)
+    directions.same_combination(check, library, COMBINATIONS[0])
+    assert [(ran.launch.operation, ran.launch.blocks) for ran in library.ran] == [("dot", 1)]
+    out = torch.full((3, 3), -7.0, dtype=torch.float64)
+    library.dot(directions.buckets[0], directions.operands["a"], None, out)
+    assert out[1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtypes", [MIXES[1], WIDES[1]], ids=named)
+def test_products_and_combinations_in_any_order_without_a_race(make, check, dtypes):
+    """Of dot the last block adds what others wrote; of combine_ the written operand may be read, too."""
+    directions, library = Directions(dtypes, 1, sizes=SMALL), make(seed=3000, log=True, split_bits=1)
+    directions.same_products(check, library)
+    for terms in (COMBINATIONS[3], COMBINATIONS[6]):
+        directions.same_combination(check, library, terms, True)
+    for ran in library.ran:
+        assert not races(ran.grid), ran.launch.kernel.name
+
+
+def test_the_last_launch_of_several_adds_what_all_wrote(make, check):
+    directions, library = Directions(MIXES[1], sizes=many_sizes(2044, 2043)), make(seed=4000, log=True)
+    directions.same_products(check, library)
+    assert len(library.ran) == 2 and not any(races(ran.grid) for ran in library.ran)
+
+
+@pytest.mark.parametrize("dtypes", [MIXES[2], *WIDES], ids=named)
+def test_replays_read_coefficients_and_operands_anew(make, check, dtypes):
+    Directions(dtypes, 2).same_replays(check, make())
+
+
 # ---- In any order.
 
 
@@ -327,6 +436,7 @@ def test_an_error_of_a_launch_is_an_exception(make, check, monkeypatch):
 
 # ---- Whether the tests would notice.
 
+DOT, COMBINE = "3dotILi503Ef", "7combineILi500Ef"
 NORM, CLIMB = "grad_normILi494ENS0_5TypesIffff", "perturbILi494ENS0_5TypesIffff"
 SGD, DRAWN = "KernelE2ELi494ENS0_5TypesIffff", "KernelE3ELi4077ENS0_5TypesINS0_8bfloat16ES4_S4_S4_Lb1"
 MUTANTS = {  # kernel, pattern, what it becomes, which of those that match
@@ -343,6 +453,11 @@ MUTANTS = {  # kernel, pattern, what it becomes, which of those that match
     "an argument is another": (SGD, r"(ld\.param\.u64\s+.*\+)24\]", r"\g<1>16]", 0),
     "the other of two": (SGD, r"selp\.f32(\s+\S+), (\S+), (\S+),", r"selp.f32\1, \3, \2,", 0),
     "another multiplier of the random numbers": (DRAWN, r"-766435501", "-766435503", 0),
+    "a product is added that is rounded already": (DOT, r"fma\.rn\.f32(\s+\S+, \S+, \S+), \S+;", r"mul.rn.f32\1;", 5),
+    "the last block does not wait": (DOT, r"bar\.sync\s+0;", "", 1),
+    "the ticket of products orders nothing": (DOT, r"atom\.acq_rel\.gpu", "atom.relaxed.gpu", 0),
+    "a term of coefficient 0 is read": (COMBINE, r"(setp\.eq\.f32\s+\S+, \S+, )0f00000000;", r"\g<1>0fFF800000;", 0),
+    "a coefficient is another's": (COMBINE, r"(ld\.param\.f64\s+.*\+)56\]", r"\g<1>64]", 0),
     "random numbers are rounded away": (DRAWN, r"shr\.u32(\s+\S+, \S+), 16;", r"shr.u32\1, 15;", 3),
 }
 

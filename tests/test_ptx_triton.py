@@ -15,9 +15,10 @@ import cases
 import pytest
 import torch
 from ptx.buckets import UPDATES, Comparer, any_gradients, many, pair_of, sums_for
+from ptx.directions import COMBINATIONS, MIXES, SMALL, Directions, many_sizes
 from ptx.races import is_idiom, races
 from ptx.tally import Tally
-from rounding import FIRST_DRAW, MASTERS, MIXED, PLAIN, STOCHASTIC, bucket_of, label, mixed, values
+from rounding import DTYPES, FIRST_DRAW, MASTERS, MIXED, PLAIN, STOCHASTIC, bucket_of, label, mixed, values
 
 from fastsam.bases.rules import ADAM
 from fastsam.ops import native
@@ -179,6 +180,85 @@ def test_whole_steps_have_the_references_bits(make, check, options):
 def test_replays_follow_the_groups_values(make, check, options):
     """A captured FusedSAM step, replayed with another lr, rho and weight decay, has the bits of steps not captured."""
     check.same_replays(make(programs=50), cases.ADAM_CONFIGS[-1], torch.bfloat16 if options else torch.float32, options)
+
+
+# ---- Gradients and directions.
+
+WIDES = [[dtype] * 5 for dtype in DTYPES[:2]]  # each what is computed in, too
+
+
+def named(dtypes):
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def directions_of(dtypes, seed=0, **options):
+    return Directions(dtypes, seed, own_rows=False, **options)
+
+
+@pytest.mark.parametrize("dtypes", MIXES, ids=named)
+def test_products_and_combinations_have_the_bits_of_the_cpu_library(make, check, dtypes):
+    """Any size, alignment and dtype, segments that an operand lacks, in each division of chunks among programs."""
+    which = MIXES.index(dtypes)
+    directions_of(dtypes, which).same_everything(check, [make(programs=(2048, 17, 1)[which % 3])])
+
+
+@pytest.mark.parametrize("dtypes", [MIXES[1], *WIDES], ids=named)
+def test_what_has_the_coefficient_0_is_not_read(make, check, dtypes):
+    """Its memory is none that the kernel may touch; and 0 times what is there would not be 0."""
+    directions, library = directions_of(dtypes), make()
+    directions.fill("a", [float("inf"), float("nan")])
+    directions.fill("c")
+    for zero in (0.0, -0.0, *([] if dtypes[1] == torch.float64 else [1e-60])):  # 0 in float32
+        for terms in ([(zero, "a"), (0.3, "b")], [(0.3, "b"), (zero, "a"), (0.2, "c")], [(zero, "a")]):
+            for there in (False, True):
+                directions.same_combination(check, library, terms, there)
+    for c in (float("nan"), float("inf")):
+        directions.same_combination(check, library, [(c, "b"), (0.5, "c")], True)
+
+
+def test_products_and_combinations_of_thousands_of_tensors(make, check):
+    directions, library = directions_of(MIXES[1], sizes=many_sizes(3000, 3000, 50), every=5), make()
+    directions.same_products(check, library)
+    directions.same_combination(check, library, COMBINATIONS[2])
+
+
+def test_products_over_more_chunks_than_lanes(make, check):
+    directions = directions_of(WIDES[0], sizes=[1 + i % 3 for i in range(1050)])
+    directions.same_products(check, make())
+
+
+@pytest.mark.parametrize("dtypes", [MIXES[1], MIXES[2], WIDES[1]], ids=named)
+def test_operands_of_more_than_4_gi_elements(make, check, dtypes):
+    directions, library = directions_of(dtypes, 3, far=True), make(programs=17)
+    directions.same_products(check, library)
+    for terms in COMBINATIONS[2:4]:
+        directions.same_combination(check, library, terms, True)
+
+
+def test_nothing_to_add(make, check):
+    directions, library = directions_of(WIDES[0], sizes=[0, 0, 0]), make()
+    directions.same_products(check, library)
+    directions.same_products(check, library, "a", None)
+    directions.same_combination(check, library, COMBINATIONS[0])
+
+
+@pytest.mark.parametrize("dtypes", [MIXES[1], WIDES[1]], ids=named)
+def test_products_and_combinations_in_any_order_without_a_race(make, check, dtypes):
+    directions = directions_of(dtypes, 1, sizes=SMALL)
+    library = make(seed=3000, log=True, programs=8)
+    directions.same_products(check, library)
+    for terms in (COMBINATIONS[3], COMBINATIONS[6]):
+        directions.same_combination(check, library, terms, True)
+    for ran in library.ran:
+        assert not [lines for lines in races(ran.grid) if not is_idiom(ran.grid, lines)], ran.launch.kernel.name
+
+
+@pytest.mark.parametrize("dtypes", [MIXES[2], *WIDES], ids=named)
+def test_replays_read_coefficients_and_operands_anew(make, check, dtypes):
+    directions, library = directions_of(dtypes, 2), make()
+    directions.same_products(check, library)  # what is not loaded cannot be captured
+    directions.same_combination(check, library, COMBINATIONS[2])
+    directions.same_replays(check, library)
 
 
 # ---- Other releases.

@@ -4,7 +4,8 @@
     with library.serving("cpu"):                       # FusedSAM(..., backend="cpu") runs its operations there
         optimizer.step(closure)
 
-or, of one bucket at a time, `library.grad_norm(tables, grads, out)`, `library.perturb_(...)`, `library.update_(...)`.
+or, of one bucket at a time, `library.grad_norm(tables, grads, out)`, `library.perturb_(...)`, `library.update_(...)`,
+`library.dot(...)`, `library.combine_(...)`.
 Tensors stay on the CPU; the host code is told that those which a launch may touch are on device 0.
 """
 
@@ -29,10 +30,11 @@ import torch
 from torch import Tensor
 
 from fastsam.ops import graphs, native, reference
+from fastsam.ops.tables import Gradients
 from ptx.backend import Interpreted, Launch
 from ptx.build import made, run
 from ptx.grid import Memory
-from ptx.memory import spans_of
+from ptx.memory import Given, given_to_combine, given_to_dot, spans_of
 from ptx.parse import Kernel, Module
 
 HERE = Path(__file__).parent
@@ -52,9 +54,11 @@ WRITES = {
     "power_perturb": {"weight", "backup", "overflows"},
     "power_count": {"overflows"},
     "update": {"weight", "master", "state", "progress", "overflows", "rounding"},
+    "dot": {"partials", "out"},
+    "combine": {"out"},
     "fill": set(),
 }
-WHOLE_CHUNKS = ("grad_norm", "power_norm", "power_count")  # a block each
+WHOLE_CHUNKS = ("grad_norm", "power_norm", "power_count", "dot")  # a block each
 CONTROL = "control"  # the kernels' own memory behind the segments, which every kernel may write
 
 
@@ -69,6 +73,32 @@ class Header(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("q", "max_norm")),
         *((name, ctypes.c_uint64) for name in ("clip", "grad_scale", "found_inf", "overflows", "rounding")),
     ]
+
+
+class OperandsHeader(ctypes.Structure):
+    """The same of operations over gradients and directions, before the addresses: as in csrc/cuda/operands.h."""
+
+    _fields_ = [
+        ("chunks", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("n_chunks", "split_bits", "first_segment", "n_segments", "n_operands")),
+        ("dtypes", ctypes.c_int32 * 4),
+    ]
+
+
+class DotHeader(OperandsHeader):
+    """As in csrc/cuda/dot.h."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("ticket", "partials", "out")]
+
+
+class CombineHeader(OperandsHeader):
+    """As in csrc/cuda/combine.h."""
+
+    _fields_ = [("coefficients", ctypes.c_double * 3), ("addresses", ctypes.c_uint64 * 3)]
+
+
+OPERAND_HEADERS: dict[str, type[OperandsHeader]] = {"dot": DotHeader, "combine": CombineHeader}
+DOT_TICKET = 8  # its place in the kernels' own memory
 
 
 class Words(ctypes.Structure):
@@ -273,7 +303,8 @@ class Library(Interpreted):
         self.arch, self.ptx, self.processors = arch, ptx or ptx_of(folder, arch), processors
         self.in_tables, self.split_bits = in_tables, split_bits
         self._tables: dict[int, Any] = {}  # by the address of their segments
-        self._tensors: dict[str, Tensor | None] = {}
+        self._now: Any = None  # whose operation it is
+        self._given = Given({})
         self._bound: dict[int, dict[str, Tensor | None]] = {}
 
     # The operations.
@@ -285,24 +316,34 @@ class Library(Interpreted):
         tensors = {"partials": tables.partials, "sums": out}
         if clip is not None:
             tensors |= {"clip": clip.factor, "grad_scale": clip.grad_scale}
-        with self._ready(tables, tensors):
+        with self._ready(tables, Given(tensors)):
             native.grad_norm(tables, grads, out, clip=clip)
 
     def perturb_(self, tables: Any, grads: Sequence[Tensor | None], sums: Tensor) -> None:
         """As native.perturb_."""
-        with self._ready(tables, {"sums": sums}):
+        with self._ready(tables, Given({"sums": sums})):
             native.perturb_(tables, grads, sums)
 
     def update_(self, tables: Any, grads: Sequence[Tensor | None], **factors: Tensor | None) -> None:
         """As native.update_."""
-        with self._ready(tables, factors):
+        with self._ready(tables, Given(factors)):
             native.update_(tables, grads, **factors)
+
+    def dot(self, tables: Any, a: Gradients, b: Gradients | None, out: Tensor) -> None:
+        """As native.dot."""
+        with self._ready(tables, given_to_dot(tables, a, b, out)):
+            native.dot(tables, a, b, out)
+
+    def combine_(self, tables: Any, out: Gradients, terms: Sequence[tuple[float | Tensor, Gradients]]) -> None:
+        """As native.combine_."""
+        with self._ready(tables, given_to_combine(tables, out, terms, self.capturing)):
+            native.combine_(tables, out, terms)
 
     def bind(self, tables: Any, sums: Tensor) -> Tensor:
         """As native.bind."""
         tensors = {"partials": tables.partials, "sums": sums}
         self._bound[tables.segment_table.data_ptr()] = tensors
-        with self._ready(tables, tensors):
+        with self._ready(tables, Given(tensors)):
             return native.bind(tables, sums)
 
     # As fastsam/ops/graphs.py.
@@ -311,12 +352,12 @@ class Library(Interpreted):
 
     def prepare_capture(self, tables: Any) -> None:
         """As graphs.prepare_capture."""
-        with self._ready(tables, {}):
+        with self._ready(tables, Given({})):
             graphs.prepare_capture(tables)
 
     def upload_values(self, tables: Any) -> None:
         """As graphs.upload_values."""
-        with self._ready(tables, {}):
+        with self._ready(tables, Given({})):
             graphs.upload_values(tables)
 
     def bind_of(self) -> Any:
@@ -351,13 +392,13 @@ class Library(Interpreted):
             host.launched = before
 
     @contextmanager
-    def _ready(self, tables: Any, tensors: dict[str, Tensor | None]) -> Iterator[None]:
-        """Let native.py call the stub's operations; `tensors` are what the operation is given beside the tables."""
+    def _ready(self, tables: Any, given: Given) -> Iterator[None]:
+        """Let native.py call the stub's operations."""
         self._tables[tables.segment_table.data_ptr()] = tables
-        self._tensors, self.host.error = tensors, None
+        self._now, self._given, self.host.error = tables, given, None
         self.host.set_device_memory(
             (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-            for tensor in (*_device_tables(tables).values(), *tensors.values())
+            for tensor in (*_device_tables(tables).values(), *given.tensors.values())
             if tensor is not None and tensor.nbytes
         )
         with (
@@ -368,7 +409,7 @@ class Library(Interpreted):
             try:
                 yield
             finally:
-                self._tensors = {}
+                self._now, self._given = None, Given({})
 
     # Launches.
 
@@ -377,7 +418,10 @@ class Library(Interpreted):
         kernel, operation = self.ptx[name], operation_of(name)
         size = kernel.params_size
         params = bytearray(ctypes.string_at(args[0], size))
-        tables, tensors, words = None, self._tensors, 0
+        if operation in OPERAND_HEADERS:
+            self._launched_over_operands(kernel, operation, blocks, threads, shared, params)
+            return
+        tables, tensors, words = None, self._given.tensors, 0
         if operation == "fill":
             filled = 16 + 8 * Words.from_buffer_copy(params).n
             tables = self._owner(Words.from_buffer_copy(params).to)
@@ -401,9 +445,30 @@ class Library(Interpreted):
         assert filled <= size, f"{filled} bytes of arguments for {size} of {name}"
         params[filled:] = b"\xff" * (size - filled)
         memory = self._memory(tables, tensors, WRITES[operation])
-        tickets = None if tables is None else tables.segment_table[len(tables.perturbed), :1].view(torch.int32)
+        tickets = None if tables is None else _tickets(tables)
         launch = Launch(kernel, operation, blocks, threads, shared, bytes(params), filled, memory, tickets, words)
         self.take(launch)
+
+    def _launched_over_operands(
+        self, kernel: Kernel, operation: str, blocks: int, threads: int, shared: int, params: bytearray
+    ) -> None:
+        """The same of a launch that knows no table but the chunks'."""
+        tables, header = self._now, OPERAND_HEADERS[operation].from_buffer(params)
+        if self.split_bits is not None and operation not in WHOLE_CHUNKS:
+            header.split_bits = self.split_bits
+            blocks = header.n_chunks << self.split_bits
+        words = header.n_operands * header.n_segments
+        filled = ctypes.sizeof(header) + 8 * words
+        assert filled <= len(params), f"{filled} bytes of arguments for {len(params)} of {kernel.name}"
+        params[filled:] = b"\xff" * (len(params) - filled)
+        memory = Memory()
+        if operation == "dot":
+            memory.add("ticket", tables.segment_table[len(tables.perturbed) :].data_ptr() + DOT_TICKET, 4)
+        memory.add("chunks", tables.chunk_table.data_ptr(), tables.chunk_table.nbytes, False)
+        self._given.add_to(memory, tables, WRITES[operation])
+        memory.seal()
+        tickets = _tickets(tables)
+        self.take(Launch(kernel, operation, blocks, threads, shared, bytes(params), filled, memory, tickets, words))
 
     def _owner(self, address: int) -> Any:
         """The tables in whose own memory an address lies."""
@@ -442,6 +507,12 @@ def _move(params: bytearray, header: Header, tables: Any) -> int:
         table += row_bytes
     params[: ctypes.sizeof(Header)] = bytes(header)
     return ctypes.sizeof(Header)
+
+
+def _tickets(tables: Any) -> Tensor:
+    """[3]: where blocks count, behind the segments."""
+    control: Tensor = tables.segment_table[len(tables.perturbed), :2]
+    return control.view(torch.int32)[:3]
 
 
 def _device_tables(tables: Any) -> dict[str, Tensor | None]:

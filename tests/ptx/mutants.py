@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from rounding import PLAIN, STOCHASTIC
 
 from ptx.backend import Interpreted
 from ptx.buckets import UPDATES, Comparer, Make, pair_of
+from ptx.directions import COMBINATIONS, MIXES, SMALL, Directions
 from ptx.parse import Module
 from ptx.races import races
 
@@ -114,6 +116,14 @@ def check_kernel(check: Comparer, make: Make, kernel: str, updated: Sequence[Any
         name = list(UPDATES)[int(match[1])]
         buckets = pair_of(UPDATES[name], format, 0)
         check.same_updates(noted, lambda i: buckets, name, updated, 0)
+    elif re.search(r"\d(dot|combine)I", kernel):
+        small, large = Directions(MIXES[1], 1, sizes=SMALL), Directions(MIXES[1])
+        small.same_products(check, noted())
+        small.same_combination(check, noted(split_bits=1), COMBINATIONS[3])
+        large.same_everything(check, [noted()])
+        large.fill("a", [math.inf, math.nan])
+        large.same_combination(check, noted(split_bits=2), COMBINATIONS[5])
+        del ran[2:]
     else:
         buckets = pair_of(["sgd-nesterov-maximize", "sgd"], format, 0)
         check.same_perturbations(noted, lambda i: buckets, perturbed)

@@ -28,10 +28,11 @@ from triton.compiler import CompiledKernel  # type: ignore[import-untyped]
 
 from fastsam import ops
 from fastsam.ops import reference
+from fastsam.ops.tables import Gradients
 from ptx.backend import Interpreted, Launch
 from ptx.build import made, run
 from ptx.grid import Memory
-from ptx.memory import spans_of
+from ptx.memory import Given, given_to_combine, given_to_dot, spans_of
 from ptx.parse import Kernel, Module
 
 HERE = Path(__file__).parent
@@ -40,7 +41,10 @@ WRITES = {
     "_grad_norm_kernel": {"partials", "out", "clip"},
     "_perturb_kernel": {"weight", "backup", "overflows", "uncounted"},
     "_update_kernel": {"weight", "master", "state", "progress", "overflows", "rounding", "uncounted"},
+    "_dot_kernel": {"partials", "out"},
+    "_combine_kernel": {"out"},
 }
+OVER_OPERANDS = "_dot_kernel", "_combine_kernel"  # which know no table but the chunks' and those of addresses
 PTXAS = """#!/bin/sh
 # Triton's ptxas: tells the version of the real one, and hands the PTX through.
 [ "$1" = --version ] && exec "{ptxas}" --version
@@ -165,22 +169,31 @@ class TritonLibrary(Interpreted):
         self.driver, self.programs = driver, programs
         self.kernels: Any = ops.backend_named("triton").operations
         self._tables: Any = None
-        self._tensors: dict[str, Tensor | None] = {}
+        self._given = Given({})
 
     def grad_norm(
         self, tables: Any, grads: Sequence[Tensor | None], out: Tensor, *, clip: reference.Clip | None = None
     ) -> None:
         """As triton.grad_norm."""
         tensors = {"out": out} | ({} if clip is None else {"clip": clip.factor, "grad_scale": clip.grad_scale})
-        self._call(self.kernels.grad_norm, tables, tensors, grads, out, clip=clip)
+        self._call(self.kernels.grad_norm, tables, Given(tensors), grads, out, clip=clip)
 
     def perturb_(self, tables: Any, grads: Sequence[Tensor | None], sums: Tensor) -> None:
         """As triton.perturb_."""
-        self._call(self.kernels.perturb_, tables, {"sums": sums}, grads, sums)
+        self._call(self.kernels.perturb_, tables, Given({"sums": sums}), grads, sums)
 
     def update_(self, tables: Any, grads: Sequence[Tensor | None], **factors: Tensor | None) -> None:
         """As triton.update_."""
-        self._call(self.kernels.update_, tables, factors, grads, **factors)
+        self._call(self.kernels.update_, tables, Given(factors), grads, **factors)
+
+    def dot(self, tables: Any, a: Gradients, b: Gradients | None, out: Tensor) -> None:
+        """As triton.dot."""
+        self._call(self.kernels.dot, tables, given_to_dot(tables, a, b, out), a, b, out)
+
+    def combine_(self, tables: Any, out: Gradients, terms: Sequence[tuple[float | Tensor, Gradients]]) -> None:
+        """As triton.combine_."""
+        given = given_to_combine(tables, out, terms, self.capturing)
+        self._call(self.kernels.combine_, tables, given, out, terms)
 
     # As fastsam/ops/graphs.py.
 
@@ -191,15 +204,15 @@ class TritonLibrary(Interpreted):
 
     def prepare_capture(self, tables: Any) -> None:
         """As triton.prepare_capture."""
-        self._call(self.kernels.prepare_capture, tables, {})
+        self._call(self.kernels.prepare_capture, tables, Given({}))
 
     def upload_values(self, tables: Any) -> None:
         """As triton.upload_values."""
-        self._call(self.kernels.upload_values, tables, {})
+        self._call(self.kernels.upload_values, tables, Given({}))
 
-    def _call(self, function: Any, tables: Any, tensors: dict[str, Tensor | None], *args: Any, **options: Any) -> None:
+    def _call(self, function: Any, tables: Any, given: Given, *args: Any, **options: Any) -> None:
         driver = self.driver
-        self._tables, self._tensors, driver.error, driver.launched = tables, tensors, None, self._launched
+        self._tables, self._given, driver.error, driver.launched = tables, given, None, self._launched
         driver.libcuda.stub_capturing(self.capturing)
         programs = self.kernels._PROGRAMS if self.programs is None else self.programs
         try:
@@ -212,11 +225,22 @@ class TritonLibrary(Interpreted):
 
     def _launched(self, kernel: Kernel, blocks: int, threads: int, shared: int, params: bytes) -> None:
         tables, cache, memory, writes = self._tables, self._tables.cache, Memory(), WRITES[kernel.name]
+        if kernel.name in OVER_OPERANDS:
+            addresses = cache.operands
+            copies = [copy for each in (*addresses.copies, *addresses.known) for copy in (each.copy, *each.held)]
+            for i, tensor in enumerate((tables.chunk_table, *copies)):
+                memory.add(f"table {i}", tensor.data_ptr(), tensor.nbytes, False)
+            if kernel.name == "_dot_kernel":
+                memory.add("ticket", cache.dot_ticket, 4)
+            self._given.add_to(memory, tables, writes)
+            memory.seal()
+            self.take(Launch(kernel, kernel.name, blocks, threads, shared, params, len(params), memory, cache.tickets))
+            return
         tensors = {
             **{"segments": tables.segment_table, "chunks": tables.chunk_table, "partials": tables.partials},
             **{"overflows": tables.overflows, "rounding": tables.rounding},
             **{name: getattr(cache, name) for name in ("one", "zero", "unclipped", "uncounted")},
-            **self._tensors,
+            **self._given.tensors,
         }
         for name in ("ascent", "descent", "perturbed", "rows", "numbers_there"):
             copies = getattr(cache, name)
