@@ -507,6 +507,21 @@ def test_a_radius_knows_the_loss_scale(cls, backend, device):
     assert lengths[3:] == pytest.approx(lengths[:3], rel=1e-5)
 
 
+def test_a_mask_does_not_grow_where_there_is_no_gradient(backend, device):
+    """Though the weights there are large, and were looked at when the mask was renewed before."""
+    params = [Parameter(torch.full((64,), value, device=device)) for value in (0.1, 100.0)]
+    optimizer = methods.SparseSAM(params, "sgd", lr=0.1, drop="weight", drop_rate=0.2, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.first_step()
+    optimizer.step()
+    optimizer.dynamic_mask()
+    before = int(optimizer.state[params[1]]["mask"].sum())
+    params[1].grad = None
+    optimizer.dynamic_mask()
+    assert int(optimizer.state[params[1]]["mask"].sum()) <= before
+
+
 def test_rho_follows_the_learning_rate(backend, device):
     param = Parameter(torch.ones(3, device=device))
     optimizer = methods.GSAM([param], "sgd", 0.1, lr=0.8, backend=backend)

@@ -145,6 +145,8 @@ class SparseSAM(FusedSAM):
         live = directions.elements(mask)
         exchanged = round(self._live(len(live)) * self.drop_rate * (1 + math.cos(math.pi * progress)) / 2)
         exchanged = min(exchanged, len(live) - int(live.sum()))
+        for page in self.direction("scores").pages():
+            page.zero_()  # of parameters without a gradient it has weights, from the last time
         sizes = directions.elements(self.keep(gradients, "scores")).abs()
         by = {"gradient": sizes, "random": self._random(live)}
         if self.drop == "weight":
