@@ -222,8 +222,10 @@ class Passes(Steering):
         return watched.added_to
 
     def _forget_step(self) -> None:
+        sam = self._sam
         self._end_one_pass()
-        self._sam.begun = False
+        sam.steps -= sam.begun  # taken again it is the same one: a SAM step in k steps is not lost by an exception
+        sam.begun = False
 
     @entry
     def restore(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastsam.algebra import Algebra
+from fastsam.methods.looksam import LookSAM
 from fastsam.methods.msam import MSAM
 from fastsam.optimizer import FusedSAM
 from fastsam.training import freeze_running_stats
@@ -128,6 +129,17 @@ class SAMStep:
             raise ValueError("SAMStep: functional and select exclude each other: the samples of the passes differ")
         if self.functional and self.ascent_fraction < 1:
             raise ValueError("SAMStep: functional needs ascent_fraction=1: the samples of the passes must be the same")
+        if isinstance(self.optimizer, MSAM) and (
+            self.select < 1 or self.ascent_fraction < 1 or self.functional or self.micro
+        ):
+            raise ValueError(
+                "SAMStep: a step of MSAM has one pass, to which select, ascent_fraction, functional and "
+                "sharpness='micro' mean nothing"
+            )
+        if self.micro and isinstance(self.optimizer, LookSAM):
+            raise ValueError(
+                "SAMStep: LookSAM keeps one direction a step, which sharpness='micro' has several of; use 'batch'"
+            )
         if self.micro and type(self.optimizer).after_update is not Algebra.after_update and self._adds_a_term():
             raise ValueError(
                 f"SAMStep: {type(self.optimizer).__name__} has a term beside the base optimizer's step, of which "
@@ -380,10 +392,12 @@ class SAMStep:
     def _check_second_order(self) -> None:
         optimizer = self.optimizer
         plain = type(optimizer) is FusedSAM and optimizer.p == 2 and optimizer.radius is None
+        plain = plain and not optimizer.renormalize and not optimizer.perturb_with_weight_decay
         adaptive = any(group["adaptive"] for group in optimizer.param_groups)
         if not plain or adaptive or self.micro_batches > 1 or self.scaler is not None or self.functional:
             raise ValueError(
                 "SAMStep: second_order is for plain SAM with p=2, without adaptive groups, other methods, radius, "
+                "renormalize, perturb_with_weight_decay, "
                 "micro-batches, GradScaler and functional"
             )
         if self.select < 1 or self.ascent_fraction < 1 or hasattr(self.model, "no_sync"):

@@ -175,6 +175,15 @@ def test_masked_perturbation(kind, backend, device):
         optimizer.step()
 
 
+def test_sparse_masks_need_gradients(backend, device):
+    param = Parameter(torch.ones(5, device=device))
+    optimizer = methods.SparseSAM([param], "sgd", lr=0.1, backend=backend)
+    with pytest.raises(RuntimeError, match="fisher_mask.. needs observe_sample.. before it"):
+        optimizer.fisher_mask()
+    with pytest.raises(RuntimeError, match="dynamic_mask.. goes by gradients; call it after a backward pass"):
+        optimizer.dynamic_mask()
+
+
 def test_sparse_masks(backend, device):
     """SSAM-F keeps the largest squares, SSAM-D exchanges the least weights for the largest gradients."""
     params = [p for p in new_params(torch.float64, device) if not p.is_complex()]

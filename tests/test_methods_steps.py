@@ -169,8 +169,10 @@ def test_loss_scale_cancels(name, backend, device):
                 pytest.skip("LookSAM's direction of a step that overflowed has no plain twin")
             plain.restore()
             assert all(torch.equal(q, w) for q, w in zip(twins, before, strict=True))
-            if plain.precision.draws:
-                pytest.fail("not a twin")
+            given_up = plain.state_dict()  # the step that a scaler skips is counted, one that is undone is not
+            for group in given_up["param_groups"]:
+                group["sam_steps"] = group.get("sam_steps", 0) + 1
+            plain.load_state_dict(given_up)
         else:
             plain.step()
     assert scaler.get_scale() != 1024.0
@@ -419,9 +421,9 @@ def test_a_wasted_second_pass_is_right_and_an_added_one_refused(backend, device)
 def test_a_step_of_one_pass_can_be_given_up(backend, device):
     param = Parameter(torch.tensor([1.0, -2.0], device=device))
     optimizer = fastsam.FusedSAM([param], "sgd", 0.1, lr=0.1, when=when.every(2), backend=backend)
-    for expected in (True, False, True):
+    for _ in range(3):  # the same step each time, as after an exception
         (param**2).sum().backward()
-        assert optimizer.first_step() is expected
+        assert optimizer.first_step() is True
         optimizer.restore()
         optimizer.zero_grad()
     assert torch.equal(param.detach().cpu(), torch.tensor([1.0, -2.0]))

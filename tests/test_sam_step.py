@@ -148,7 +148,7 @@ def test_one_micro_batch_is_the_plain_step():
     assert_same(model, twin)
 
 
-@pytest.mark.parametrize("cls", [methods.GSAM, methods.LookSAM, methods.FriendlySAM, methods.ESAM])
+@pytest.mark.parametrize("cls", [methods.GSAM, methods.FriendlySAM, methods.ESAM])
 def test_methods_take_micro_batches_of_their_own(cls):
     """m-SAM with a method: equal parts give the step of one part."""
     model = network(dropout=0.0, norm=False).double()
@@ -298,7 +298,8 @@ def test_steps_of_one_pass_see_the_whole_batch_once(kind):
         "looksam": (methods.LookSAM, dict(k=3)),
         "msam": (methods.MSAM, {}),
     }[kind]
-    step = SAMStep(model, optimizer_of(model, cls, **more), F.cross_entropy, ascent_fraction=0.5)
+    fraction = 1.0 if kind == "msam" else 0.5
+    step = SAMStep(model, optimizer_of(model, cls, **more), F.cross_entropy, ascent_fraction=fraction)
     for t in range(4):
         step(*batch(t))
     two_passes = [6, 12]
@@ -457,6 +458,11 @@ def test_what_does_not_fit_is_said():
     wsam = optimizer_of(model, methods.WSAM)
     with pytest.raises(ValueError, match="WSAM has a term beside the base optimizer's step"):
         SAMStep(model, wsam, F.cross_entropy, micro_batches=2, sharpness="micro")
+    with pytest.raises(ValueError, match="LookSAM keeps one direction a step"):
+        SAMStep(model, optimizer_of(model, methods.LookSAM), F.cross_entropy, micro_batches=2, sharpness="micro")
+    for nothing in (dict(select=0.5), dict(ascent_fraction=0.5), dict(micro_batches=2, sharpness="micro")):
+        with pytest.raises(ValueError, match="a step of MSAM has one pass"):
+            SAMStep(model, optimizer_of(model, methods.MSAM), F.cross_entropy, **nothing)
     coupled = optimizer_of(model, methods.WSAM, decoupled=False)
     SAMStep(model, coupled, F.cross_entropy, micro_batches=2, sharpness="micro")
 
@@ -473,10 +479,15 @@ class Sights(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, dict(ascent_fraction=0.5), dict(micro_batches=2, sharpness="micro")], ids=str)
+MICRO = dict(micro_batches=2, sharpness="micro")
+ALL_PASSES = [fastsam.FusedSAM, methods.GSAM, methods.FriendlySAM, methods.VaSSO, methods.ESAM]
+
+
 @pytest.mark.parametrize(
-    "cls",
-    [fastsam.FusedSAM, methods.GSAM, methods.LookSAM, methods.FriendlySAM, methods.VaSSO, methods.ESAM, methods.MSAM],
+    ("cls", "options"),
+    [(cls, options) for cls in ALL_PASSES for options in ({}, dict(ascent_fraction=0.5), MICRO)]
+    + [(methods.LookSAM, dict(ascent_fraction=0.5)), (methods.MSAM, {})],
+    ids=str,
 )
 def test_nothing_waits_for_the_device(cls, options):
     """After the first steps no number is read back, and what the step reads and writes stays where it is."""

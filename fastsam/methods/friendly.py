@@ -9,7 +9,7 @@ import torch
 
 from fastsam.algebra import pick
 from fastsam.memory.directions import Vector
-from fastsam.methods.checks import check_range
+from fastsam.methods.checks import check_no_decay, check_range
 from fastsam.optimizer import FusedSAM
 
 
@@ -50,6 +50,7 @@ class FriendlySAM(FusedSAM):
         """See the class."""
         self.sigma = check_range("FriendlySAM", "sigma", sigma, 0.0)
         self.lmbda = check_range("FriendlySAM", "lmbda", lmbda, 0.0, 1.0)
+        check_no_decay("FriendlySAM", kwargs.get("perturb_with_weight_decay", False), "an average of gradients")
         super().__init__(params, base_optimizer, rho, **kwargs)
 
     def ascent(self, g1: Vector) -> Vector:

@@ -49,6 +49,7 @@ class SparseSAM(FusedSAM):
     options = ("sparsity", "drop_rate", "drop", "grow", "seed")
     buffers = {"mask": torch.bool}
     counts_steps = True
+    _observed = False
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class SparseSAM(FusedSAM):
     def observe_sample(self) -> None:
         """After a backward pass of one sample's loss: add the squares of the gradients to the Fisher information."""
         gradients = self._gradients()
+        self._observed = True
         fisher = self.direction("fisher")
         for flat, part in zip(fisher.flats, gradients.parts, strict=True):
             for i, grad in enumerate(part):
@@ -123,7 +125,16 @@ class SparseSAM(FusedSAM):
 
     @entry
     def fisher_mask(self) -> None:
-        """Perturb the elements of the largest Fisher information that was observed, and begin to observe afresh."""
+        """Perturb the elements of the largest Fisher information that was observed, and begin to observe afresh.
+
+        Raises:
+            RuntimeError: nothing was observed.
+        """
+        if not self._observed:
+            raise RuntimeError(
+                "SparseSAM: fisher_mask() needs observe_sample() before it, after the backward pass of each sample"
+            )
+        self._observed = False
         directions, fisher, mask = self._sam.directions, self.direction("fisher"), self._mask()
         scores = directions.elements(fisher)
         directions.write(mask, _largest(scores, self._live(len(scores))))
@@ -139,9 +150,14 @@ class SparseSAM(FusedSAM):
 
         Args:
             progress: of the training, in [0, 1].
+
+        Raises:
+            RuntimeError: there are no gradients.
         """
         progress = check_range("SparseSAM.dynamic_mask", "progress", progress, 0.0, 1.0)
         gradients, directions, mask = self._gradients(), self._sam.directions, self._mask()
+        if not gradients.written:
+            raise RuntimeError("SparseSAM: dynamic_mask() goes by gradients; call it after a backward pass")
         live = directions.elements(mask)
         exchanged = round(self._live(len(live)) * self.drop_rate * (1 + math.cos(math.pi * progress)) / 2)
         exchanged = min(exchanged, len(live) - int(live.sum()))

@@ -9,7 +9,7 @@ import torch
 
 from fastsam.algebra import pick
 from fastsam.memory.directions import Vector
-from fastsam.methods.checks import check_range
+from fastsam.methods.checks import check_no_decay, check_range
 from fastsam.optimizer import FusedSAM
 
 
@@ -47,6 +47,7 @@ class VaSSO(FusedSAM):
     ) -> None:
         """See the class."""
         self.theta = check_range("VaSSO", "theta", theta, 0.0, 1.0)
+        check_no_decay("VaSSO", kwargs.get("perturb_with_weight_decay", False), "an average of gradients")
         super().__init__(params, base_optimizer, rho, **kwargs)
 
     def ascent(self, g1: Vector) -> Vector:
