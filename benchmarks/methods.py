@@ -37,11 +37,12 @@ from typing import Any
 
 import torch
 from cases import Case
+from devices import ROOT, Cpu
 from oracles import check
 from ratios import across, paired_ratio
 from step import QUIET, fastsam_environment, rounded
 from table import MISSING, environment_line, markdown, replace_between_markers
-from timing import ROOT, environment, fresh_processes, others
+from timing import environment, fresh_processes, others
 from torch import Tensor, nn
 from torch.nn import functional
 from traffic import Traffic
@@ -451,7 +452,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": shlex.join(["python", "benchmarks/methods.py", *sys.argv[1:]]),
         "device": "cpu",
-        "environment": {**environment(torch.device("cpu"), args.threads), **fastsam_environment()},
+        "environment": {**environment(Cpu(), args.threads), **fastsam_environment()},
         "parameters": sum(p.numel() for p in residual_network().parameters()),
         "bytes": {method.name: bytes_a_parameter(method) for method in FAMILY if is_timed(method)},
     }
