@@ -269,8 +269,9 @@ def test_addresses_are_told_by_value_in_ranges_of_segments(make, check, n_segmen
     assert {len(launch.params) == 4096 for launch in launches} == {n_operands * most <= 503}
 
 
-def test_products_over_more_chunks_than_lanes(make, check):
-    directions = Directions(WIDES[0], sizes=[1 + i % 3 for i in range(1100)])
+@pytest.mark.parametrize("n_chunks", [1100, 3077])  # from an odd number on, rows of partial sums are off 16 bytes
+def test_products_over_more_chunks_than_lanes(make, check, n_chunks):
+    directions = Directions(WIDES[0], sizes=[1 + i % 3 for i in range(n_chunks)])
     directions.same_products(check, make())
 
 
@@ -438,7 +439,7 @@ def test_an_error_of_a_launch_is_an_exception(make, check, monkeypatch):
 
 DOT, COMBINE = "3dotILi503Ef", "7combineILi500Ef"
 NORM, CLIMB = "grad_normILi494ENS0_5TypesIffff", "perturbILi494ENS0_5TypesIffff"
-SGD, DRAWN = "KernelE2ELi494ENS0_5TypesIffff", "KernelE3ELi4077ENS0_5TypesINS0_8bfloat16ES4_S4_S4_Lb1"
+SGD, DRAWN = "KernelE2ELi494ENS0_5TypesIffff", "KernelE3ELi494ENS0_5TypesINS0_8bfloat16ES4_S4_S4_Lb1"
 MUTANTS = {  # kernel, pattern, what it becomes, which of those that match
     "a barrier of the sum is missing": (NORM, r"bar\.sync\s+0;", "", 1),
     "the barrier after the scalars is missing": (CLIMB, r"bar\.sync\s+0;", "", 0),
@@ -455,7 +456,7 @@ MUTANTS = {  # kernel, pattern, what it becomes, which of those that match
     "another multiplier of the random numbers": (DRAWN, r"-766435501", "-766435503", 0),
     "a product is added that is rounded already": (DOT, r"fma\.rn\.f32(\s+\S+, \S+, \S+), \S+;", r"mul.rn.f32\1;", 5),
     "the last block does not wait": (DOT, r"bar\.sync\s+0;", "", 1),
-    "the ticket of products orders nothing": (DOT, r"atom\.acq_rel\.gpu", "atom.relaxed.gpu", 0),
+    "the ticket of products orders nothing": (DOT, r"atom\.release\.gpu", "atom.relaxed.gpu", 0),
     "a term of coefficient 0 is read": (COMBINE, r"(setp\.eq\.f32\s+\S+, \S+, )0f00000000;", r"\g<1>0fFF800000;", 0),
     "a coefficient is another's": (COMBINE, r"(ld\.param\.f64\s+.*\+)56\]", r"\g<1>64]", 0),
     "random numbers are rounded away": (DRAWN, r"shr\.u32(\s+\S+, \S+), 16;", r"shr.u32\1, 15;", 3),

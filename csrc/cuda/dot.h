@@ -94,7 +94,7 @@ FASTSAM_DEVICE void dot_block(Ctx& ctx, const A& args, DotShared<T>& shared) {
       const double partial = static_cast<double>(pair_sum<kGroups>(groups));
       if (covered) args.partials[static_cast<int64_t>(k) * args.n_chunks + ctx.block()] = partial;
     }
-    shared.last = args.ticket && ctx.arrive(args.ticket);
+    shared.last = args.ticket && ctx.is_last(ctx.arrive(args.ticket));
   });
   ctx.sync();
   if (!shared.last) return;

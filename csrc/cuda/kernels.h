@@ -338,10 +338,11 @@ FASTSAM_DEVICE bool arrive_last(Ctx& ctx, const A& args, Shared& shared) {
 template <class Ctx>
 FASTSAM_DEVICE double slot_lanes(Ctx& ctx, const double* partials, int n_chunks, int t) {
   constexpr int kEach = kSlots / kThreads, kUnroll = 3;
+  const bool aligned = reinterpret_cast<uintptr_t>(partials) % 16 == 0;  // dot's second and third need not be
   double acc[kEach] = {};
   int i = kEach * t;
   FASTSAM_ROLLED
-  for (; i + (kUnroll - 1) * kSlots + kEach <= n_chunks; i += kUnroll * kSlots) {
+  for (; aligned && i + (kUnroll - 1) * kSlots + kEach <= n_chunks; i += kUnroll * kSlots) {
     double x[kUnroll][kEach];  // as many as keep the memory's latency from being waited for one by one
     FASTSAM_UNROLL
     for (int u = 0; u < kUnroll; u++) {
