@@ -289,12 +289,13 @@ class SAMStep:
             keep: gets what a later pass needs of this one: each part's losses, or the gradients of its output.
             outputs_from: the gradients of the outputs to begin the backward passes with.
         """
-        total = sum(map(_samples, parts))
+        sizes = [1] if len(parts) == 1 else [_samples(part) for part in parts]
+        total = sum(sizes)
         losses: list[Any] = []
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with self._communicating((synchronised and last) or self._learns_graph()):
-                weight = _samples(part) / total
+                weight = sizes[i] / total
                 if self.forward_backward is not None:
                     losses.append(self.forward_backward(self._backward_of(weight), *part))
                     continue
@@ -539,9 +540,9 @@ def _samples(batch: Batch) -> int:
 
 def _split(batch: Batch, n: int) -> list[Batch]:
     """A batch in n parts along the first dimension of all its tensors; fewer where there are not so many samples."""
-    total = _samples(batch)
     if n == 1:
         return [batch]
+    total = _samples(batch)
     sizes = [total // n + (i < total % n) for i in range(n)]
     ends = [sum(sizes[: i + 1]) for i in range(n)]
 
@@ -561,6 +562,8 @@ def _rows(tensor: Tensor, places: slice | Tensor, total: int) -> Tensor:
 
 def _first_samples(batch: Batch, share: float) -> Batch:
     """The first samples of a batch, at least one."""
+    if share == 1:
+        return batch
     total = _samples(batch)
     count = max(math.ceil(share * total), 1)
     if count >= total:
