@@ -56,7 +56,7 @@ from test_native import (  # noqa: F401
 )
 from torch.nn import Parameter
 
-from fastsam import ops
+from fastsam import methods, ops
 from fastsam.bases.rules import LR_FLOAT64, Row
 from fastsam.ops import reference
 from fastsam.ops.formats import Format
@@ -921,6 +921,32 @@ def test_whole_steps_in_other_formats_against_the_reference(name, dtype, options
     for a, b in zip(ours, others, strict=True):
         compare(a, b)
     assert_same_state(opt, other, lambda a, b, what: compare(a, b))
+
+
+@pytest.mark.usefixtures("hints")
+@pytest.mark.parametrize("cls, dtype, options", [
+    (methods.GSAM, FLOAT32, dict(alpha=0.3)),
+    (methods.WSAM, BFLOAT16, dict(gamma=0.8, master_weights=True)),
+    (methods.LookSAM, FLOAT32, dict(k=2, alpha=0.6)),
+    (methods.FriendlySAM, BFLOAT16, dict(sigma=0.7, lmbda=0.8)),
+    (methods.MSAM, FLOAT32, dict(momentum=0.9)),
+], ids=str)  # fmt: skip
+def test_methods_against_the_reference(cls, dtype, options):
+    """Steps of methods, which combine gradients and directions, are those of the reference."""
+    names = ["63", "1025", "transposed"]
+    ours, others = cases.make_params(dtype, names), cases.make_params(dtype, names)
+    both = [cls(p, "sgd", 0.2, lr=0.1, backend=b, **options) for p, b in ((ours, "triton"), (others, "reference"))]
+    assert set(both[0].backend.values()) == {"triton"}
+    for step in range(4):
+        for opt, params in zip(both, (ours, others), strict=True):
+            opt.step(cases.closure_of(params, step, names))
+    compare = assert_same if FUSES else torch.testing.assert_close
+    for a, b in zip(ours, others, strict=True):
+        compare(a, b)
+    if cls is methods.MSAM:
+        for opt in both:
+            opt.eval()
+    assert_same_state(*both, lambda a, b, what: compare(a, b))
 
 
 @pytest.mark.parametrize("config", **cases.ids([CONFIGS[2], ADAM_CONFIGS[3]]))

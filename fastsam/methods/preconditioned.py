@@ -23,6 +23,8 @@ class PreconditionedSAM(FusedSAM):
     Two passes a step; memory: one copy of the weights beside SAM's, none saved. P is made by torch, in some launches a
     parameter. A GradScaler needs nothing: the length does not depend on the scale of g1.
 
+    With DistributedDataParallel nothing is to be done: the first pass may be synchronised or not, as for SAM.
+
     Args:
         params, rho, **kwargs: as for FusedSAM.
         base_optimizer: Adam, AdamW, NAdam or RAdam.
