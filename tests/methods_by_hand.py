@@ -251,3 +251,22 @@ class MSAM(ByHand):
         for p, value in old.items():
             p.copy_(value)
         self._base_step(g)
+
+
+class Masked(ByHand):
+    """ESAM's weight part and Sparse SAM, with the mask that was drawn or kept."""
+
+    over_all, share = (
+        False,
+        1.0,
+    )  # whether the norm is over all elements; the share that is kept, if rho is divided by it
+    mask: Vector
+
+    def ascent(self, g1: Vector) -> Vector:
+        return {p: g * self.mask[p] for p, g in g1.items()}
+
+    def divisor(self, d: Vector, g1: Vector) -> float:
+        return norm(g1) if self.over_all else norm(d)
+
+    def length(self, n: float) -> float:
+        return self.rho / self.share

@@ -141,6 +141,32 @@ def test_preconditioned(backend, device):
             torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["esam", "sparse"])
+def test_masked_formula(kind, base, backend, device):
+    """Steps by the formula with the mask that the weights show, with frozen parameters and missing gradients."""
+    torch_kind, kwargs = base
+    params = [p for p in new_params(torch.float64, device) if not p.is_complex()]
+    twins = copy.deepcopy(params)
+    cls, options = (methods.ESAM, dict(beta=0.4)) if kind == "esam" else (methods.SparseSAM, dict(sparsity=0.3))
+    optimizer = cls(groups_of(params), torch_kind, RHO, backend=backend, **options, **kwargs)
+    hand = by_hand.Masked(groups_of(twins), torch_kind, RHO, foreach=False, **kwargs)
+    hand.over_all, hand.share = (False, 0.4) if kind == "esam" else (True, 1.0)
+    for t in range(9):
+        old = [p.detach().clone() for p in params]
+        for k in (1, 2):
+            grads = gradient_at(params, t, k, gone_in(t, k))
+            for p in params:
+                p.grad = grads.get(p)
+            if k == 1:
+                optimizer.first_step()
+                hand.mask = {q: p.detach() != w for p, q, w in zip(params, twins, old, strict=True)}
+        optimizer.step()
+        hand.step(functools.partial(by_hand_gradient, twins, t))
+        for p, q in zip(params, twins, strict=True):
+            torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("kind", ["esam", "sparse"])
 def test_masked_perturbation(kind, backend, device):
     """What is kept climbs as the formula says, the rest not at all; as many are kept as were asked for."""
