@@ -99,10 +99,7 @@ def layouts(backend):
 
 
 def operations_of(backend):
-    operations = ops.backend_named(backend).operations
-    if not hasattr(operations, "dot"):
-        pytest.skip(f"the backend {backend} has no dot and combine_ yet")
-    return operations
+    return ops.backend_named(backend).operations
 
 
 def products(operations, bucket, a, b):
