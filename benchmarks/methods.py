@@ -1,8 +1,8 @@
 """What every method of the family costs and gives: time of a training step, bytes, test accuracy.
 
     python benchmarks/methods.py --quick                 # one process, few rounds, two seeds
-    python benchmarks/methods.py --json --readme         # what the README shows; needs a machine without other work
-    python benchmarks/methods.py --of FILE --readme      # the table again, of a result that was kept
+    python benchmarks/methods.py --json                  # what the documentation shows; needs a quiet machine
+    python benchmarks/methods.py --of FILE               # the table again, of a result that was kept
     python benchmarks/methods.py --choose                # the radii below, again: on seeds that are not reported
 
 Time: whole steps (forward, backward, optimizer) of a residual network of 14 layers, 16 channels wide, on batches of 16
@@ -41,7 +41,7 @@ from devices import ROOT, Cpu
 from oracles import check
 from ratios import across, paired_ratio
 from step import QUIET, fastsam_environment, rounded
-from table import MISSING, environment_line, markdown, replace_between_markers
+from table import MISSING, environment_line, markdown
 from timing import environment, fresh_processes, others
 from torch import Tensor, nn
 from torch.nn import functional
@@ -353,8 +353,8 @@ def ratio(processes: Sequence[Mapping[str, Any]], over: str, under: str) -> floa
     return paired_ratio([process["times"] for process in processes], over, under)["median"]
 
 
-def render(document: Mapping[str, Any]) -> str:
-    """The table, and what belongs to it."""
+def table(document: Mapping[str, Any]) -> str:
+    """A row for each base optimizer and method."""
     processes, learnt = document["processes"], document["accuracy"]
     times = [process["times"] for process in processes]
     rows = []
@@ -374,7 +374,12 @@ def render(document: Mapping[str, Any]) -> str:
             row.append(MISSING if method is None else gain(mine, learnt[base]["accuracy"][noise]))
         rows.append(row)
     columns = ["method", "passes", "ms", "/ base", "/ SAM", "bytes", "% right", "minus base"]
-    parts = [markdown([*columns, "% right, 30 % wrong labels", "minus base"], rows)]
+    return markdown([*columns, "% right, 30 % wrong labels", "minus base"], rows)
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """The table, and what belongs to it."""
+    processes, learnt = document["processes"], document["accuracy"]
     seeds = len(next(iter(learnt["SAM"]["accuracy"].values())))
     notes = [
         f"SAM takes {ratio(processes, 'SAM', TWO_PASSES):.3f} times two passes alone, the base optimizer "
@@ -387,7 +392,7 @@ def render(document: Mapping[str, Any]) -> str:
         "small task says what a method costs and that it trains, not what it gives on yours.",
         environment_line(document),
     ]
-    return "\n\n".join([*parts, " ".join(notes), f"To repeat: `{document['command']}`"])
+    return "\n\n".join([table(document), " ".join(notes), f"To repeat: `{document['command']}`"])
 
 
 def judge_goals(processes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -409,7 +414,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help=f"of the accuracies [{SEEDS}]")
     parser.add_argument("--quick", action="store_true", help="one process, three rounds, two seeds")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="keep the result [benchmarks/results/...]")
-    parser.add_argument("--readme", action="store_true", help="put the table into the README")
     parser.add_argument("--of", type=Path, metavar="FILE", help="measure nothing, show the result in this file")
     parser.add_argument("--choose", nargs="*", metavar="METHOD", help="look for radii [of all methods], and end")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -434,11 +438,6 @@ def main() -> None:
     file = args.of or Path(args.json or ROOT / "benchmarks" / "results" / f"{document['date']}-cpu-methods.json")
     if args.json is not None and not args.of:
         file.write_text(json.dumps(document, indent=1) + "\n")
-    if args.readme:
-        if busiest > QUIET:
-            raise SystemExit("the README stays as it is")
-        readme, note = ROOT / "README.md", f"Of `benchmarks/results/{file.name}`."
-        readme.write_text(replace_between_markers(readme.read_text(), "methods", f"{text} {note}"))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How much of a SAM perturbation reaches bfloat16 weights: rounded to nearest, from float32 masters, or at random.
 
-    python benchmarks/realised.py --json --readme     # prints the table, keeps it under results/ and in the README
+    python benchmarks/realised.py --json     # prints the table and keeps it under results/
 
 Weights are normal with the deviation 0.02 of a trained layer, gradients normal too; the perturbation e has the size an
 element that rho = 0.05 gives a model of so many parameters, rho / sqrt(parameters). With d what the weights moved by:
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from devices import ROOT, Cpu
-from table import markdown, replace_between_markers
+from table import markdown
 from timing import environment
 
 import fastsam
@@ -67,18 +67,22 @@ def table(document: Mapping[str, Any]) -> str:
     return markdown([*columns, "weights moved"], rows)
 
 
+def render(document: dict[str, Any]) -> str:
+    """The table, and the command that made it."""
+    return f"{table(document)}\n\nTo repeat: `{document['command']}`."
+
+
 def main() -> None:
     """Measure, print the table, keep the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="keep the result [benchmarks/results/...]")
-    parser.add_argument("--readme", action="store_true", help="put the table into the README")
     args = parser.parse_args()
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     document: dict[str, Any] = {
         "format": 1,
         "date": date,
-        "command": "python benchmarks/realised.py --json --readme",
+        "command": "python benchmarks/realised.py --json",
         "environment": {**environment(Cpu(), torch.get_num_threads()), "fastsam": fastsam.__version__},
         "samples": SAMPLES,
         "results": [
@@ -91,11 +95,6 @@ def main() -> None:
     file = Path(args.json or ROOT / "benchmarks" / "results" / f"{date}-cpu-realised.json")
     if args.json is not None:
         file.write_text(json.dumps(document, indent=1) + "\n")
-    if args.readme:
-        note = f"Of `benchmarks/results/{file.name}`; to repeat: `{document['command']}`."
-        readme = ROOT / "README.md"
-        text = replace_between_markers(readme.read_text(), "realised", f"{table(document)}\n\n{note}")
-        readme.write_text(text)
 
 
 if __name__ == "__main__":

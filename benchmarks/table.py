@@ -1,10 +1,6 @@
-"""Markdown tables of a benchmark's JSON; as a command, the tables of the README.
+"""Markdown tables of a benchmark's JSON, step.py's or gpu.sh's; as a command, to the screen.
 
-    python benchmarks/table.py benchmarks/results/FILE.json          # between the README's markers of that device
-    python benchmarks/table.py benchmarks/results/FILE.json --print  # to the screen only
-
-The JSON is step.py's or gpu.sh's. The README holds `<!-- benchmarks:cpu -->` and `<!-- /benchmarks:cpu -->` (or `gpu`)
-on lines of their own; what is between them is replaced, so running it twice changes nothing.
+python benchmarks/table.py benchmarks/results/FILE.json
 """
 
 import argparse
@@ -15,7 +11,6 @@ from typing import Any
 
 from ratios import across, paired_ratio
 
-ROOT = Path(__file__).resolve().parent.parent
 LABELS = {
     "eager": "eager SAM + default base",
     "eager_foreach": "eager SAM + `foreach=True` base",
@@ -253,33 +248,11 @@ def render(document: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def replace_between_markers(text: str, device: str, body: str) -> str:
-    """`text` with what stands between the markers of `device` replaced by `body`."""
-    opening, closing = f"<!-- benchmarks:{device} -->", f"<!-- /benchmarks:{device} -->"
-    if text.count(opening) != 1 or text.count(closing) != 1 or text.index(opening) > text.index(closing):
-        raise SystemExit(f"expected {opening} and then {closing}, once each")
-    before, rest = text.split(opening)
-    after = rest.split(closing)[1]
-    return f"{before}{opening}\n{body}\n{closing}{after}"
-
-
 def main() -> None:
-    """Rewrite the README's tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--print", action="store_true", help="print the tables and change nothing")
-    args = parser.parse_args()
-    document = json.loads(args.json.read_text())
-    body = render(document)
-    if args.print:
-        print(body)
-        return
-    file = args.json.resolve()
-    source = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
-    body += f"\n\nGenerated from `{source}` by `python benchmarks/table.py {source}`."
-    device = "gpu" if document["device"] == "cuda" else document["device"]
-    args.readme.write_text(replace_between_markers(args.readme.read_text(), device, body))
+    print(render(json.loads(parser.parse_args().json.read_text())))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class FusedSAM(Passes):
         radius: how the length of the perturbation follows from that of the gradients, from `fastsam.radius`; rho by
             default.
         renormalize: scale the second gradients to the length of the first before the base optimizer steps with them
-            (StableSAM: Li et al., arXiv 2401.07250), and before they are clipped.
+            (StableSAM: Tan et al., arXiv 2401.07250), and before they are clipped.
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".

@@ -1,6 +1,5 @@
-"""What the table of methods says is true: passes, memory and what is saved are measured, and the README has it."""
+"""What the table of methods says is true: passes, memory and what is saved are measured; the documentation has it."""
 
-import copy
 import gc
 import inspect
 import re
@@ -182,12 +181,16 @@ def test_msam_refuses_what_goes_by_a_first_pass(options):
         methods.MSAM(network().parameters(), "sgd", lr=0.1, momentum=0.9, **options)
 
 
-def test_the_readme_has_the_table():
-    readme = ROOT / "README.md"
-    if not readme.is_file():
+def documented(page):
+    path = ROOT / "docs" / "methods" / page
+    if not path.is_file():
         pytest.skip("the tests are not run from a source tree")
+    return path.read_text()
+
+
+def test_the_documentation_has_the_table():
     expected = f"<!-- methods -->\n{command.markdown()}\n<!-- /methods -->"
-    assert expected in readme.read_text(), "put the output of `python -m fastsam methods --markdown` there"
+    assert expected in documented("index.md"), "`python benchmarks/pages.py` puts it there"
 
 
 def test_the_command_prints_it(capsys):
@@ -218,24 +221,12 @@ def example_in_the_docstring():
     return textwrap.dedent(methods.__doc__[methods.__doc__.index("    class Half") :])
 
 
-def example_in_the_readme(begin="class Half"):
-    readme = ROOT / "README.md"
-    if not readme.is_file():
-        pytest.skip("the tests are not run from a source tree")
-    (example,) = re.findall(rf"```python\n({begin}.*?)```", readme.read_text(), re.DOTALL)
+def example_in_the_documentation():
+    (example,) = re.findall(r"```python\n(class Half.*?)```", documented("own.md"), re.DOTALL)
     return example
 
 
-def test_the_example_of_the_readme_runs():
-    model, x = network(), torch.ones(4, 200)
-    old = copy.deepcopy(model)
-    names = {"torch": torch, "model": model, "x": x, "y": x, "loss_fn": nn.functional.mse_loss}
-    exec(example_in_the_readme("from fastsam import FusedSAM, methods, when"), names)
-    assert repr(names["optimizer"].when) == "after(9000)" and not names["optimizer"].perturbed
-    assert not torch.equal(model[0].weight, old[0].weight)
-
-
-@pytest.mark.parametrize("example", [example_in_the_docstring, example_in_the_readme])
+@pytest.mark.parametrize("example", [example_in_the_docstring, example_in_the_documentation])
 @pytest.mark.parametrize("base", ["sgd", "adamw", "adamax"])  # the last steps by itself
 def test_the_example_of_an_own_method_does_what_it_says(example, base):
     names = {"FusedSAM": fastsam.FusedSAM}

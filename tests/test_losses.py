@@ -632,10 +632,10 @@ def test_mesa_refuses():
         mesa.update()
 
 
-def test_the_readme_example():
+def test_the_documented_example():
     """Its code as it stands: both losses train, and SAF's divergence has begun."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "losses.SAF" in block]
+    page = (Path(__file__).parents[1] / "docs" / "methods" / "losses.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "losses.SAF" in block]
     x = torch.randn(64, 8)
     names = dict(fastsam=fastsam, torch=torch, DataLoader=DataLoader, StackDataset=StackDataset)
     names |= dict(n_classes=4, epochs=8, dataset=TensorDataset(x, x[:, :4].argmax(1)), model=nn.Linear(8, 4))

@@ -168,14 +168,14 @@ def rows(code: str = "", link: str = "{}") -> list[list[str]]:
 
 
 def markdown() -> str:
-    """The README's table."""
+    """The table of docs/methods/index.md."""
     lines = [TITLES, ("---",) * len(TITLES), *rows("`", "[{0}](https://arxiv.org/abs/{0})")]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the command's options."""
-    parser.add_argument("--markdown", action="store_true", help="as the README has it")
+    parser.add_argument("--markdown", action="store_true", help="as docs/methods/index.md has it")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -25,9 +25,7 @@ class PreconditionedSAM(FusedSAM):
 
     With DistributedDataParallel nothing is to be done: the first pass may be synchronised or not, as for SAM.
 
-    Args:
-        params, rho, **kwargs: as for FusedSAM.
-        base_optimizer: Adam, AdamW, NAdam or RAdam.
+    The arguments are FusedSAM's; `base_optimizer` must be Adam, AdamW, NAdam or RAdam.
     """
 
     def _check_group(self, index: int, group: dict[str, object]) -> None:

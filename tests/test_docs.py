@@ -1,0 +1,48 @@
+"""The documentation: code blocks run, it builds without a warning, and its figures are those of committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="the tests are not run from a source tree")
+
+
+def needs(*modules: str) -> pytest.MarkDecorator:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+def run(*command: str, **env: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-3000:]
+    return ran.stdout
+
+
+@needs("pytest_markdown_docs")
+def test_every_code_block_runs(tmp_path):
+    pages = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+    options = ["-q", "--markdown-docs", "-p", "markdown_names", "-o", f"cache_dir={tmp_path}"]
+    told = run("-m", "pytest", *options, *pages, PYTHONPATH=f"{ROOT / 'tests'}{os.pathsep}{ROOT}")
+    blocks = sum(len(re.findall("^```python", (ROOT / page).read_text(), re.MULTILINE)) for page in pages)
+    assert f"{blocks} passed" in told
+
+
+@needs("mkdocs", "material", "mkdocstrings")
+def test_it_builds_without_a_warning(tmp_path):
+    run("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path), NO_MKDOCS_2_WARNING="1")
+    assert "Sharpness-Aware" in (tmp_path / "api" / "index.html").read_text()
+
+
+@needs("matplotlib", "sklearn")
+def test_tables_and_pictures_are_those_of_committed_results():
+    run("benchmarks/pages.py", "--check")
