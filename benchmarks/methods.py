@@ -10,6 +10,7 @@ of scikit-learn's digits, scaled up to 32 x 32 pixels. A round is five steps of 
 second pass in every fifth step has one in each; contenders take turns in another order each round, and are compared
 within a round. Base is torch's own optimizer, `fused=True`; the second pass of all leaves BatchNorm's running
 statistics alone. Before any time is printed every method is checked against its formula (oracles.py).
+The package pytorch_optimizer's SAM, GSAM and LookSAM take part where it is installed (packaged.py), over the same base.
 
 Bytes: a step's average, of the optimizer's part, a parameter of that network, counted while it runs (traffic.py).
 
@@ -22,6 +23,7 @@ tested, as its documentation says.
 
 import argparse
 import datetime
+import functools
 import gc
 import json
 import math
@@ -35,6 +37,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import packaged
 import torch
 from cases import Case
 from devices import ROOT, Cpu
@@ -172,7 +175,11 @@ class Training:
         """Build model and optimizer; without a method, one that `name` says: a base optimizer, or passes alone."""
         self.name, self.model, self.batches = name, residual_network(), batches()
         self.optimizer: Any = None
-        if method is not None:
+        self.packaged = None
+        if name in packaged.names():
+            kind, options = BASES["sgd"]
+            self.packaged = packaged.trainer(name, self.model, functools.partial(kind, fused=True, **options))
+        elif method is not None:
             kind, options = BASES[method.base]
             groups = groups_of(method, self.model, 0.05)
             self.optimizer = method.cls(groups, kind, **method.options, **options)
@@ -184,6 +191,9 @@ class Training:
     def run(self) -> None:
         """A round."""
         for images, labels in self.batches:
+            if self.packaged is not None:
+                self.packaged(images, labels)
+                continue
             self._pass(images, labels)
             if self.name == TWO_PASSES or (self.two_calls and self.optimizer.first_step(zero_grad=True)):
                 with freeze_running_stats(self.model):
@@ -198,7 +208,7 @@ class Training:
 
 def contenders() -> list[Training]:
     """All that take turns."""
-    alone = [PASS, TWO_PASSES, *map(base_name, BASES)]
+    alone = [PASS, TWO_PASSES, *map(base_name, BASES), *packaged.names()]
     return [Training(name, None) for name in alone] + [Training(m.name, m) for m in FAMILY if is_timed(m)]
 
 
@@ -373,6 +383,9 @@ def table(document: Mapping[str, Any]) -> str:
             row.append(f"{statistics.fmean(mine):.2f}{spread}")
             row.append(MISSING if method is None else gain(mine, learnt[base]["accuracy"][noise]))
         rows.append(row)
+    for name in (name for name in times[0] if name not in {row[0] for row in rows} | {PASS, TWO_PASSES}):
+        over = [f"{ratio(processes, name, other):.3f}" for other in (base_name("sgd"), "SAM")]
+        rows.append([name, MISSING, f"{1e3 * across(times, name)['median']:.1f}", *over, *[MISSING] * 5])
     columns = ["method", "passes", "ms", "/ base", "/ SAM", "bytes", "% right", "minus base"]
     return markdown([*columns, "% right, 30 % wrong labels", "minus base"], rows)
 

@@ -170,6 +170,21 @@ class ForeachSAM(Stepper):
         self.optimizer.step()
 
 
+class CompiledSAM(ForeachSAM):
+    """The same lists, either part compiled whole by torch.compile, the base optimizer's step within the second.
+
+    The base is torch's own for lists: a fused one is a kernel that the compiler cannot open.
+    """
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        """Compilation waits for the first step; it takes about a second a tensor on a CPU."""
+        super().__init__(name, problem, alpha=False)
+        knows = inspect.signature(BASES[problem.case.base]).parameters
+        self.optimizer = self.base(**({"foreach": True} if "foreach" in knows else {}))
+        self.first = torch.compile(super().first, fullgraph=True)
+        self.second = torch.compile(super().second)
+
+
 class MasterSAM(Stepper):
     """The same with float32 masters of low-precision weights: list operations, and a fused base on the masters."""
 
@@ -371,9 +386,11 @@ RIVALS: dict[str, Callable[[Problem], Stepper]] = {
     "eager_fused": lambda problem: EagerSAM("eager_fused", problem, fused=True),
     "foreach_mul": lambda problem: ForeachSAM("foreach_mul", problem, alpha=False),
     "foreach_alpha": lambda problem: ForeachSAM("foreach_alpha", problem, alpha=True),
+    "compiled": lambda problem: CompiledSAM("compiled", problem),
     "foreach_masters": lambda problem: MasterSAM("foreach_masters", problem),
     PACKAGE: lambda problem: PackagedSAM(PACKAGE, problem),
     "base_fused": lambda problem: PlainBase("base_fused", problem),
 }
 
+SLOW_TO_START = ("compiled",)  # by name only: minutes pass before its first step
 NEED_FUSED_BASE = ("eager_fused", "base_fused")

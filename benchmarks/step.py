@@ -36,6 +36,7 @@ from rivals import (
     NEED_FUSED_BASE,
     PACKAGE,
     RIVALS,
+    SLOW_TO_START,
     DeviceCopy,
     Fastsam,
     Stepper,
@@ -63,7 +64,7 @@ OVER_PREDICTION = 1.15  # no case may take longer than this times what its bytes
 
 def contenders_of(args: argparse.Namespace, problem: Problem) -> dict[str, Callable[[], Stepper]]:
     """What makes FusedSAM on the backends asked for, then the rivals asked for."""
-    wanted = args.contenders or ["fastsam", *RIVALS]
+    wanted = args.contenders or ["fastsam", *(name for name in RIVALS if name not in SLOW_TO_START)]
     masters = problem.case.precision == "masters"  # the others have none, or are the only ones with them
     wanted = [name for name in wanted if name not in RIVALS or (name == "foreach_masters") == masters]
     if not fused_base_works(problem):
@@ -310,7 +311,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every case of cases.py on --model's shapes, and host time")
     parser.add_argument("--backend", nargs="+", help="FusedSAM's backends [all available]; the first is compared")
     names = ["fastsam", *RIVALS, "bandwidth"]
-    known = f"some of {', '.join(names)} [all]"
+    known = f"some of {', '.join(names)} [all but {', '.join(SLOW_TO_START)}]"
     parser.add_argument("--contenders", nargs="+", choices=names, metavar="NAME", help=known)
     parser.add_argument("--processes", type=int, help=f"fresh processes [{PROCESSES}]")
     parser.add_argument("--rounds", type=int, help=f"rounds in a process [{ROUNDS}; host time {HOST_ROUNDS}]")

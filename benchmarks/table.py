@@ -17,6 +17,7 @@ LABELS = {
     "eager_fused": "eager SAM + `fused=True` base",
     "foreach_mul": "foreach SAM (`mul`, `add`) + `fused=True` base",
     "foreach_alpha": "foreach SAM (`add(alpha=)`) + `fused=True` base",
+    "compiled": "foreach SAM, `torch.compile`d with its base",
     "pytorch_optimizer": "pytorch_optimizer's SAM + `fused=True` base",
     "foreach_masters": "foreach SAM on float32 masters + `fused=True` base",
     "base_fused": "`fused=True` base alone, no SAM",
