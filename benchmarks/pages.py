@@ -22,6 +22,7 @@ from typing import Any
 
 import methods
 import realised
+import scaling
 import table
 from ratios import across, paired_ratio
 
@@ -132,20 +133,38 @@ def draw_methods(document: Document) -> bytes:
     return _png(figure)
 
 
+def draw_scaling(document: Document) -> bytes:
+    """Lines: time over the number of parameters, and over the number of tensors."""
+    figure, pair = _figure(8.4, 3.6, columns=2)
+    titles = {"elements": "parameters, in 16 tensors", "tensors": "tensors of 1,000 elements"}
+    colours = dict(zip((scaling.OWN, *scaling.AGAINST), ("#00897b", "#6d4c41", "#5c6bc0", "#9e9e9e"), strict=True))
+    for axes, (kind, title) in zip(pair, titles.items(), strict=True):
+        results = scaling.series(document, kind)
+        for name, colour in colours.items():
+            label = "FusedSAM" if name == scaling.OWN else table.LABELS[name].replace("`", "")
+            milliseconds = [1e3 * across(result["processes"], name)["median"] for result in results]
+            axes.loglog([result[kind] for result in results], milliseconds, "o-", ms=3, color=colour, label=label)
+        axes.set_xlabel(title)
+        axes.set_ylabel("milliseconds")
+    pair[1].legend(frameon=False, fontsize=7)
+    return _png(figure)
+
+
 PICTURES: dict[str, tuple[str, Callable[[Document], bytes]]] = {
     "docs/images/step.png": ("step", draw_step),
     "docs/images/methods.png": ("methods", draw_methods),
 }
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, columns: int = 1) -> Any:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
+    for one in axes if columns > 1 else [axes]:
+        one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

@@ -81,6 +81,10 @@ def _gpt2(depth: int, width: int) -> list[Shape]:
 
 TINY = (161, 100, 1000, 4000, 9000)  # next to no work in as many tensors as ResNet-50 has, and others: host time
 
+# For scaling.py: so many elements in 16 tensors, and so many tensors of 1,000 elements.
+ELEMENTS = tuple(10**power for power in range(4, 10))
+TENSORS = (3, 10, 30, 100, 300, 1000, 3000, 9000)
+
 MODELS: dict[str, Callable[[], list[Shape]]] = {
     "resnet18": lambda: _resnet((2, 2, 2, 2), bottleneck=False),
     "resnet50": lambda: _resnet((3, 4, 6, 3), bottleneck=True),
@@ -89,6 +93,8 @@ MODELS: dict[str, Callable[[], list[Shape]]] = {
     "vit_l16": lambda: _vit(24, 1024),
     "gpt2": lambda: _gpt2(12, 768),
     **{f"tiny{count}": lambda count=count: [(8,)] * count for count in TINY},
+    **{f"elements{count}": lambda count=count: [(count // 16,)] * 16 for count in ELEMENTS},
+    **{f"tensors{count}": lambda count=count: [(1000,)] * count for count in TENSORS},
 }
 
 # For a run that only shows that nothing fails: a few tensors of each model, and small ones.
@@ -102,6 +108,8 @@ TOTALS = {  # tensors, elements
     "vit_l16": (296, 304_326_632),
     "gpt2": (148, 124_439_808),
     **{f"tiny{count}": (count, 8 * count) for count in TINY},
+    **{f"elements{count}": (16, count) for count in ELEMENTS},
+    **{f"tensors{count}": (count, 1000 * count) for count in TENSORS},
 }
 
 

@@ -2,12 +2,13 @@
 
     python benchmarks/train.py --device cuda --json FILE          # ResNet-18 at 32x32; ResNet-50, ViT-B/16 at 224
     python benchmarks/train.py --device cpu --quick --json FILE   # one small model: the same keys
+    python benchmarks/train.py --device cpu --models small residual transformer perceptron
 
 Contenders: two forward and backward passes alone, what no SAM can go below; FusedSAM; the formula written one tensor
 and one operation at a time (rivals.py) with torch's default base. Passes and FusedSAM also as one CUDA graph; the
 written-out formula cannot be one, as it moves every weight to other memory. The second pass of all of them leaves
-BatchNorm's running statistics alone. Models come from torchvision or timm; "small" needs neither. The contenders take
-turns; medians of the rounds.
+BatchNorm's running statistics alone. ResNets and ViT come from torchvision or timm; the others need neither. The
+contenders take turns; medians of the rounds.
 """
 
 import argparse
@@ -32,13 +33,25 @@ from fastsam.training import freeze_running_stats
 
 MODELS = {  # name: (batch, pixels, classes)
     "small": (128, 32, 10),
+    "residual": (64, 32, 10),
+    "transformer": (64, 32, 10),
+    "perceptron": (128, 32, 10),
     "resnet18": (128, 32, 10),
     "resnet50": (64, 224, 1000),
     "vit_b16": (64, 224, 1000),
 }
+ON_A_CPU = ("small", "residual", "transformer", "perceptron")  # those that need no other package
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05
 EVERYWHERE = ("passes", "fastsam", "eager")
 CONTENDERS = (*EVERYWHERE, "passes_captured", "fastsam_captured")
+
+
+class Swap(nn.Module):
+    """[n, channels, patches] to [n, patches, channels]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Swap the last two."""
+        return x.transpose(1, 2)
 
 
 def make_model(name: str, pixels: int, classes: int) -> nn.Module:
@@ -46,6 +59,19 @@ def make_model(name: str, pixels: int, classes: int) -> nn.Module:
     if name == "small" or SHRUNK:
         layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * pixels * pixels, classes))
+    if name == "residual":
+        from methods import residual_network
+
+        return nn.Sequential(nn.Conv2d(3, 1, 1), residual_network())
+    if name == "transformer":
+        patches = nn.Sequential(nn.Conv2d(3, 128, 4, 4), nn.Flatten(2), Swap())
+        layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        return nn.Sequential(patches, encoder, nn.Flatten(), nn.Linear(2 * pixels * pixels * 4, classes))
+    if name == "perceptron":
+        widths = [3 * pixels * pixels, 1024, 1024]
+        layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(nn.Flatten(), *layers, nn.Linear(1024, classes))
     try:
         import torchvision
 
@@ -153,7 +179,7 @@ def main() -> None:
     if args.json and args.json.is_file():  # an earlier run's, of which only what failed is run again
         found["train"] = {name: one for name, one in json.loads(args.json.read_text())["train"].items() if "ms" in one}
     end = time.monotonic() + args.budget
-    wanted = args.models or (["small"] if args.quick else [name for name in MODELS if name != "small"])
+    wanted = args.models or (["small"] if args.quick else [name for name in MODELS if name not in ON_A_CPU])
     for name in [name for name in wanted if name not in found["train"]]:
         try:
             if time.monotonic() > end:
