@@ -356,6 +356,11 @@ def build_with(nvcc: str | None, library: Path, choices: dict[str, int]) -> str:
     return f"built with {version}, torch {torch.__version__}, Python {platform.python_version()}\nCUDA kernels: {cuda}"
 
 
+def free_threaded() -> bool:
+    """Whether this Python has no global interpreter lock."""
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
 def build_and_record(library: Path, choices: dict[str, int] | None = None) -> None:
     """Build, write the outcome beside the library, and go on without it where that is allowed."""
     library.unlink(missing_ok=True)  # an earlier build's must not be taken for this one's
@@ -364,6 +369,8 @@ def build_and_record(library: Path, choices: dict[str, int] | None = None) -> No
     try:
         if os.environ.get("FASTSAM_NATIVE") == "0":
             raise RuntimeError("FASTSAM_NATIVE=0")
+        if free_threaded():
+            raise RuntimeError("a free-threaded Python has no limited API, in which the library is written")
         record.write_text(build(library, choices) + "\n")
     except Exception as error:
         record.write_text(f"not built: {error}\n")
@@ -390,5 +397,5 @@ if __name__ == "__main__":  # tests import the rules
     setup(
         ext_modules=[Extension("fastsam._C", sources=[], py_limited_api=True, optional=True)],
         cmdclass={"build_ext": BuildNative},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        options={} if free_threaded() else {"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -97,6 +97,18 @@ def test_without_a_compiler_the_reference_works_and_says_why(unpacked, tmp_path)
     assert "no-such-compiler" in (tmp_path / "site" / "fastsam" / "_build.txt").read_text()
 
 
+def test_a_free_threaded_python_gets_the_reference(unpacked, tmp_path):
+    """It has no limited API, which setuptools refuses, too: the wheel is its own and says why it has no library."""
+    pretend = "import sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1; "
+    command = [sys.executable, "-c", pretend + BUILD, "build_wheel", str(tmp_path / "wheel")]
+    (tmp_path / "wheel").mkdir()
+    subprocess.run(command, cwd=unpacked, env=os.environ | {"FASTSAM_NATIVE": ""}, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    assert "abi3" not in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        assert "free-threaded" in archive.read("fastsam/_build.txt").decode()
+
+
 def test_a_build_that_must_succeed_fails_with_the_reason(unpacked, tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as failed:
         build("build_wheel", unpacked, tmp_path / "wheel", FASTSAM_NATIVE="1", CXX="no-such-compiler")
