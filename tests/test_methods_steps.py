@@ -540,6 +540,32 @@ def test_rho_follows_the_learning_rate(backend, device):
     assert optimizer.param_groups[0]["rho"] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("cls", [methods.FriendlySAM, methods.VaSSO, methods.LookSAM])
+@pytest.mark.parametrize("later", ["thawed", "added"])
+def test_parameters_that_come_later_have_what_a_method_keeps(cls, later, backend, device):
+    found = []
+    for frozen in (False, True):  # from the start, without a gradient; or not there yet
+        params = real_params(torch.float32, device)
+        *known, new = params
+        new.requires_grad_(not (frozen and later == "thawed"))
+        there = known if frozen and later == "added" else params
+        optimizer = cls([dict(params=[p]) for p in there], "sgd", RHO, lr=0.1, momentum=0.9, backend=backend)
+        for t in range(4):
+            if t == 2:
+                new.requires_grad_(True)
+                if there is known:
+                    optimizer.add_param_group(dict(params=[new]))
+            for pass_ in (1, 2):
+                for i, p in enumerate(params):
+                    p.grad = None if p is new and t < 2 else torch.full_like(p, 0.1 * i + pass_ + t)
+                if pass_ == 1 and not optimizer.first_step():
+                    break
+            optimizer.step()
+        found.append([p.detach().cpu() for p in params])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)  # the norm adds the buckets' chunks in another order
+
+
 class Half(fastsam.FusedSAM):
     """A user's own: the mean of both gradients."""
 

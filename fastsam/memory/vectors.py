@@ -146,14 +146,15 @@ class Vectors:
     def load(self, name: str, state: State) -> None:
         """Take over what `state` holds of a saved vector; where it holds nothing any more, begin afresh.
 
+        Segments that were added since come when the vector is next asked for.
+
         Raises:
             ValueError: its shape is not the parameter's.
         """
         vector = self.items[name]
-        for i, segment in enumerate(self.segments):
+        for i, (segment, mine) in enumerate(zip(self.segments, vector.tensors, strict=False)):
             view = segment.views.get(name)
             value: Tensor | None = state[segment.param].get(name) if segment.param in state else None
-            mine = vector.tensors[i]
             if value is None:
                 if view is not None:
                     vector.pieces[i].zero_()
