@@ -103,6 +103,12 @@ def check_max_grad_norm(max_grad_norm: float | None) -> None:
         raise ValueError(f"FusedSAM: max_grad_norm must be > 0, or None for no clipping, got {max_grad_norm!r}")
 
 
+def check_ema_decay(ema_decay: float | None) -> None:
+    """Refuse averages that do not average."""
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"FusedSAM: ema_decay must be in [0, 1), or None for no averages, got {ema_decay!r}")
+
+
 def check_p(p: float) -> None:
     """Refuse norms that have no dual norm to perturb by."""
     if not p > 1:

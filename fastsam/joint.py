@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastsam.averaging import copy_averages, paired
 from fastsam.bases.rules import lr_is_zero
 from fastsam.closures import NO_FIRST_GRADIENTS, ClearingCheck, call, detached, entry
 from fastsam.methods.msam import MSAM
@@ -268,6 +269,32 @@ class Joint(Optimizer):
             for part in self.optimizers:
                 stack.enter_context(part.unperturbed())
             yield
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block the weights of all parts are their averages; as `FusedSAM.averaged_weights`."""
+        self._require_averages()
+        with ExitStack() as stack:
+            for part in self.optimizers:
+                stack.enter_context(part.averaged_weights())
+            yield
+
+    @entry
+    def copy_ema_to(self, target: nn.Module | Iterable[Tensor], model: nn.Module | None = None) -> None:
+        """Copy the averages of all parts; as `FusedSAM.copy_ema_to`."""
+        self._require_averages()
+        for part in self.optimizers:
+            part._sam.require_clean("copy_ema_to()")
+        averages = [pair for part in self.optimizers for pair in part._averages()]
+        copy_averages(averages, paired(target, model, self._params()))
+
+    def _require_averages(self) -> None:
+        for i, part in enumerate(self.optimizers):
+            if part.ema_decay is None:
+                raise RuntimeError(
+                    f"fastsam.joint: all optimizers must average their weights, but {_name(part, i)} has no ema_decay; "
+                    "build all of them with ema_decay=0.999, say"
+                )
 
     @property
     def perturbed(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.algebra import Algebra
+from fastsam.averaging import Averaging
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
 from fastsam.closures import NO_FIRST_GRADIENTS, entry
 from fastsam.memory.buckets import Buckets, Measured, Steer
@@ -19,7 +20,6 @@ from fastsam.ops.tables import Gradients
 from fastsam.progress import CLEAN, PERTURBED, SAM
 from fastsam.scaling import RECIPE as SCALER_RECIPE
 from fastsam.scaling import are_scaled, forget_scaler, scale_of_caller
-from fastsam.steering import Steering
 
 # Of every group; the last three where they matter.
 OWN_KEYS = ("rho", "adaptive", "eta", "perturb", "rounding_seed", "rounding_step", "sam_steps")
@@ -41,7 +41,7 @@ NO_FIRST_STEP = (
 )
 
 
-class Passes(Steering):
+class Passes(Averaging):
     """The parts of `FusedSAM`'s step. They are called without gradients enabled.
 
     Attributes:
@@ -116,6 +116,7 @@ class Passes(Steering):
             buckets.refresh_masters()
         else:
             buckets.weight_watch.close()
+        self._begin_average()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._refuse_mixed_scales(grad_scale, found_inf)
         grad_scale = self._common_scale(grad_scale, found_inf)
@@ -128,8 +129,9 @@ class Passes(Steering):
             grads, overflow = self._update_by_base(buckets, grad_scale, found_inf, args, kwargs, steer)
         if sam.turn == SAM and not overflow and type(self).after_update is not Algebra.after_update:
             self.after_update()
-        if self.buffers:
-            sam.directions.publish(grads)
+        self._average()
+        if buckets.shared.buffers:
+            sam.directions.publish(grads, stepped=not overflow)
         if self._measures():
             self._observe(grad_scale)
         sam.begun = False

@@ -13,7 +13,8 @@ from fastsam.memory.buckets import Buckets
 from fastsam.memory.directions import Directions
 from fastsam.scaling import UnscalingCheck
 
-CLEAN, PERTURBED, PAUSED = "clean", "perturbed", "unperturbed()"  # phases of a step
+# Phases of a step; the last two are blocks of a `with` statement.
+CLEAN, PERTURBED, PAUSED, AVERAGED = "clean", "perturbed", "unperturbed()", "averaged_weights()"
 SAM, PLAIN, BASE = "two passes", "one pass", "the base optimizer's own"
 
 
@@ -22,7 +23,8 @@ class Progress:
 
     Attributes:
         buckets: the memory.
-        phase: CLEAN, PERTURBED, or PAUSED in `with optimizer.unperturbed():`.
+        phase: CLEAN, PERTURBED, PAUSED in `with optimizer.unperturbed():`, or AVERAGED in `with
+            optimizer.averaged_weights():`.
         base_step_asked: by base_step(), for the step() that it calls.
         clearing: whether closures clear the gradients.
         unscaling: whether a GradScaler unscaled the gradients of the second pass.
@@ -68,8 +70,10 @@ class Progress:
         """Refuse what needs the unperturbed weights.
 
         Raises:
-            RuntimeError: the step is between its two passes.
+            RuntimeError: the step is between its two passes, or the weights are averages.
         """
+        if self.phase == AVERAGED:
+            raise RuntimeError(f"FusedSAM: {what} within `with optimizer.averaged_weights():`; leave that block first")
         if self.phase == PERTURBED:
             raise RuntimeError(
                 f"FusedSAM: {what} needs the unperturbed weights, but the step is between its two passes. Finish it "
@@ -89,10 +93,10 @@ class Progress:
             )
 
     def require_running(self) -> None:
-        """Refuse a pass within `with optimizer.unperturbed():`.
+        """Refuse a pass within `with optimizer.unperturbed():` or `with optimizer.averaged_weights():`.
 
         Raises:
             RuntimeError: that block was not left yet.
         """
-        if self.phase == PAUSED:
-            raise RuntimeError("FusedSAM: leave the `with optimizer.unperturbed():` block before taking a step")
+        if self.phase in (PAUSED, AVERAGED):
+            raise RuntimeError(f"FusedSAM: leave the `with optimizer.{self.phase}:` block before taking a step")

@@ -15,6 +15,7 @@ from fastsam.memory.buckets import Buckets
 from fastsam.memory.checkpoint import as_torch_saves, keep_wide, loadable
 from fastsam.memory.placing import backend_of
 from fastsam.memory.segments import has_storage
+from fastsam.memory.shared import AVERAGES
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, Progress
 from fastsam.stats import Stats, read_stats
@@ -23,6 +24,7 @@ from fastsam.when import When
 COPIED = (  # attributes that copies and pickles have, too
     "base_optimizer",
     "closure_calls",
+    "ema_decay",
     "flatten",
     "max_grad_norm",
     "p",
@@ -42,6 +44,7 @@ class SavedOptimizer(Optimizer):
         precision: how parameters, states and their rounding are kept.
         flatten: whether the weights are in flat buffers.
         max_grad_norm: what the gradients of the second pass are clipped to.
+        ema_decay: of the averages of the weights; None for none.
         when: which steps are SAM steps; None for all.
         buffers: names of the directions that are saved, as `optimizer.state[p][name]` from p's first update on, with
             their dtype; None for float32 (or the weights' own, where they are float64, or 16-bit and rounded
@@ -53,6 +56,7 @@ class SavedOptimizer(Optimizer):
     precision: Precision
     flatten: bool
     max_grad_norm: float | None
+    ema_decay: float | None
     when: When | None
     _sam: Progress
 
@@ -64,7 +68,7 @@ class SavedOptimizer(Optimizer):
         base = self.base_optimizer
         rule = RULES.get(type(base))
         buckets = Buckets(rule, backend, self.precision, base.defaults, self.param_groups, self.state)
-        buckets.shared.buffers = self.buffers
+        buckets.shared.buffers = self.buffers if self.ema_decay is None else {**self.buffers, AVERAGES: None}
         progress = Progress(buckets)
         progress.steps = int(self.param_groups[0].get("sam_steps", 0)) if self.param_groups else 0
         return progress
@@ -155,10 +159,13 @@ class SavedOptimizer(Optimizer):
         self._forget_step()
         buckets = self._sam.buckets
         fused = buckets.shared.rule is not None
-        ignored = ("old_p", "master") if fused and not self.precision.master_weights else ("old_p",)
+        ignored = ["old_p"]
+        if fused:  # others may have state of these names
+            ignored += [] if self.precision.master_weights else ["master"]
+            ignored += [] if self.ema_decay is not None else [AVERAGES]
         given = loadable(state_dict, self.param_groups, ignored)
         super().load_state_dict(given)
-        keep_wide(self.state, self._params(), given, self.precision, self.buffers)
+        keep_wide(self.state, self._params(), given, self.precision, buckets.shared.buffers)
         if self.precision.draws:
             buckets.set_rounding_step(max(int(group.get("rounding_step", 0)) for group in self.param_groups))
         first = self.param_groups[0]

@@ -29,7 +29,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
     ),
     "memory": (
         *("segments", "shared", "pages", "placing", "gradients", "vectors", "state", "writes", "flat", "bucket"),
-        *("grouping", "buckets", "directions", "checkpoint"),
+        *("grouping", "buckets", "directions", "averages", "checkpoint"),
     ),
     "": (
         *(
@@ -44,6 +44,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
             "saving",
             "algebra",
             "steering",
+            "averaging",
             "passes",
         ),
         *("optimizer", "training"),

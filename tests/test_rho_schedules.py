@@ -229,7 +229,9 @@ def test_the_perturbation_is_as_long_as_it_says(backend, device, option, on):
         n = math.sqrt(sum(float(p.grad.double().square().sum()) for p in params if p.grad is not None))
         old = [p.detach().clone() for p in params]
         if opt.first_step():
-            length = math.sqrt(sum(float((p.detach() - o).double().square().sum()) for p, o in zip(params, old)))
+            length = math.sqrt(
+                sum(float((p.detach() - o).double().square().sum()) for p, o in zip(params, old, strict=True))
+            )
             rho = 0.1 + 0.4 * (1 + math.cos(math.pi * step / 6)) / 2
             assert length == pytest.approx(rho * (0.6 * n + 0.4) if option == "radius" else rho, rel=1e-4)
         else:

@@ -194,11 +194,11 @@ class Directions:
             total = total + row.to(place, non_blocking=place.type == "cuda")
         return Products(*total.unbind())
 
-    def publish(self, grads: Sequence[Gradients]) -> None:
+    def publish(self, grads: Sequence[Gradients], *, stepped: bool = True) -> None:
         """After an update with these gradients: show in `optimizer.state` what saved vectors hold."""
         buckets = self.buckets
         for bucket, part in zip(buckets.items, grads, strict=True):
-            bucket.vectors.publish(part, buckets.state)
+            bucket.vectors.publish(part, buckets.state, stepped=stepped)
         self._remember_news()
 
     # All elements at once, for what is rare.

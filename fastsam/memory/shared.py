@@ -15,6 +15,8 @@ from fastsam.memory.segments import name_of
 from fastsam.ops.formats import Precision
 from fastsam.ops.graphs import Captures
 
+AVERAGES = "ema"  # the name of the averages of the weights in `optimizer.state`
+
 State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
 
 

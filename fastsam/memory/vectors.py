@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastsam.memory.pages import page
 from fastsam.memory.segments import Segment, own_storage
-from fastsam.memory.shared import Shared, State
+from fastsam.memory.shared import AVERAGES, Shared, State
 from fastsam.ops import graphs
-from fastsam.ops.formats import Format
+from fastsam.ops.formats import LOW_DTYPES, Format
 from fastsam.ops.tables import ALIGN, Gradients, Tables
 
 MOST_MASKS = 16  # sets of segments that are remembered: which parameters have gradients seldom changes
@@ -116,8 +116,7 @@ class Vectors:
         if known is not None and len(known.pieces) == len(self.segments):
             return known
         self._refuse_capture()
-        dtype = self.shared.buffers.get(name) or direction_dtype(self.tables.format)
-        vector = FlatVector(self.segments, dtype, self.tables.device)
+        vector = FlatVector(self.segments, self._dtype_of(name), self.tables.device)
         if known is not None:
             vector.copy_from(known)
             self.shared.captures.hold(known.page)
@@ -128,6 +127,12 @@ class Vectors:
                     self._show(name, vector, i, state)
             self.load(name, state)
         return vector
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        format = self.tables.format
+        if name == AVERAGES:  # no kernel reads them; in 16 bits they would stand still
+            return torch.float32 if format.weight in LOW_DTYPES else format.weight
+        return self.shared.buffers.get(name) or direction_dtype(format)
 
     def require_partials(self) -> None:
         """Have the scratch memory that `dot` needs."""
@@ -176,15 +181,20 @@ class Vectors:
         news, self._news = self._news, False
         return news
 
-    def publish(self, grads: Sequence[Tensor | None] | None, state: State) -> None:
-        """Show what saved vectors hold, of all parameters or of those that have a gradient."""
+    def publish(self, grads: Sequence[Tensor | None] | None, state: State, *, stepped: bool = True) -> None:
+        """Show what saved vectors hold, of all parameters or of those that have a gradient.
+
+        A base optimizer that is not fused may take an entry for its own, so its state must be there before. Averages
+        are shown beside none, too, if it has `stepped`: then it keeps none.
+        """
         for name in self.shared.buffers:
             vector = self.items.get(name)
             for i, segment in enumerate(self.segments if vector is not None else ()):
                 assert vector is not None
                 if name in segment.views or not vector.written[i] or not (grads is None or grads[i] is not None):
                     continue
-                if self.shared.rule is not None or state.get(segment.param):  # a base may take an entry for its own
+                own = name == AVERAGES and stepped and grads is not None
+                if own or self.shared.rule is not None or state.get(segment.param):
                     self._show(name, vector, i, state)
 
     def _show(self, name: str, vector: FlatVector, i: int, state: State) -> None:

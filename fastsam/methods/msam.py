@@ -133,6 +133,7 @@ class MSAM(FusedSAM):
     def train(self) -> None:
         """Perturb the weights again, to go on training."""
         if not self.training:
+            self._sam.require_running()
             self.training = True
             if self._sam.phase == CLEAN:
                 self._perturb_along_momentum()
