@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
@@ -140,10 +141,20 @@ def check_precision(precision: Precision) -> None:
         )
 
 
+def did_you_mean(given: Iterable[str], known: Iterable[str]) -> str:
+    """The end of a message about names that nobody knows: those that are near to them, if any are."""
+    nearest = (difflib.get_close_matches(name.lower(), list(known), n=1) for name in given)
+    near = [repr(found[0]) for found in nearest if found]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
 def check_name(name: str) -> type[Optimizer]:
     """The class of that name, or refuse."""
     if name.lower() not in NAMES:
-        raise ValueError(f"FusedSAM: there is no base_optimizer {name!r}; known are {', '.join(sorted(NAMES))}")
+        raise ValueError(
+            f"FusedSAM: there is no base_optimizer {name!r}; known are {', '.join(sorted(NAMES))}"
+            f"{did_you_mean([name], NAMES)}"
+        )
     return NAMES[name.lower()]
 
 

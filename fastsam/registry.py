@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 
 from fastsam import methods, radius
 from fastsam.bases.rules import NAMES
-from fastsam.checks import REFUSED, check_name, taken_apart
+from fastsam.checks import REFUSED, check_name, did_you_mean, taken_apart
 from fastsam.optimizer import FusedSAM
 from fastsam.passes import OWN_KEYS
 from fastsam.training import NORM_LAYERS, asam_groups, norm_layers_only
@@ -95,7 +94,7 @@ def create(
     model: nn.Module,
     *,
     weight_decay: float | None = None,
-    no_decay: Iterable[str] = ("bias", "norm"),
+    no_decay: Iterable[str] | None = ("bias", "norm"),
     **options: Any,
 ) -> FusedSAM:
     """Build an optimizer of the SAM family by name, for all parameters of a model.
@@ -108,7 +107,7 @@ def create(
         weight_decay: of the parameters that decay; the base optimizer's default by default.
         no_decay: which parameters do not decay: a part of the name between dots ("bias", "pos_embed") or several
             ("head.weight"); "norm" for those of normalisation layers, which are torch's and all whose class has "norm"
-            in its name; "1d" for those of less than two dimensions. Empty: all parameters decay.
+            in its name; "1d" for those of less than two dimensions. Empty or None: all parameters decay.
         **options: of the method, of FusedSAM and of the base optimizer (rho, alpha, lr, momentum, when, ...).
 
     Returns:
@@ -124,8 +123,9 @@ def create(
     cls, decided, make_groups = METHODS[name]
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"fastsam.create: model must be a torch.nn.Module, got {type(model).__name__}; parameters alone have no "
-            f"names: build {cls.__name__}(params, ...) itself"
+            f"fastsam.create: model must be a torch.nn.Module, got {type(model).__name__}; parameters alone do not "
+            f"say which are those of norm layers. Give the model, frozen parameters included, or build "
+            f"{cls.__name__}(params, ...) itself"
         )
     if weight_decay is not None:
         options["weight_decay"] = weight_decay
@@ -133,7 +133,7 @@ def create(
     _check_options(name, base, options)
     groups = [{"params": list(model.parameters())}] if make_groups is None else make_groups(model, options)
     if _decay_of(base, {**keywords, **options}):
-        groups = _split(groups, _kept_from_decay(model, no_decay))
+        groups = _split(groups, _kept_from_decay(model, no_decay or ()))
     return cls(groups, base_optimizer, **{**options, **decided})
 
 
@@ -141,9 +141,9 @@ def _method_name(method: str) -> str:
     name = method.lower().translate(str.maketrans("", "", "-_ ")) if isinstance(method, str) else ""
     if name in METHODS:
         return name
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"fastsam.create: there is no method {method!r}; known are {', '.join(METHODS)}{hint}")
+    raise ValueError(
+        f"fastsam.create: there is no method {method!r}; known are {', '.join(METHODS)}{did_you_mean([name], METHODS)}"
+    )
 
 
 def _base_of(base: Any) -> tuple[type[Optimizer], dict[str, Any]]:
@@ -181,7 +181,11 @@ def _check_options(name: str, base: type[Optimizer], options: Mapping[str, Any])
     unknown = [key for key in options if not any(key in keys for keys in known.values())]
     if unknown and not takes_any:
         listed = "; ".join(f"{owner} has {', '.join(keys)}" for owner, keys in known.items())
-        raise ValueError(f"fastsam.create: there is no option {', '.join(map(repr, unknown))}: {listed}")
+        every = [key for keys in known.values() for key in keys]
+        raise ValueError(
+            f"fastsam.create: there is no option {', '.join(map(repr, unknown))}: {listed}"
+            f"{did_you_mean(unknown, every)}"
+        )
 
 
 def _decay_of(base: type[Optimizer], options: Mapping[str, Any]) -> Any:
@@ -209,6 +213,7 @@ def _kept_from_decay(model: nn.Module, no_decay: Iterable[str]) -> set[Tensor]:
                 raise ValueError(
                     f"fastsam.create: no_decay must name parameters, but none has the part {entry!r}; their names' "
                     f'parts are {", ".join(parts)}, and there are "{NORM}" and "{ONE_DIMENSIONAL}"'
+                    f"{did_you_mean([str(entry)], [*parts, NORM, ONE_DIMENSIONAL])}"
                 )
             kept |= found
     return kept

@@ -96,10 +96,11 @@ NO_DECAY = [
     (("norm",), ["pos_embed", "temperature", "stem.weight", "stem.bias", "head.weight", "head.bias"]),
     (("head.weight", "stem"), ["pos_embed", "temperature", *KEPT[1:]]),
     ((), None),
+    (None, None),
 ]
 
 
-@pytest.mark.parametrize("no_decay, expected", NO_DECAY, ids=[" ".join(names) or "none" for names, _ in NO_DECAY])
+@pytest.mark.parametrize("no_decay, expected", NO_DECAY, ids=[" ".join(names or ["none"]) for names, _ in NO_DECAY])
 def test_what_decays(no_decay, expected):
     model = Net()
     opt = fastsam.create("sam", "adamw", model, lr=0.1, weight_decay=0.3, no_decay=no_decay)
@@ -167,16 +168,21 @@ def test_it_is_the_class_with_these_groups():
 REFUSED = [
     (("gsma", "sgd"), {}, "no method 'gsma'; known are sam, asam, gsam, .*; did you mean 'gsam'"),
     ((None, "sgd"), {}, "no method None; known are"),
-    (("sam", "adamz"), {}, "no base_optimizer 'adamz'; known are .*adamw"),
+    (("sam", "adam-w"), {}, "no base_optimizer 'adam-w'; known are .*adamw.*; did you mean 'adamw'"),
     (("sam", "lbfgs"), {}, "LBFGS cannot be the base optimizer"),
     (("sam", 3), {}, "base_optimizer must be a name .* got 3"),
     (("gsam", "sgd"), dict(alhpa=0.4), "no option 'alhpa': GSAM has rho, alpha; FusedSAM has .*; SGD has lr, momentum"),
+    (
+        ("gsam", "sgd"),
+        dict(alhpa=0.4, weightdecay=0.1),
+        "'alhpa', 'weightdecay': .*; did you mean 'alpha', 'weight_decay'",
+    ),
     (("asam", "sgd"), dict(adaptive=False), "asam decides adaptive itself"),
     (("sam", "adamw"), dict(no_decay="bias"), r"no_decay must be several names, got 'bias'; write \('bias',\)"),
     (
         ("sam", "adamw"),
         dict(no_decay=("posembed",)),
-        "none has the part 'posembed'; their names' parts are bias",
+        "none has the part 'posembed'; their names' parts are bias.*; did you mean 'pos_embed'",
     ),
 ]
 
@@ -187,6 +193,6 @@ def test_what_nobody_knows(names, options, message):
         fastsam.create(*names, Net(), **options)
 
 
-def test_parameters_have_no_names():
+def test_parameters_do_not_say_which_are_those_of_norm_layers():
     with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got list; .* build GSAM\(params"):
-        fastsam.create("gsam", "sgd", list(Net().parameters()))
+        fastsam.create("gsam", "sgd", list(Net().named_parameters()))
