@@ -101,6 +101,14 @@ class Joint(Optimizer):
         """The state of all parts."""
         return JointState(self.optimizers)
 
+    def check_added_group(self) -> None:
+        """Refuse what one of the parts was given.
+
+        Raises:
+            ValueError: a parameter is in two of them.
+        """
+        check_owners(self.optimizers)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: nothing says which part a group is for.
 
@@ -345,7 +353,7 @@ class Joint(Optimizer):
 
         Raises:
             RuntimeError: the weights are perturbed.
-            ValueError: it has other groups; nothing was loaded then.
+            ValueError: it is of other groups or parameters; nothing was loaded then.
         """
         for part in self.optimizers:
             part._sam.require_clean("load_state_dict()")
@@ -360,11 +368,15 @@ class Joint(Optimizer):
                 f"fastsam.joint: the checkpoint must have parameter groups of {sizes} parameters, as the optimizers "
                 f"have in the order in which joint() was given them, got {found}"
             )
+        checkpoints = []
         for part in self.optimizers:
             own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
             keys = {key for group in own for key in group["params"]}
             state = {key: value for key, value in given["state"].items() if key in keys}
-            part.load_state_dict({**given, "state": state, "param_groups": own})
+            checkpoints.append({**given, "state": state, "param_groups": own})
+            part._check_loadable(checkpoints[-1])
+        for part, checkpoint in zip(self.optimizers, checkpoints, strict=True):
+            part.load_state_dict(checkpoint)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -458,11 +470,22 @@ def check_same(optimizers: Sequence[FusedSAM], option: str) -> None:
             )
 
 
+def check_owners(optimizers: Sequence[FusedSAM]) -> None:
+    """Refuse a parameter that two optimizers would step."""
+    owners: dict[int, int] = {}
+    for i, part in enumerate(optimizers):
+        for param in part._params():
+            if (other := owners.setdefault(id(param), i)) != i:
+                raise ValueError(
+                    f"fastsam.joint: a parameter of shape {list(param.shape)} is in {_name(optimizers[other], other)} "
+                    f"and in {_name(part, i)}; each may be in one of them only"
+                )
+
+
 def check_parts(optimizers: Sequence[FusedSAM]) -> None:
     """Refuse what cannot be under one norm; see `joint`."""
     if len(optimizers) < 2:
         raise ValueError(f"fastsam.joint: it takes two or more FusedSAM optimizers, got {len(optimizers)}")
-    owners: dict[int, int] = {}
     for i, part in enumerate(optimizers):
         name = _name(part, i)
         if not isinstance(part, FusedSAM):
@@ -486,11 +509,6 @@ def check_parts(optimizers: Sequence[FusedSAM]) -> None:
             raise ValueError(
                 f"fastsam.joint: {name} has {option}, which goes by the length of its own gradients alone; leave it out"
             )
-        for param in part._params():
-            if (other := owners.setdefault(id(param), i)) != i:
-                raise ValueError(
-                    f"fastsam.joint: a parameter of shape {list(param.shape)} is in {_name(optimizers[other], other)} "
-                    f"and in {name}; each may be in one of them only"
-                )
+    check_owners(optimizers)
     for option in ("p", "closure_calls"):
         check_same(optimizers, option)

@@ -427,6 +427,8 @@ class FusedSAM(Passes):
         if "_sam" in self.__dict__:
             try:
                 self._check_group(len(self.param_groups) - 1, self.param_groups[-1])
+                if (joint := self._sam.joint()) is not None:
+                    joint.check_added_group()
             except ValueError:
                 self.param_groups.pop()
                 raise

@@ -64,7 +64,7 @@ class Progress:
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         self.first_squares: Tensor | None = None
         self.common_sums: Mapping[torch.device, Tensor] | None = None
-        self.joint: Callable[[], object | None] = lambda: None
+        self.joint: Callable[[], Any] = lambda: None
 
     def require_clean(self, what: str) -> None:
         """Refuse what needs the unperturbed weights.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fastsam.bases.rules import RULES
 from fastsam.closures import entry
 from fastsam.memory.buckets import Buckets
-from fastsam.memory.checkpoint import as_torch_saves, keep_wide, loadable
+from fastsam.memory.checkpoint import as_torch_saves, check_shapes, keep_wide, loadable
 from fastsam.memory.placing import backend_of
 from fastsam.memory.segments import has_storage
 from fastsam.memory.shared import AVERAGES
@@ -153,8 +153,10 @@ class SavedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: the weights are perturbed.
+            ValueError: it is of other parameters; nothing was loaded then.
         """
         self._sam.require_clean("load_state_dict()")
+        self._check_loadable(state_dict)
         self._note_counters()  # which are in the groups' place where a checkpoint lacks them
         self._forget_step()
         buckets = self._sam.buckets
@@ -175,6 +177,12 @@ class SavedOptimizer(Optimizer):
             self.when.load({key.removeprefix(prefix): first[key] for key in first if key.startswith(prefix)})
         if buckets.items and self._sam.phase == CLEAN:
             self._sync().sync_values()  # copies into the flat tensors: addresses stay
+
+    def _check_loadable(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of other parameters."""
+        shared = self._sam.buckets.shared
+        names = {"master", *shared.buffers, *(() if shared.rule is None else shared.rule.states)}
+        check_shapes(state_dict, self._params(), names, self.param_groups)
 
     def _sync(self) -> Buckets:
         """The buckets, caught up with the parameter groups."""

@@ -447,6 +447,33 @@ def test_groups_and_state_are_live():
     assert "optimizer 1 (FusedSAM): " in repr(opt)
 
 
+def test_a_parameter_cannot_be_added_to_a_second_part():
+    model = model_of()
+    opt = two(model)
+    with pytest.raises(ValueError, match=r"of shape \[90, 5\] is in optimizer 0 .* and in optimizer 1"):
+        opt.optimizers[1].add_param_group({"params": [model[0].weight]})
+    assert len(opt.param_groups) == 2
+    take(model, opt, 0)
+
+
+def test_a_checkpoint_that_does_not_fit_loads_nothing():
+    model, other = model_of(), model_of()
+    opt, expected = two(model), two(other)
+    for seed in range(2):
+        take(model, opt, seed)
+        take(other, expected, seed)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["momentum_buffer"].zero_()
+    last = max(saved["state"])
+    key = next(key for key, value in saved["state"][last].items() if value.dim() > 0)
+    saved["state"][last][key] = torch.zeros(99)
+    with pytest.raises(ValueError, match=rf"state\['{key}'\] of .* got \[99\]; .* Nothing was loaded"):
+        opt.load_state_dict(saved)
+    take(model, opt, 2)
+    take(other, expected, 2)
+    assert weights(model) == weights(other)
+
+
 class Dividing(FusedSAM):
     def ascent(self, g1):
         self.divide_by(self.squared_norm(g1))

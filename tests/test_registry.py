@@ -175,7 +175,7 @@ REFUSED = [
     (
         ("gsam", "sgd"),
         dict(alhpa=0.4, weightdecay=0.1),
-        "'alhpa', 'weightdecay': .*; did you mean 'alpha', 'weight_decay'",
+        "'weightdecay': .*; did you mean 'alpha', 'weight_decay'",
     ),
     (("asam", "sgd"), dict(adaptive=False), "asam decides adaptive itself"),
     (("sam", "adamw"), dict(no_decay="bias"), r"no_decay must be several names, got 'bias'; write \('bias',\)"),

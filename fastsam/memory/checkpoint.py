@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsam.bases.rules import Group
 from fastsam.memory.buckets import Buckets
-from fastsam.memory.segments import real_dtype
+from fastsam.memory.segments import name_of, real_dtype
 from fastsam.memory.shared import State
 from fastsam.ops.formats import Precision
 
@@ -51,6 +51,26 @@ def loadable(state_dict: Mapping[str, Any], groups: Sequence[Group], ignored: Co
     state = {k: {n: v for n, v in held.items() if n not in ignored} for k, held in state_dict["state"].items()}
     completed = [{**mine, **theirs} for mine, theirs in zip(live, saved, strict=False)] + list(saved[len(live) :])
     return {"state": {k: held for k, held in state.items() if held}, "param_groups": completed}
+
+
+def check_shapes(
+    state_dict: Mapping[str, Any], params: Sequence[Tensor], names: Collection[str], groups: Sequence[Group]
+) -> None:
+    """Refuse states of these names that have another shape than their parameter, before any of them is loaded.
+
+    Raises:
+        ValueError: one has.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    for param, key in zip(params, keys, strict=False):
+        for name, value in state_dict["state"].get(key, {}).items():
+            if name not in names or not isinstance(value, Tensor) or value.dtype == torch.bool:
+                continue
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"FusedSAM: state[{name!r}] of {name_of(param, groups)} must have its parameter's shape "
+                    f"{list(param.shape)}, got {list(value.shape)}; load a checkpoint of this model. Nothing was loaded"
+                )
 
 
 def keep_wide(
