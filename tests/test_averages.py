@@ -377,17 +377,20 @@ def test_every_method_averages_the_weights_it_steps_to(name):
             take(model, opt, seed)
         with opt.unperturbed():
             oracle.update_parameters(model)
-    if name == "MSAM":
-        opt.eval()
     before = state_of(model)
     for average, expected in zip(averages_of(opt, model.parameters()), oracle.module.parameters(), strict=True):
         assert_same(average, expected)
     assert state_of(model) == before
     if name == "MSAM":
+        assert opt.training and opt.perturbed
         with opt.averaged_weights(), pytest.raises(RuntimeError, match="leave the"):
             opt.train()
-        opt.train()
-        assert state_of(model) != before
+        with opt.unperturbed(), pytest.raises(RuntimeError, match="leave the"):
+            opt.averaged_weights().__enter__()
+        assert opt.training and state_of(model) == before
+        opt.eval()
+        averages_of(opt, model.parameters())
+        assert not opt.training and state_of(model) != before
 
 
 def test_a_joint():

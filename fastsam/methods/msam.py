@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,6 +138,18 @@ class MSAM(FusedSAM):
             self.training = True
             if self._sam.phase == CLEAN:
                 self._perturb_along_momentum()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """As for FusedSAM; in training mode the weights are perturbed again at the end of the block."""
+        training = self.training
+        self.eval()
+        try:
+            with super().averaged_weights():
+                yield
+        finally:
+            if training:
+                self.train()
 
     def state_dict(self) -> dict[str, Any]:
         """As for FusedSAM, in evaluation mode.
