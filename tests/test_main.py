@@ -81,6 +81,19 @@ def test_a_backend_that_computes_something_else_is_found(monkeypatch, capsys, ba
     assert "Backends disagree" in out
 
 
+@pytest.mark.parametrize(("backend", "judgement"), [("cpu", "DISAGREES"), ("triton", "agrees")])
+def test_on_a_cpu_only_tritons_interpreter_may_round_otherwise(monkeypatch, backend, judgement):
+    """That of Triton 3.6 rounds a product and its sum twice."""
+    right = diagnosis.fused_result
+
+    def fused_result(case, name, device):
+        found = right(case, "reference", device)
+        return found if name == "reference" else [value * (1 + 2**-22) for value in found]
+
+    monkeypatch.setattr(diagnosis, "fused_result", fused_result)
+    assert diagnosis.compare(backend, torch.device("cpu"))[-1] == judgement
+
+
 def test_a_backend_that_raises_is_a_failure_with_its_message(monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no such instruction")
