@@ -79,10 +79,9 @@ class Process:
         return found
 
     def end(self) -> None:
-        """Let it go."""
+        """Let it go, without waiting."""
         assert self.pipe.stdin is not None
         self.pipe.stdin.close()
-        self.pipe.wait(timeout=30)
 
 
 class Worker:
@@ -192,13 +191,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if time.monotonic() > end:
             document["failures"][f"variants of {case}"] = f"left out, the {args.budget} s are over"
         else:
-            processes = {name: processes[name] for name in started if processes[name].pipe.poll() is None}
-            document["variants"][case] = compare(processes, case, args.rounds, document["failures"])
+            alive = {name: processes[name] for name in started if processes[name].pipe.poll() is None}
+            document["variants"][case] = compare(alive, case, args.rounds, document["failures"])
             print(case, json.dumps(document["variants"][case]), flush=True)
         if args.json:
             args.json.write_text(json.dumps(document) + "\n")
     for process in processes.values():
         process.end()
+    for process in processes.values():
+        process.pipe.wait(timeout=30)
     if "default" not in started:
         document["failures"]["variants"] = "the library with the default choices is not there, or cannot be used"
     return document
