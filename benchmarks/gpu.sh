@@ -16,8 +16,8 @@
 #
 # --device cpu     the same sections on the C++ backend, with the same keys; only the shapes are fewer, and the
 #                  sanitizers' place is taken by the tests that prove the same of the CUDA kernels' bodies
-# --device stub    the branch for a GPU without one: the same commands with the same arguments, on the host
-#                  (devices.py), tiny tensors, stand-ins for nvidia-smi and compute-sanitizer. Its times mean nothing
+# --device stub    the branch for a GPU without one: the same commands with fewer cases, on the host (devices.py), tiny
+#                  tensors, stand-ins for nvidia-smi and compute-sanitizer. Its times mean nothing
 # --slow FACTOR    every limit is that many times as long (cpu and stub: 4, for a busy machine)
 set -u
 cd "$(dirname "$0")/.." || exit
@@ -35,7 +35,11 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
-[ "$device" = cuda ] && slow=${slow:-1}
+case $device in
+  cuda) slow=${slow:-1} ;;
+  cpu | stub) ;;
+  *) echo "$usage" >&2 && exit 2 ;;
+esac
 slow=${slow:-4}
 mkdir -p "$out" || exit
 out=$(cd "$out" && pwd)
@@ -49,11 +53,11 @@ gather=("$python" benchmarks/gather.py "$parts" "$out" --device "$device")
 rm -f "$out"/*.log
 
 # section NAME LIMIT LOG COMMAND...: exit status and seconds go to the result; 124 means that the limit was reached, 125
-# that there was no time left. What ended with 0 in an earlier run is not run again.
+# that there was no time left. What ended with 0 in an earlier run is not run again, but for the library.
 section() {
   local name=$1 limit=$(($2 * slow)) log=$out/$3 begun=$SECONDS status=125
   shift 3
-  if grep -qs "^$name 0 " "$parts/sections"; then
+  if [ "$name" != library ] && grep -qs "^$name 0 " "$parts/sections"; then # what another machine built is not here
     echo "== $name: in the results of $before"
     return
   fi
@@ -62,6 +66,8 @@ section() {
   if [ "$limit" -ge 8 ]; then
     timeout -s INT -k 10 "$limit" "$@" >>"$log" 2>&1
     status=$?
+    # 137 of a program that did not end when it was asked to, and had to be killed.
+    [ $status != 137 ] || [ $((SECONDS - begun)) -lt "$limit" ] || status=124
   fi
   sed -i "/^$name /d" "$parts/sections" 2>/dev/null
   echo "$name $status $((SECONDS - begun))" >>"$parts/sections"
@@ -81,7 +87,7 @@ stop() {
 # must LOG WHY: the end if the last section failed; one that had too little time is no reason.
 must() {
   local status=$?
-  [ $status = 0 ] || [ $status = 124 ] || [ -n "$go_on" ] || stop "$2" "$1"
+  case $status in 0 | 124 | 125) ;; *) [ -n "$go_on" ] || stop "$2" "$1" ;; esac
 }
 
 # cases MODELS DTYPES: both base optimizers of every combination.
@@ -139,13 +145,13 @@ facts=(bash -c 'date; uname -a; nproc; free -g; df -h . /tmp; nvidia-smi; nvcc -
 if [ "$device" != cpu ]; then
   export PATH=$PATH:/usr/local/cuda/bin
   export FASTSAM_NATIVE=1 FASTSAM_CUDA=1 # what cannot be built is an error
-  large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 check=40 check_all=80 variants=()
-  train=(--budget "$(budget 80)")
+  large="resnet50 vit_b16 vit_l16" small="resnet18 gpt2 wrn28_10" rounds=10 check=40 check_all=80
+  train=() variants=() launches=()
   capability=("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   if [ "$device" = stub ]; then
     export PATH=$PWD/benchmarks/standins:$PATH FASTSAM_SHRUNK=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-    backend=cpu rounds=2 capability=(echo 9.0)
-    variants=(--rounds 2)
+    backend=cpu rounds=2 capability=(echo 9.0) large=vit_l16 small=resnet18
+    variants=(--rounds 2 --cases resnet50-sgd-float32 resnet18-adamw-bfloat16) launches=(--models tiny100 tiny9000)
   fi
   # For this card alone, which is faster.
   TORCH_CUDA_ARCH_LIST=$("${capability[@]}") || {
@@ -171,11 +177,11 @@ if [ "$device" != cpu ]; then
   initcheck=("${run[@]}" --tool initcheck "${checked[@]}") # has to see torch's kernels write, too
 else
   large="resnet18" small="" rounds=3 check=80 check_all=80 train=(--quick) # these checks are compiled first
-  variants=(--rounds 2 --cases resnet18-sgd-float32)
+  variants=(--rounds 2 --cases resnet18-sgd-float32) launches=()
   export OMP_NUM_THREADS=1 # two threads on a busy machine wait for each other, a time slice in every operation
   export FASTSAM_NATIVE=1 FASTSAM_CUDA=0 # nothing here could run the CUDA kernels; tests/test_machine_code.py reads them
   built_for=
-  tests=(tests/test_native.py)
+  tests=(tests/test_native.py -k "gather or checked or signature or instruction_sets or plan_fuses")
   tests_library=(tests/test_captures.py)
   tests_triton=(tests/test_triton.py -k "no_mark or before_the_first_step")
   memcheck=("${pytest[@]}" tests/test_cuda_core.py -k test_no_access_beyond)
@@ -187,15 +193,23 @@ fi
 found=''
 for library in ${FASTSAM_LIBRARY:-} "$PWD/build/carried/default/_C.abi3.so" "$PWD/fastsam/_C.abi3.so"; do
   export FASTSAM_LIBRARY=$library
-  if grep -qsw -e "$built_for" "$(dirname "$library")/_build.txt" && usable >>"$out/build.log" 2>&1; then
+  if [ ! -f "$library" ]; then
+    why='there is no such file'
+  elif ! grep -qsw -e "$built_for" "$(dirname "$library")/_build.txt"; then
+    why="the record beside it does not say $built_for"
+  elif usable >>"$out/build.log" 2>&1; then
     found=$library
     break
+  else
+    why=$(tail -n 1 "$out/build.log")
   fi
+  echo "not used: $library: $why" | tee -a "$out/build.log"
 done
 if [ -n "$found" ]; then
   section library 10 build.log echo "nothing to build: $found"
 else
   unset FASTSAM_LIBRARY
+  echo "no library of these sources is there, so it is built now; benchmarks/variants.py build spares that"
   section library 200 build.log "${build[@]}"
   usable >>"$out/build.log" 2>&1 || stop "backend='$backend' does not work here" build.log
 fi
@@ -206,10 +220,11 @@ must tests.log "tests fail"
 # shellcheck disable=SC2046 # cases are words
 {
   sweep step-float32 100 $(cases "$large" float32)
-  section launches 45 benchmarks.log "$python" benchmarks/launches.py --device "$device" --json "$parts/launches.json"
+  section launches 45 benchmarks.log "$python" benchmarks/launches.py --device "$device" --json "$parts/launches.json" \
+    "${launches[@]}"
   sweep host 50 $(cases tiny161 float32)
   section train 80 benchmarks.log "$python" benchmarks/train.py --device "$device" --json "$parts/train.json" \
-    "${train[@]}"
+    --budget "$(budget 80)" "${train[@]}"
   section variants 70 benchmarks.log "$python" benchmarks/variants.py measure --device "$device" \
     --json "$parts/variants.json" --budget "$(budget 70)" "${variants[@]}"
   section tests-triton 80 tests.log "${pytest[@]}" "${tests_triton[@]}"

@@ -52,7 +52,7 @@ from timing import available_memory, environment, fresh_processes, interleave, o
 
 HOST_MODEL = "tiny161"
 PROCESSES, ROUNDS, WARMUP = 5, 15, 1 if SHRUNK else 3
-HOST_ROUNDS, HOST_WARMUP, HOST_BURST = 30, 3, 2 if SHRUNK else 20
+HOST_ROUNDS, HOST_WARMUP, HOST_BURST = 30, WARMUP, 1 if SHRUNK else 20
 CASE_RIVALS = ("eager", "foreach_alpha", "foreach_masters")  # beside every case of --all; SGD's has them all
 # assert_close's defaults but for float16, whose 1e-3 is one step of the format: rivals round after every operation.
 TOLERANCE = {torch.float16: {"rtol": 4e-3, "atol": 1e-5}}
