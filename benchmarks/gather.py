@@ -122,7 +122,7 @@ def write(file: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write all three files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", type=Path, help="folder with the file `sections` and the parts' JSON")
     parser.add_argument("out", type=Path)

@@ -14,8 +14,9 @@
 # into build/carried/ the library as it is installed and others with other choices (csrc/cuda/choices.h). A library is
 # used if it was built from these sources and, as the record beside it says, for this GPU.
 #
-# --device cpu     the same sections on the C++ backend, with the same keys; only the shapes are fewer, and the
-#                  sanitizers' place is taken by the tests that prove the same of the CUDA kernels' bodies
+# --device cpu     the same sections on the C++ backend, with the same keys; only the shapes are fewer (and tiny, with
+#                  FASTSAM_SHRUNK=1 in the environment), and the sanitizers' place is taken by the tests that prove the
+#                  same of the CUDA kernels' bodies
 # --device stub    the branch for a GPU without one: the same commands with fewer cases, on the host (devices.py), tiny
 #                  tensors, stand-ins for nvidia-smi and compute-sanitizer. Its times mean nothing
 # --slow FACTOR    every limit is that many times as long (cpu and stub: 4, for a busy machine)
@@ -150,7 +151,7 @@ if [ "$device" != cpu ]; then
   capability=("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   if [ "$device" = stub ]; then
     export PATH=$PWD/benchmarks/standins:$PATH FASTSAM_SHRUNK=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-    backend=cpu rounds=2 capability=(echo 9.0) large=vit_l16 small=resnet18
+    backend=cpu rounds=2 capability=(echo 9.0) large=vit_l16 small=""
     variants=(--rounds 2 --cases resnet50-sgd-float32 resnet18-adamw-bfloat16) launches=(--models tiny100 tiny9000)
   fi
   # For this card alone, which is faster.

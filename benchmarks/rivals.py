@@ -329,7 +329,7 @@ class Triad:
         self._triad = library.triad
         pointer = ctypes.c_void_p
         self._triad.argtypes = [pointer, pointer, pointer, ctypes.c_float, ctypes.c_int64, ctypes.c_int]
-        self.elements = -(-max(2**25, last_level_cache()) // 16) * 16
+        self.elements = 2**16 if SHRUNK else -(-max(2**25, last_level_cache()) // 16) * 16
         self.bytes = 12 * self.elements
         self.arrays = [torch.ones(self.elements) for _ in range(3)]
 

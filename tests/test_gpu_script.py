@@ -35,12 +35,16 @@ if os.environ["FAILS"] in arguments:
 if "FusedSAM" in arguments[1] and "stale" in os.environ.get("FASTSAM_LIBRARY", ""):
     sys.exit("it was built from other sources")
 """
-# Parses all command lines of the benchmarks, each as its program does; `--help` ends it there.
+# Lets every program of the benchmarks parse its command line, and ends it there.
 PARSE = """
-import json, runpy, sys
+import argparse, json, runpy, sys
+def parse_args(parser, parse=argparse.ArgumentParser.parse_args):
+    parse(parser)
+    sys.exit()
+argparse.ArgumentParser.parse_args = parse_args
 sys.path.insert(0, "benchmarks")
 for line in sys.stdin:
-    sys.argv = [*json.loads(line), "--help"]
+    sys.argv = json.loads(line)
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
