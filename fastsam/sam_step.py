@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from fastsam.algebra import Algebra
+from fastsam.batches import Batch, count_samples, first_samples, mean_loss, samples_at, split
+from fastsam.generators import Generators, GraphGenerator
 from fastsam.methods.looksam import LookSAM
 from fastsam.methods.msam import MSAM
 from fastsam.optimizer import FusedSAM
+from fastsam.step_graphs import WARM_UP, CapturedStep, index_of, warm_up
 from fastsam.training import freeze_running_stats
-
-Batch = tuple[Any, ...]
 
 
 class SAMStep:
@@ -57,9 +58,11 @@ class SAMStep:
             keeps the graphs of both passes and of the first's gradient. For plain SAM, on one process.
         capture: run each step as one CUDA graph: the first three calls are ordinary steps, the next ones are captured
             (one graph for steps of two passes, one for those of one pass) and from then on replayed, with today's lr
-            and rho. Batches must keep their shapes; other numbers are as they were captured. Not with a GradScaler,
-            DistributedDataParallel, second_order, same_rng=True, nor methods that draw on the host or have a term
-            beside the base optimizer's step (ESAM, decoupled WSAM).
+            and rho. Batches must keep their shapes; other numbers are as they were captured. Each replay draws new
+            random numbers on the GPU, with `same_rng` the same ones in all its passes. Not with a GradScaler,
+            DistributedDataParallel, second_order, nor methods that draw on the host or have a term beside the base
+            optimizer's step (ESAM, decoupled WSAM); nor, with `same_rng`, dropout between the layers of nn.LSTM and
+            its like, which cuDNN draws from a state of its own.
 
     Example:
         >>> step = fastsam.SAMStep(model, optimizer, nn.functional.cross_entropy)
@@ -96,7 +99,8 @@ class SAMStep:
         self.capture = capture
         self._check()
         self._first_call, self._calls = True, 0
-        self._graphs: dict[bool, _Recorded] = {}
+        self._graphs: dict[bool, CapturedStep] = {}  # by whether the step has two passes
+        self._in_graph: GraphGenerator | None = None  # while one is captured
 
     def _check(self) -> None:
         if not isinstance(self.optimizer, FusedSAM):
@@ -152,18 +156,26 @@ class SAMStep:
 
     def _check_capture(self) -> None:
         optimizer = self.optimizer
+        devices = list(dict.fromkeys(_devices_of(optimizer)))
+        shared = self.micro and (self.select < 1 or self.ascent_fraction < 1)
         reasons = {
             "a GradScaler": self.scaler is not None,
             "DistributedDataParallel": hasattr(self.model, "no_sync"),
             "second_order=True": self.second_order,
             f"when={optimizer.when}, which measures on the host": optimizer.when is not None
             and optimizer.when.measures,
-            "same_rng=True (a graph cannot set a generator back; pass same_rng=False)": self.same_rng,
+            "same_rng=True and dropout between recurrent layers, which cuDNN draws from a state of its own": (
+                self.same_rng and any(map(_drops_in_cudnn, self.model.modules()))
+            ),
+            "same_rng=True and sharpness='micro' with select or ascent_fraction below 1, whose passes over a part draw "
+            "different amounts of numbers": self.same_rng and shared,
             f"{type(optimizer).__name__}, which draws on the host": not optimizer.capturable,
             f"{type(optimizer).__name__}'s term beside the base optimizer's step": (
                 type(optimizer).after_update is not Algebra.after_update and self._adds_a_term()
             ),
-            f"parameters on {_device_of(optimizer)}": _device_of(optimizer).type != "cuda",
+            f"parameters on {' and '.join(map(str, devices))}; they must be on one GPU": (
+                len(devices) != 1 or devices[0].type != "cuda"
+            ),
         }
         found = [reason for reason, holds in reasons.items() if holds]
         if found:
@@ -190,7 +202,7 @@ class SAMStep:
         return self._replay(batch) if self.capture else self._run(batch)
 
     def _run(self, batch: Batch) -> Any:
-        parts, optimizer = _split(batch, self.micro_batches), self.optimizer
+        parts, optimizer = split(batch, self.micro_batches), self.optimizer
         optimizer.zero_grad()
         try:
             if isinstance(optimizer, MSAM):
@@ -222,8 +234,8 @@ class SAMStep:
 
     def _two_passes(self, parts: Sequence[Batch]) -> Any:
         """Both passes over all parts, with one perturbation between them."""
-        ascent = [_first_samples(part, self.ascent_fraction) for part in parts]
-        rng = _Generators(self.same_rng, parts)
+        ascent = [first_samples(part, self.ascent_fraction) for part in parts]
+        rng = self._generators(parts)
         kept: list[Tensor] = []
         loss = self._pass(ascent, synchronised=self._synchronised(), keep=kept)
         rng.rewind()
@@ -246,14 +258,14 @@ class SAMStep:
 
     def _micro_passes(self, parts: Sequence[Batch]) -> Any:
         """Both passes over each part, with a perturbation for each; the mean of what the base is to step with."""
-        optimizer, total = self.optimizer, sum(map(_samples, parts))
+        optimizer, total = self.optimizer, sum(map(count_samples, parts))
         mean: dict[Tensor, Tensor] = {}
         losses = []
         for part in parts:
             optimizer.zero_grad()
             kept: list[Tensor] = []
-            rng = _Generators(self.same_rng, [part])
-            losses.append(self._pass([_first_samples(part, self.ascent_fraction)], self._synchronised(), kept))
+            rng = self._generators([part])
+            losses.append(self._pass([first_samples(part, self.ascent_fraction)], self._synchronised(), kept))
             rng.rewind()
             optimizer._climb_again(self.scaler)
             optimizer.zero_grad()
@@ -264,7 +276,7 @@ class SAMStep:
                     rng.rewind()
                 self._pass([chosen], synchronised=True, outputs_from=kept if self.functional else None)
             rng.forward()
-            share = _samples(part) / total
+            share = count_samples(part) / total
             for param, direction in optimizer._take_direction():
                 wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
                 mean[param] = mean[param].add_(wide, alpha=share) if param in mean else wide * share
@@ -272,7 +284,7 @@ class SAMStep:
         for param, direction in mean.items():
             param.grad = direction.to(param.dtype)
         optimizer._step_with_gradients()
-        return _mean(losses, parts)
+        return mean_loss(losses, parts)
 
     def _pass(
         self,
@@ -289,7 +301,7 @@ class SAMStep:
             keep: gets what a later pass needs of this one: each part's losses, or the gradients of its output.
             outputs_from: the gradients of the outputs to begin the backward passes with.
         """
-        sizes = [1] if len(parts) == 1 else [_samples(part) for part in parts]
+        sizes = [1] if len(parts) == 1 else [count_samples(part) for part in parts]
         total = sum(sizes)
         losses: list[Any] = []
         for i, part in enumerate(parts):
@@ -321,7 +333,13 @@ class SAMStep:
                 if keep is not None and self.select < 1:
                     keep.append(values.detach())
                 torch.autograd.backward(self._scaled(loss * weight if weight != 1 else loss))
-        return _mean(losses, parts)
+        return mean_loss(losses, parts)
+
+    def _generators(self, parts: Sequence[Batch]) -> Generators:
+        """What brings the random numbers of the first pass back, for the later passes over these parts."""
+        devices = {leaf.device for leaf in tree_flatten(list(parts))[0] if isinstance(leaf, Tensor)}
+        devices.add(next(_devices_of(self.optimizer), torch.device("cpu")))  # the batch may be moved by the model
+        return Generators(self.same_rng, {index_of(d) for d in devices if d.type == "cuda"}, self._in_graph)
 
     def _loss(self, outputs: Any, targets: Any) -> Tensor:
         assert self.loss_fn is not None
@@ -337,12 +355,12 @@ class SAMStep:
         """Of each part the samples whose loss the perturbation raises most."""
         chosen = []
         for whole, losses in zip(parts, before, strict=True):
-            part = _first_samples(whole, self.ascent_fraction)  # the losses of the others at w are not known
+            part = first_samples(whole, self.ascent_fraction)  # the losses of the others at w are not known
             with torch.no_grad(), self._autocast():
                 raised = self._loss(self.model(*part[:-1]), part[-1]) - losses
             count = max(math.ceil(self.select * len(losses)), 1)
             places = raised.topk(count).indices.sort().values
-            chosen.append(tree_map_only(Tensor, functools.partial(_rows, places=places, total=_samples(part)), part))
+            chosen.append(samples_at(part, places, count_samples(part)))
         return chosen
 
     def _backward_of(self, weight: float) -> Callable[..., None]:
@@ -372,21 +390,30 @@ class SAMStep:
 
     def _replay(self, batch: Batch) -> Any:
         """A step as a graph, captured when it is first needed; the first ones are ordinary."""
-        optimizer = self.optimizer
+        optimizer, device = self.optimizer, next(_devices_of(self.optimizer))
         self._calls += 1
         if self._calls <= WARM_UP:
-            return _warm_up(functools.partial(self._run, batch))
+            return warm_up(functools.partial(self._run, batch), device)
         two_passes = isinstance(optimizer, MSAM) or optimizer.begin_step()
-        recorded = self._graphs.get(two_passes)
-        if recorded is None:
+        captured = self._graphs.get(two_passes)
+        if captured is None:
             optimizer.refresh()
-            recorded = self._graphs[two_passes] = _Recorded(batch)
-            recorded.record(self._run)
-        recorded.load(batch)
+            captured = CapturedStep(batch, device, self._passes_again() if two_passes else 0)
+            self._in_graph = captured.generator
+            try:
+                captured.capture(self._run)
+            finally:
+                self._in_graph = None
+            self._graphs[two_passes] = captured
+        captured.load(batch)
         optimizer.refresh()
-        recorded.replay()
+        result = captured.replay()
         optimizer._end_replay()
-        return recorded.loss.clone() if isinstance(recorded.loss, Tensor) else recorded.loss
+        return result
+
+    def _passes_again(self) -> int:
+        """In how many passes of a step the random numbers of the first one are drawn again."""
+        return (2 if self.select < 1 else 1) if self.same_rng and not isinstance(self.optimizer, MSAM) else 0
 
     # The second-order term.
 
@@ -413,7 +440,7 @@ class SAMStep:
             for group in self.optimizer.param_groups
             for p in group["params"]
         }
-        rng = _Generators(self.same_rng, parts)
+        rng = self._generators(parts)
         with self._autocast():
             loss = self._loss(self.model(*part[:-1]), part[-1]).mean()
         climbing = [p for p in named.values() if rho_of.get(id(p))]
@@ -436,146 +463,10 @@ class SAMStep:
         return loss.detach()
 
 
-WARM_UP = 3  # steps, in which everything is allocated and libraries choose their algorithms
+def _devices_of(optimizer: FusedSAM) -> Iterator[torch.device]:
+    """The device of each parameter."""
+    return (param.device for group in optimizer.param_groups for param in group["params"])
 
 
-def _device_of(optimizer: FusedSAM) -> torch.device:
-    return next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
-
-
-def _warm_up(run: Callable[[], Any]) -> Any:
-    """Run a step on a stream of its own, as capturing wants it before."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        result = run()
-    torch.cuda.current_stream().wait_stream(stream)
-    return result
-
-
-def _record(run: Callable[[], None]) -> Callable[[], None]:
-    """Capture what is queued by `run`; gives what replays it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-class _Recorded:
-    """A captured step and the batch that it reads."""
-
-    def __init__(self, batch: Batch) -> None:
-        """Memory for batches of this shape."""
-        self.batch: Batch = tree_map_only(Tensor, torch.clone, batch)
-        self.loss: Any = None
-        self.replay: Callable[[], None] = lambda: None
-
-    def record(self, run: Callable[[Batch], Any]) -> None:
-        """Capture a step."""
-
-        def step() -> None:
-            self.loss = run(self.batch)
-
-        self.replay = _record(step)
-
-    def load(self, batch: Batch) -> None:
-        """Copy a batch to where the graph reads it.
-
-        Raises:
-            ValueError: it is of other shapes, dtypes or devices, or has other values beside tensors.
-        """
-        here, there = tree_flatten(batch), tree_flatten(self.batch)
-        for new, old in zip(here[0], there[0], strict=False):
-            same = (new.shape, new.dtype) == (old.shape, old.dtype) if isinstance(new, Tensor) else new == old
-            if not same or here[1] != there[1]:
-                raise ValueError(
-                    "SAMStep: a captured step takes batches of one kind, got "
-                    f"{list(new.shape) if isinstance(new, Tensor) else new!r} in the place of "
-                    f"{list(old.shape) if isinstance(old, Tensor) else old!r}; drop the last partial batch "
-                    "(drop_last=True), or take it with a SAMStep without capture"
-                )
-            if isinstance(new, Tensor):
-                old.copy_(new, non_blocking=True)
-
-
-class _Generators:
-    """Random generators of the CPU and of the batch's GPUs, to be set back for the second pass and forward after it."""
-
-    def __init__(self, wanted: bool, parts: Sequence[Batch]) -> None:
-        """Remember where they are."""
-        self.wanted = wanted
-        tensors = [leaf for leaf in tree_flatten(list(parts))[0] if isinstance(leaf, Tensor)]
-        self.devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"}) if wanted else []
-        self.begun = self._states()
-        self.ended: tuple[Tensor, list[Tensor]] | None = None
-
-    def _states(self) -> tuple[Tensor, list[Tensor]] | None:
-        if not self.wanted:
-            return None
-        return torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in self.devices]
-
-    def _set(self, states: tuple[Tensor, list[Tensor]] | None) -> None:
-        if states is None:
-            return
-        torch.set_rng_state(states[0])
-        for i, state in zip(self.devices, states[1], strict=True):
-            torch.cuda.set_rng_state(state, i)
-
-    def rewind(self) -> None:
-        """After a pass: to where they were before the first; where the first left them is remembered."""
-        if self.ended is None:
-            self.ended = self._states()
-        self._set(self.begun)
-
-    def forward(self) -> None:
-        """To where the first pass left them."""
-        self._set(self.ended)
-
-
-def _samples(batch: Batch) -> int:
-    """How many samples a batch has: the length of its first tensor's first dimension; 1 without tensors."""
-    first = next((leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
-    return 1 if first is None else len(first)
-
-
-def _split(batch: Batch, n: int) -> list[Batch]:
-    """A batch in n parts along the first dimension of all its tensors; fewer where there are not so many samples."""
-    if n == 1:
-        return [batch]
-    total = _samples(batch)
-    sizes = [total // n + (i < total % n) for i in range(n)]
-    ends = [sum(sizes[: i + 1]) for i in range(n)]
-
-    return [
-        tree_map_only(Tensor, functools.partial(_rows, places=slice(end - size, end), total=total), batch)
-        for end, size in zip(ends, sizes, strict=True)
-        if size > 0
-    ]
-
-
-def _rows(tensor: Tensor, places: slice | Tensor, total: int) -> Tensor:
-    """Some samples of a tensor; all of it where it has another first dimension than the batch."""
-    if tensor.dim() == 0 or len(tensor) != total:
-        return tensor
-    return tensor[places if isinstance(places, slice) else places.to(tensor.device)]
-
-
-def _first_samples(batch: Batch, share: float) -> Batch:
-    """The first samples of a batch, at least one."""
-    if share == 1:
-        return batch
-    total = _samples(batch)
-    count = max(math.ceil(share * total), 1)
-    if count >= total:
-        return batch
-    found: Batch = tree_map_only(Tensor, functools.partial(_rows, places=slice(count), total=total), batch)
-    return found
-
-
-def _mean(losses: Sequence[Any], parts: Sequence[Batch]) -> Any:
-    """The mean of the parts' losses by their samples; the last one where they are no single numbers."""
-    if len(losses) == 1 or not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
-        last = losses[-1]
-        return last.detach() if isinstance(last, Tensor) else last
-    sizes = [_samples(part) for part in parts]
-    return sum(loss.detach() * (n / sum(sizes)) for loss, n in zip(losses, sizes, strict=True))
+def _drops_in_cudnn(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1

@@ -33,6 +33,9 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
     ),
     "": (
         *(
+            "batches",
+            "generators",
+            "step_graphs",
             "radius",
             "schedules",
             "when",
