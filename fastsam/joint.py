@@ -14,20 +14,16 @@ from torch.optim import Optimizer
 
 from fastsam.averaging import copy_averages, paired
 from fastsam.bases.rules import lr_is_zero
+from fastsam.checks import check_max_grad_norm
 from fastsam.closures import NO_FIRST_GRADIENTS, ClearingCheck, call, detached, entry
-from fastsam.methods.msam import MSAM
-from fastsam.methods.preconditioned import PreconditionedSAM
+from fastsam.joint_checks import check_clipping, check_owners, check_parts, check_same, name_of
+from fastsam.ops.reference import Clip, clip_factor
 from fastsam.optimizer import FusedSAM
 from fastsam.passes import CALLED_TWICE, CLOSURE_UNDER_SCALER, NO_FIRST_STEP, Passes
 from fastsam.scaling import ATTRIBUTES, forget_scaler
 
-APART = {
-    MSAM: "it perturbs along the momentum after its step and takes no gradients for it",
-    PreconditionedSAM: "it divides by a number of its own, <P g1, g1>, and not by a norm that can be added up",
-}
 
-
-def joint(*optimizers: FusedSAM) -> Joint:
+def joint(*optimizers: FusedSAM, max_grad_norm: float | None = None) -> Joint:
     r"""Bring several FusedSAM optimizers under one norm, as one optimizer.
 
     SAM's perturbation has length rho over all parameters. Where these are shared out, as for Muon beside AdamW or the
@@ -40,6 +36,8 @@ def joint(*optimizers: FusedSAM) -> Joint:
     Args:
         *optimizers: two or more. They may differ in base optimizer, method, groups, devices and dtypes. From here on
             steps are the joint's: `first_step` and `step(closure)` of its parts refuse for as long as it lives.
+        max_grad_norm: clip the gradients of the second pass, of all optimizers together, to this 2-norm, as
+            `FusedSAM(max_grad_norm=...)` does. They are measured before the parts' own `step`, so before its hooks.
 
     Returns:
         A torch optimizer with the methods of FusedSAM. Its `param_groups` and `state` are those of the parts, so a
@@ -47,8 +45,10 @@ def joint(*optimizers: FusedSAM) -> Joint:
 
     Raises:
         ValueError: what cannot be joint: another p or closure_calls than the first one's, MSAM and PreconditionedSAM,
-            `max_grad_norm`, `renormalize=True` and `when=by_grad_norm()`, which go by the gradients of one optimizer
-            alone, a parameter in two of them, and an optimizer that is in a joint already.
+            `max_grad_norm`, `renormalize=True` and `when=by_grad_norm()` of one of them, which go by its gradients
+            alone, a parameter in two of them, and an optimizer that is in a joint already; with the joint's
+            `max_grad_norm` methods whose base optimizer steps with something else than the second gradients (GSAM,
+            WSAM, LookSAM).
 
     What a method itself measures (the products of GSAM and LookSAM, SparseSAM's mask) is over its own parameters. A
     `radius` maps the common norm. `stats()` is that of each part.
@@ -56,11 +56,11 @@ def joint(*optimizers: FusedSAM) -> Joint:
     Example:
         >>> matrices = FusedSAM(weights, Muon, lr=0.02, rho=0.05)
         >>> others = FusedSAM(rest, "adamw", lr=3e-4, rho=0.05)
-        >>> optimizer = fastsam.joint(matrices, others)
+        >>> optimizer = fastsam.joint(matrices, others)  # for SAMStep, or by hand:
         >>> loss_fn(model(x), y).backward(); optimizer.first_step(zero_grad=True)
         >>> loss_fn(model(x), y).backward(); optimizer.step()
     """
-    return Joint(*optimizers)
+    return Joint(*optimizers, max_grad_norm=max_grad_norm)
 
 
 class Joint(Optimizer):
@@ -68,18 +68,24 @@ class Joint(Optimizer):
 
     Attributes:
         optimizers: its parts, in the order in which they were given.
+        max_grad_norm: what the gradients of the second pass are clipped to.
     """
 
     optimizers: tuple[FusedSAM, ...]
+    max_grad_norm: float | None
     _step_supports_amp_scaling = True
 
     profile_hook_step = staticmethod(Passes.profile_hook_step)
 
-    def __init__(self, *optimizers: FusedSAM) -> None:
+    def __init__(self, *optimizers: FusedSAM, max_grad_norm: float | None = None) -> None:
         """See `joint`."""
         check_parts(optimizers)
+        check_max_grad_norm(max_grad_norm)
+        if max_grad_norm is not None:
+            check_clipping(optimizers)
         # Optimizer's constructor would make groups and a state of its own; this makes the places of its hooks alone.
-        self.__setstate__({"optimizers": optimizers, "defaults": _common_defaults(optimizers)})
+        defaults = _common_defaults(optimizers)
+        self.__setstate__({"optimizers": optimizers, "defaults": defaults, "max_grad_norm": max_grad_norm})
 
     # What it is made of.
 
@@ -178,19 +184,42 @@ class Joint(Optimizer):
         """First all measure, then all climb."""
         check_same(self.optimizers, "p")
         measured = [part._measure() for part in self.optimizers]
-        sums = _common_sums(self.optimizers)
+        sums = _together([part._sam.buckets.sums for part in self.optimizers])
         for part, own in zip(self.optimizers, measured, strict=True):
             part._climb(own, sums)
 
     def _update(self) -> None:
         """Let every part restore and step, with what a GradScaler said of all gradients."""
         said = {name: getattr(self, name) for name in ATTRIBUTES if hasattr(self, name)}
-        for part in self.optimizers:
-            vars(part).update(said)
-            try:
-                part.step()
-            finally:
-                forget_scaler(part)
+        with self._clipping(said.get("grad_scale")):
+            for part in self.optimizers:
+                vars(part).update(said)
+                try:
+                    part.step()
+                finally:
+                    forget_scaler(part)
+
+    @contextmanager
+    def _clipping(self, grad_scale: Tensor | None) -> Iterator[None]:
+        """Within the block parts clip their gradients by one factor, of the norm of all of them."""
+        if self.max_grad_norm is None:
+            yield
+            return
+        check_clipping(self.optimizers)
+        sums = _together([part._measure_update() for part in self.optimizers])
+        clip = {
+            device: clip_factor(
+                Clip(self.max_grad_norm, squares, None if grad_scale is None else grad_scale.to(device)), squares
+            )
+            for device, squares in sums.items()
+        }
+        try:
+            for part in self.optimizers:
+                part._sam.common_clip = clip
+            yield
+        finally:
+            for part in self.optimizers:
+                part._sam.common_clip = None
 
     def _leave_perturbed(self) -> None:
         self._in_all(FusedSAM._leave_perturbed)
@@ -212,7 +241,7 @@ class Joint(Optimizer):
         if any(answers) != all(answers):
             self.restore()
             named = ", ".join(
-                f"{_name(part, i)} {2 if two else 1}"
+                f"{name_of(part, i)} {2 if two else 1}"
                 for i, (part, two) in enumerate(zip(self.optimizers, answers, strict=True))
             )
             raise RuntimeError(
@@ -263,8 +292,9 @@ class Joint(Optimizer):
         """
         for part in self.optimizers:
             part._sam.require_clean("base_step()")
-        for part in self.optimizers:
-            part.base_step()
+        with self._clipping(None):
+            for part in self.optimizers:
+                part.base_step()
 
     def restore(self) -> None:
         """Bring the weights of all parts back, bit for bit, without an update."""
@@ -300,14 +330,35 @@ class Joint(Optimizer):
         for i, part in enumerate(self.optimizers):
             if part.ema_decay is None:
                 raise RuntimeError(
-                    f"fastsam.joint: all optimizers must average their weights, but {_name(part, i)} has no ema_decay; "
-                    "build all of them with ema_decay=0.999, say"
+                    f"fastsam.joint: all optimizers must average their weights, but {name_of(part, i)} has no "
+                    "ema_decay; build all of them with ema_decay=0.999, say"
                 )
 
     @property
     def perturbed(self) -> bool:
         """Whether the weights are w + e."""
         return any(part.perturbed for part in self.optimizers)
+
+    # What SAMStep asks for, as of a FusedSAM.
+
+    @entry
+    def _climb_again(self, scaler: torch.amp.GradScaler | None) -> None:
+        """In a step with several perturbations: climb along the gradients that are there now."""
+        for part in self.optimizers:
+            part._note_scale(scaler, known_as=self)
+        self._perturb()
+
+    def _take_direction(self) -> list[tuple[Tensor, Tensor]]:
+        """After a second pass: restore, and give what the base optimizers would step with, parameter by parameter."""
+        return [pair for part in self.optimizers for pair in part._take_direction()]
+
+    def _step_with_gradients(self) -> None:
+        """Let the next `step()` be one with the gradients that are there."""
+        self._in_all(FusedSAM._step_with_gradients)
+
+    def _end_replay(self) -> None:
+        """A captured step was replayed: what the host notes at the end of a step."""
+        self._in_all(FusedSAM._end_replay)
 
     def prepare(self) -> None:
         """Allocate what a step needs, in all parts; as `FusedSAM.prepare`."""
@@ -382,7 +433,7 @@ class Joint(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and deep-copied: the parts."""
-        return {"optimizers": self.optimizers, "defaults": self.defaults}
+        return {"optimizers": self.optimizers, "defaults": self.defaults, "max_grad_norm": self.max_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the parts over, from the constructor, a pickle or a deep copy."""
@@ -393,7 +444,7 @@ class Joint(Optimizer):
 
     def __repr__(self) -> str:
         """The parts, one after the other."""
-        return "\n".join(f"{_name(part, i)}: {part!r}" for i, part in enumerate(self.optimizers))
+        return "\n".join(f"{name_of(part, i)}: {part!r}" for i, part in enumerate(self.optimizers))
 
 
 class JointState(MutableMapping[Tensor, Any]):
@@ -434,14 +485,14 @@ class JointState(MutableMapping[Tensor, Any]):
         return sum(len(part.state) for part in self._optimizers)
 
 
-def _common_sums(optimizers: Sequence[FusedSAM]) -> Mapping[torch.device, Tensor]:
+def _together(parts: Sequence[Mapping[torch.device, Tensor]]) -> Mapping[torch.device, Tensor]:
     """[n] float64 on each device: the sums of squares of all buckets of all optimizers, in order.
 
     One FusedSAM with the same buckets has the same numbers in the same order, so the norm has the same bits; also
     where p is not 2, as norms are then taken of the buckets' norms. Optimizers whose parameters would share a bucket
     have two sums instead of one, and the norm may differ from that in its last bit.
     """
-    parts = [part._sam.buckets.sums for part in optimizers if part._sam.buckets.sums]
+    parts = [sums for sums in parts if sums]
     common = {}
     for device in {device for sums in parts for device in sums}:
         own = [sums[device] if device in sums else next(iter(sums.values())) for sums in parts]
@@ -453,62 +504,3 @@ def _common_defaults(optimizers: Sequence[FusedSAM]) -> dict[str, Any]:
     """What all parts have a default of; schedulers look there for `momentum` and `betas`."""
     first, *others = (part.defaults for part in optimizers)
     return {key: value for key, value in first.items() if all(key in other for other in others)}
-
-
-def _name(part: object, place: int) -> str:
-    return f"optimizer {place} ({type(part).__name__})"
-
-
-def check_same(optimizers: Sequence[FusedSAM], option: str) -> None:
-    """Refuse optimizers that differ in an option."""
-    values = [getattr(part, option) for part in optimizers]
-    for i, (part, value) in enumerate(zip(optimizers, values, strict=True)):
-        if value != values[0]:
-            raise ValueError(
-                f"fastsam.joint: {option} must be the same in all optimizers, got {values[0]!r} in "
-                f"{_name(optimizers[0], 0)} and {value!r} in {_name(part, i)}"
-            )
-
-
-def check_owners(optimizers: Sequence[FusedSAM]) -> None:
-    """Refuse a parameter that two optimizers would step."""
-    owners: dict[int, int] = {}
-    for i, part in enumerate(optimizers):
-        for param in part._params():
-            if (other := owners.setdefault(id(param), i)) != i:
-                raise ValueError(
-                    f"fastsam.joint: a parameter of shape {list(param.shape)} is in {_name(optimizers[other], other)} "
-                    f"and in {_name(part, i)}; each may be in one of them only"
-                )
-
-
-def check_parts(optimizers: Sequence[FusedSAM]) -> None:
-    """Refuse what cannot be under one norm; see `joint`."""
-    if len(optimizers) < 2:
-        raise ValueError(f"fastsam.joint: it takes two or more FusedSAM optimizers, got {len(optimizers)}")
-    for i, part in enumerate(optimizers):
-        name = _name(part, i)
-        if not isinstance(part, FusedSAM):
-            raise ValueError(
-                f"fastsam.joint: all must be FusedSAM optimizers, got {name}; wrap it, FusedSAM(None, optimizer), with "
-                "perturb=False if its weights are not to be perturbed"
-            )
-        for cls, reason in APART.items():
-            if isinstance(part, cls):
-                raise ValueError(f"fastsam.joint: {name} cannot be joint: {reason}; leave it out")
-        part._sam.require_clean("fastsam.joint()")
-        if part._sam.joint() is not None or any(part is other for other in optimizers[:i]):
-            raise ValueError(f"fastsam.joint: {name} is joint already; an optimizer can be in one joint, once")
-        if part.max_grad_norm is not None:
-            raise ValueError(
-                f"fastsam.joint: {name} has max_grad_norm={part.max_grad_norm!r}, which would clip to the norm of its "
-                "own gradients; leave it out and call torch.nn.utils.clip_grad_norm_ after the second backward pass"
-            )
-        if part.renormalize or part._measures():
-            option = "renormalize=True" if part.renormalize else f"when={part.when!r}"
-            raise ValueError(
-                f"fastsam.joint: {name} has {option}, which goes by the length of its own gradients alone; leave it out"
-            )
-    check_owners(optimizers)
-    for option in ("p", "closure_calls"):
-        check_same(optimizers, option)

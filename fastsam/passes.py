@@ -15,7 +15,7 @@ from fastsam.algebra import Algebra
 from fastsam.averaging import Averaging
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
 from fastsam.closures import NO_FIRST_GRADIENTS, entry
-from fastsam.memory.buckets import Buckets, Measured, Steer
+from fastsam.memory.buckets import Buckets, MaxNorm, Measured, Steer
 from fastsam.ops.tables import Gradients
 from fastsam.progress import CLEAN, PERTURBED, SAM
 from fastsam.scaling import RECIPE as SCALER_RECIPE
@@ -123,7 +123,7 @@ class Passes(Averaging):
         sam.scaling = grad_scale, found_inf
         steer, overflow = self._steer_descent if self._steers_descent() else None, False
         if buckets.shared.rule is not None and not own_step and len(args) == 1 and not kwargs:
-            grads = buckets.update(grad_scale, found_inf, self.max_grad_norm, steer, self._length_to_take())
+            grads = buckets.update(grad_scale, found_inf, self._clips_to(), steer, self._length_to_take())
             self._warn_without_gradients(grads)
         else:
             grads, overflow = self._update_by_base(buckets, grad_scale, found_inf, args, kwargs, steer)
@@ -142,6 +142,19 @@ class Passes(Averaging):
         base._opt_called = True  # type: ignore[attr-defined]  # for schedulers on the base optimizer
         if not overflow and not own_step:
             run_post_hooks(base, args, kwargs)
+
+    def _clips_to(self) -> MaxNorm | None:
+        return self.max_grad_norm if self._sam.common_clip is None else self._sam.common_clip
+
+    @entry
+    def _measure_update(self) -> Mapping[torch.device, Tensor]:
+        """[n] float64 on each device: sums of squares of the gradients that are there, before `_update`."""
+        buckets = self._sync()
+        grads = buckets.gather(ascent=False)
+        buckets.require_memory(grads, ascent=False)
+        buckets.sync_values()
+        buckets.clip(grads, float("inf"), None)  # for the norm
+        return buckets.second_sums
 
     def _run_pre_hooks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Call the base optimizer's own pre-hooks on the restored weights; what it is to step with."""
@@ -170,7 +183,7 @@ class Passes(Averaging):
         buckets.require_memory(grads, ascent=False)
         buckets.sync_values()
         along = grads if steer is None else steer(grads)
-        factors = buckets.factors_for(along, self.max_grad_norm, grad_scale, self._length_to_take())
+        factors = buckets.factors_for(along, self._clips_to(), grad_scale, self._length_to_take())
         self._restore_below_autograd()
         overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
         directions: dict[Tensor, Tensor | None] = {}

@@ -40,6 +40,7 @@ class Progress:
         second_factor: [] float64, what brings the second gradients to the loss scale of the first; None for nothing.
         scaling: the loss scale and the overflow flag of the update that is being made.
         common_sums: what stood for the sums of squares in the last climb under a norm with other optimizers.
+        common_clip: [] float64 on each device: what clips the gradients of this update and those of other optimizers.
         joint: a weak reference to the `fastsam.joint` that this optimizer is in, or what gives None.
         first_squares: [] float64, the squared length of the gradients at w, where it is needed later.
     """
@@ -64,6 +65,7 @@ class Progress:
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         self.first_squares: Tensor | None = None
         self.common_sums: Mapping[torch.device, Tensor] | None = None
+        self.common_clip: Mapping[torch.device, Tensor] | None = None
         self.joint: Callable[[], Any] = lambda: None
 
     def require_clean(self, what: str) -> None:

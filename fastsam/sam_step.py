@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from fastsam.algebra import Algebra
 from fastsam.batches import Batch, count_samples, first_samples, mean_loss, samples_at, split
 from fastsam.generators import Generators, GraphGenerator
+from fastsam.joint import Joint
 from fastsam.methods.looksam import LookSAM
 from fastsam.methods.msam import MSAM
 from fastsam.optimizer import FusedSAM
@@ -31,7 +32,8 @@ class SAMStep:
 
     Args:
         model: the module; inside DistributedDataParallel, if it is.
-        optimizer: a FusedSAM or one of `fastsam.methods`, with `when`, clipping and all.
+        optimizer: a FusedSAM or one of `fastsam.methods`, with `when`, clipping and all; or several under one norm,
+            `fastsam.joint(...)`.
         loss_fn: `loss_fn(model(*inputs), targets)` for a call `step(*inputs, targets)`: the mean over the samples, or
             the loss of each, [batch], of which the mean is taken.
         forward_backward: instead of `loss_fn`, for several losses, several models or what else a batch needs:
@@ -73,7 +75,7 @@ class SAMStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: FusedSAM,
+        optimizer: FusedSAM | Joint,
         loss_fn: Callable[..., Tensor] | None = None,
         *,
         forward_backward: Callable[..., Any] | None = None,
@@ -92,6 +94,7 @@ class SAMStep:
         """See the class."""
         self.model: Any = model  # or a wrapper of one
         self.optimizer, self.loss_fn, self.forward_backward = optimizer, loss_fn, forward_backward
+        self._parts = optimizer.optimizers if isinstance(optimizer, Joint) else (optimizer,)
         self.scaler, self.autocast, self.micro_batches = scaler, autocast, micro_batches
         self.sharpness, self.perturb, self.same_rng = sharpness, perturb, same_rng
         self.ascent_fraction, self.select = ascent_fraction, select
@@ -103,8 +106,11 @@ class SAMStep:
         self._in_graph: GraphGenerator | None = None  # while one is captured
 
     def _check(self) -> None:
-        if not isinstance(self.optimizer, FusedSAM):
-            raise ValueError(f"SAMStep: optimizer must be a FusedSAM, got {type(self.optimizer).__name__}")
+        if not isinstance(self.optimizer, (FusedSAM, Joint)):
+            raise ValueError(
+                f"SAMStep: optimizer must be a FusedSAM or a fastsam.joint of several, got "
+                f"{type(self.optimizer).__name__}"
+            )
         if (self.loss_fn is None) == (self.forward_backward is None):
             raise ValueError("SAMStep: give either loss_fn or forward_backward")
         if not isinstance(self.micro_batches, int) or self.micro_batches < 1:
@@ -140,14 +146,15 @@ class SAMStep:
                 "SAMStep: a step of MSAM has one pass, to which select, ascent_fraction, functional and "
                 "sharpness='micro' mean nothing"
             )
-        if self.micro and isinstance(self.optimizer, LookSAM):
+        if self.micro and any(isinstance(part, LookSAM) for part in self._parts):
             raise ValueError(
                 "SAMStep: LookSAM keeps one direction a step, which sharpness='micro' has several of; use 'batch'"
             )
-        if self.micro and type(self.optimizer).after_update is not Algebra.after_update and self._adds_a_term():
+        if self.micro and any(map(_adds_a_term, self._parts)):
+            name = next(type(part).__name__ for part in self._parts if _adds_a_term(part))
             raise ValueError(
-                f"SAMStep: {type(self.optimizer).__name__} has a term beside the base optimizer's step, of which "
-                "sharpness='micro' would need the mean; use sharpness='batch', or WSAM's decoupled=False"
+                f"SAMStep: {name} has a term beside the base optimizer's step, of which sharpness='micro' would need "
+                "the mean; use sharpness='batch', or WSAM's decoupled=False"
             )
         if self.second_order:
             self._check_second_order()
@@ -155,34 +162,30 @@ class SAMStep:
             self._check_capture()
 
     def _check_capture(self) -> None:
-        optimizer = self.optimizer
-        devices = list(dict.fromkeys(_devices_of(optimizer)))
+        devices = list(dict.fromkeys(_devices_of(self.optimizer)))
         shared = self.micro and (self.select < 1 or self.ascent_fraction < 1)
         reasons = {
             "a GradScaler": self.scaler is not None,
             "DistributedDataParallel": hasattr(self.model, "no_sync"),
             "second_order=True": self.second_order,
-            f"when={optimizer.when}, which measures on the host": optimizer.when is not None
-            and optimizer.when.measures,
             "same_rng=True and dropout between recurrent layers, which cuDNN draws from a state of its own": (
                 self.same_rng and any(map(_drops_in_cudnn, self.model.modules()))
             ),
             "same_rng=True and sharpness='micro' with select or ascent_fraction below 1, whose passes over a part draw "
             "different amounts of numbers": self.same_rng and shared,
-            f"{type(optimizer).__name__}, which draws on the host": not optimizer.capturable,
-            f"{type(optimizer).__name__}'s term beside the base optimizer's step": (
-                type(optimizer).after_update is not Algebra.after_update and self._adds_a_term()
-            ),
             f"parameters on {' and '.join(map(str, devices))}; they must be on one GPU": (
                 len(devices) != 1 or devices[0].type != "cuda"
             ),
         }
+        for part in self._parts:
+            name = type(part).__name__
+            measures = part.when is not None and part.when.measures
+            reasons[f"when={part.when}, which measures on the host"] = measures
+            reasons[f"{name}, which draws on the host"] = not part.capturable
+            reasons[f"{name}'s term beside the base optimizer's step"] = _adds_a_term(part)
         found = [reason for reason, holds in reasons.items() if holds]
         if found:
             raise ValueError(f"SAMStep: capture=True cannot be with {', nor with '.join(found)}")
-
-    def _adds_a_term(self) -> bool:
-        return bool(getattr(self.optimizer, "decoupled", True))
 
     @property
     def micro(self) -> bool:
@@ -418,10 +421,13 @@ class SAMStep:
     # The second-order term.
 
     def _check_second_order(self) -> None:
-        optimizer = self.optimizer
-        plain = type(optimizer) is FusedSAM and optimizer.p == 2 and optimizer.radius is None
-        plain = plain and not optimizer.renormalize and not optimizer.perturb_with_weight_decay
-        adaptive = any(group["adaptive"] for group in optimizer.param_groups)
+        plain = all(
+            type(part) is FusedSAM
+            and (part.p, part.radius) == (2, None)
+            and not (part.renormalize or part.perturb_with_weight_decay)
+            for part in self._parts
+        )
+        adaptive = any(group["adaptive"] for group in self.optimizer.param_groups)
         if not plain or adaptive or self.micro_batches > 1 or self.scaler is not None or self.functional:
             raise ValueError(
                 "SAMStep: second_order is for plain SAM with p=2, without adaptive groups, other methods, radius, "
@@ -463,7 +469,12 @@ class SAMStep:
         return loss.detach()
 
 
-def _devices_of(optimizer: FusedSAM) -> Iterator[torch.device]:
+def _adds_a_term(optimizer: FusedSAM) -> bool:
+    """Whether the weights move beside the base optimizer's step, as in decoupled WSAM."""
+    return type(optimizer).after_update is not Algebra.after_update and bool(getattr(optimizer, "decoupled", True))
+
+
+def _devices_of(optimizer: FusedSAM | Joint) -> Iterator[torch.device]:
     """The device of each parameter."""
     return (param.device for group in optimizer.param_groups for param in group["params"])
 

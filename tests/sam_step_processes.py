@@ -31,6 +31,12 @@ def optimizer_of(model, cls=fastsam.FusedSAM, **more):
     return cls(model.parameters(), torch.optim.SGD, RHO, **OPTIONS, **more)
 
 
+def joint_of(params, *options, **more):
+    """Two optimizers under one norm, over the parameters of one."""
+    params = list(params)
+    return fastsam.joint(*(fastsam.FusedSAM(part, *options, **more) for part in (params[:2], params[2:])))
+
+
 def sam_gradient(model, x, y):
     params = list(model.parameters())
     g1 = torch.autograd.grad(F.cross_entropy(model(x), y), params)
@@ -47,11 +53,12 @@ def close(model, twin, what):
 def check_global(rank, world_size):
     """A step is that of one process with the whole batch, with micro-batches, too."""
     for micro_batches in (1, 3):
-        for cls in (fastsam.FusedSAM, methods.GSAM, methods.LookSAM):
+        for cls in (fastsam.FusedSAM, methods.GSAM, methods.LookSAM, joint_of):
             model, twin = network(), network()
             parallel = DistributedDataParallel(model)
             step = SAMStep(parallel, optimizer_of(model, cls), F.cross_entropy, micro_batches=micro_batches)
-            alone = SAMStep(twin, optimizer_of(twin, cls), F.cross_entropy)
+            one = fastsam.FusedSAM if cls is joint_of else cls
+            alone = SAMStep(twin, optimizer_of(twin, one), F.cross_entropy)
             for t in range(6):
                 x, y = batch(t, 6 * world_size)
                 step(x[rank::world_size], y[rank::world_size])
@@ -61,13 +68,13 @@ def check_global(rank, world_size):
 
 def check_local(rank, world_size):
     """A step is that with the mean of the ranks' SAM gradients."""
-    for static in (False, True):
+    for static, cls in ((False, fastsam.FusedSAM), (True, fastsam.FusedSAM), (False, joint_of)):
         for sharpness, micro_batches in (("batch", 1), ("batch", 2), ("micro", 2)):
             model, twin = network(), network()
             parallel = DistributedDataParallel(model, static_graph=static)
             step = SAMStep(
                 parallel,
-                optimizer_of(model),
+                optimizer_of(model, cls),
                 F.cross_entropy,
                 perturb="local",
                 micro_batches=micro_batches,

@@ -25,6 +25,7 @@ SteerAscent: TypeAlias = Callable[
 ]
 Measured: TypeAlias = tuple[Sequence[Gradients], Sequence[Gradients]]  # as read, and what is climbed along
 MapSums: TypeAlias = Callable[[Mapping[torch.device, Tensor]], Mapping[torch.device, Tensor]]
+MaxNorm: TypeAlias = float | Mapping[torch.device, Tensor]  # what gradients are clipped to, or the factors themselves
 
 
 class Buckets(Grouping):
@@ -252,7 +253,7 @@ class Buckets(Grouping):
         self,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        max_norm: float | None = None,
+        max_norm: MaxNorm | None = None,
         steer: Steer | None = None,
         first_squares: Tensor | None = None,
     ) -> list[Gradients]:
@@ -261,7 +262,7 @@ class Buckets(Grouping):
         Args:
             grad_scale: [] or [1] float32, the loss scale of the gradients.
             found_inf: [] or [1] float32, not 0 where they overflowed.
-            max_norm: what the gradients are clipped to.
+            max_norm: what the gradients are clipped to, or [] float64 on each device: the factors that do so.
             steer: gives what the base optimizer steps with, in each bucket, for the gradients there.
             first_squares: [] float64, the squared length to which that is scaled.
         """
@@ -290,18 +291,20 @@ class Buckets(Grouping):
     def factors_for(
         self,
         grads: Sequence[Gradients],
-        max_norm: float | None,
+        max_norm: MaxNorm | None,
         grad_scale: Tensor | None,
         first_squares: Tensor | None = None,
-    ) -> dict[torch.device, Tensor]:
+    ) -> Mapping[torch.device, Tensor]:
         """[] float64 on each device: what these gradients are multiplied by in the update; none if by nothing.
 
         Args:
             grads: what the base optimizer steps with.
-            max_norm: what their norm is clipped to, after the other factor.
+            max_norm: what their norm is clipped to, after the other factor; or the factors, instead of another.
             grad_scale: their loss scale.
             first_squares: [] float64, the squared length to which they are scaled, with the same loss scale.
         """
+        if isinstance(max_norm, Mapping):
+            return max_norm
         if first_squares is None:
             return {} if max_norm is None else self.clip(grads, max_norm, grad_scale)
         self.clip(grads, float("inf"), None)  # for the norm
