@@ -264,7 +264,8 @@ class SAF(_TrajectoryLoss):
         Args:
             outputs: [batch, n_classes], the model's.
             targets: what the base loss takes.
-            indices: [batch] of whole numbers, which samples these are.
+            indices: [batch] of whole numbers, which samples these are. Whether they are in range is looked at on the
+                CPU; where store and indices both are on a GPU, to look would wait for it.
             record: False stores nothing.
         """
         loss = self._base(outputs, targets)
@@ -274,30 +275,38 @@ class SAF(_TrajectoryLoss):
         assert self.epoch is not None
         if outputs.dim() != 2 or outputs.shape[1] != self.n_classes:
             raise ValueError(f"SAF: outputs must be [batch, {self.n_classes}], got shape {list(outputs.shape)}")
-        rows = self._check_indices(indices, len(outputs)).to(self.outputs.device, torch.int64)
+        rows = self._rows(indices, len(outputs))
         self._flush()
         then = self.epoch - self.lag
         if started and then >= 0:
             slot = then % (self.lag + 1)
-            known = (self.stamps[slot][rows] == then).to(outputs.device, non_blocking=True)
+            known = self.stamps[slot][rows] == then
+            known = known.to(outputs.device, non_blocking=outputs.is_cuda)  # on the CPU it is read at once
             loss = loss + self._divergence(outputs, self._read(slot, rows, outputs.device), known)
         if record:
             self._write(rows, outputs.detach())
         return loss
 
-    def _check_indices(self, indices: Tensor, batch: int) -> Tensor:
+    def _rows(self, indices: Tensor, batch: int) -> Tensor:
+        """[batch] int64 on the store's device: the indices."""
         if not isinstance(indices, Tensor) or indices.dtype.is_floating_point or indices.dtype == torch.bool:
             raise ValueError(f"SAF: indices must be a tensor of whole numbers, got {indices!r}")
         if indices.shape != (batch,):
             raise ValueError(f"SAF: indices must be [{batch}] as there are outputs, got shape {list(indices.shape)}")
-        if indices.device.type == "cpu" and batch:  # on a GPU a look would wait for it
-            least, most = (int(bound) for bound in indices.aminmax())
-            if least < 0 or most >= self.n_samples:
-                raise ValueError(
-                    f"SAF: indices must be in [0, {self.n_samples - 1}], got {least if least < 0 else most}; "
-                    "n_samples is the size of the whole data set"
-                )
-        return indices
+        rows = indices.to(self.outputs.device, torch.int64)
+        for known in (indices, rows):
+            if known.device.type == "cpu" and batch:  # on a GPU a look would wait for it
+                self._check_bounds(known)
+                break
+        return rows
+
+    def _check_bounds(self, rows: Tensor) -> None:
+        least, most = (int(bound) for bound in rows.aminmax())
+        if least < 0 or most >= self.n_samples:
+            raise ValueError(
+                f"SAF: indices must be in [0, {self.n_samples - 1}], got {least if least < 0 else most}; "
+                "n_samples is the size of the whole data set"
+            )
 
     def _read(self, slot: int, rows: Tensor, device: torch.device) -> Tensor:
         """[batch, n_classes] on a device: stored outputs."""

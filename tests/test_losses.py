@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -309,6 +310,19 @@ def test_a_file_survives_the_process(tmp_path):
     saf = make("file", tmp_path)
     saf.load_state_dict(torch.load(tmp_path / "checkpoint"))
     train(saf, range(5, 8))
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has GPUs of its own")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_nothing_mixes_devices(tmp_path):
+    """Store, outputs and indices each on the CPU or a GPU, as fake tensors: see losses_devices.py."""
+    here, torch_here = Path(__file__).parent, Path(torch.__file__).parent
+    guard, include = str(tmp_path / "guard.so"), str(torch_here / "include")
+    build = ["g++", "-std=c++20", "-shared", "-fPIC", "-I", include, "-o", guard, str(here / "cuda_guard.cpp")]
+    subprocess.run([*build, "-L", str(torch_here / "lib"), "-lc10"], check=True, timeout=120)
+    run = [sys.executable, str(here / "losses_devices.py"), guard]
+    ran = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.stdout.split() == ["checked"], ran.stderr
 
 
 def test_moves_and_copies(tmp_path):
