@@ -101,6 +101,30 @@ def check_local(rank, world_size):
                 close(model, twin, f"local, {sharpness}, {micro_batches} micro-batches, static_graph={static}")
 
 
+def check_select(rank, world_size):
+    """ESAM's selection: each rank climbs by its own part and takes its own samples; what they give is averaged."""
+    model, twin, per_sample = network(), network(), torch.nn.CrossEntropyLoss(reduction="none")
+    parallel = DistributedDataParallel(model)
+    step = SAMStep(parallel, optimizer_of(model), per_sample, perturb="local", select=0.5)
+    base = torch.optim.SGD(twin.parameters(), foreach=False, **OPTIONS)
+    for t in range(4):
+        x, y = batch(t, 8 * world_size)
+        step(x[rank::world_size], y[rank::world_size])
+        each = []
+        for r in range(world_size):
+            a, b = x[r::world_size], y[r::world_size]
+            g1 = torch.autograd.grad(per_sample(twin(a), b).mean(), list(twin.parameters()))
+            n = torch.cat([g.flatten() for g in g1]).norm()
+            moved = {name: p + g * (RHO / n) for (name, p), g in zip(twin.named_parameters(), g1, strict=True)}
+            losses = per_sample(torch.func.functional_call(twin, moved, (a,)), b)
+            chosen = (losses - per_sample(twin(a), b)).argsort(descending=True)[:4]
+            each.append(torch.autograd.grad(losses[chosen].mean(), list(twin.parameters())))
+        for p, *grads in zip(twin.parameters(), *each, strict=True):
+            p.grad = sum(grads) / world_size
+        base.step()
+    close(model, twin, "select")
+
+
 def check_drift(rank, world_size):
     """After 300 steps of each kind all ranks have the same bits."""
     for dtype, options in (
@@ -148,7 +172,7 @@ def main():
     rank, world_size, _ = join()
     with contextlib.suppress(RuntimeError):
         torch.set_num_threads(1)
-    checks = [check_global, check_local, check_communication] + ([check_drift] if world_size == 2 else [])
+    checks = [check_global, check_local, check_select, check_communication] + ([check_drift] if world_size == 2 else [])
     for check in checks:
         check(rank, world_size)
     if rank == 0:
