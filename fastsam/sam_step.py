@@ -340,6 +340,8 @@ class SAMStep:
 
     def _generators(self, parts: Sequence[Batch]) -> Generators:
         """What brings the random numbers of the first pass back, for the later passes over these parts."""
+        if not self.same_rng or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return Generators(self.same_rng, ())
         devices = {leaf.device for leaf in tree_flatten(list(parts))[0] if isinstance(leaf, Tensor)}
         devices.add(next(_devices_of(self.optimizer), torch.device("cpu")))  # the batch may be moved by the model
         return Generators(self.same_rng, {index_of(d) for d in devices if d.type == "cuda"}, self._in_graph)

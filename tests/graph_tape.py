@@ -105,6 +105,7 @@ class Gpu:
         ]
         stream = SimpleNamespace(wait_stream=lambda other: None)
         for name, value in dict(
+            is_initialized=lambda: True,
             default_generators=(self.generator,),
             get_rng_state=lambda i: self.generator.get_state(),
             set_rng_state=lambda state, i: self.generator.set_state(state),
