@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastsam.bases.rules import lr_is_zero
 from fastsam.checks import check_max_grad_norm
 from fastsam.closures import NO_FIRST_GRADIENTS, ClearingCheck, call, detached, entry
 from fastsam.joint_checks import check_clipping, check_owners, check_parts, check_same, name_of
+from fastsam.joint_state import JointState
 from fastsam.ops.reference import Clip, clip_factor
 from fastsam.optimizer import FusedSAM
 from fastsam.passes import CALLED_TWICE, CLOSURE_UNDER_SCALER, NO_FIRST_STEP, Passes
@@ -445,44 +446,6 @@ class Joint(Optimizer):
     def __repr__(self) -> str:
         """The parts, one after the other."""
         return "\n".join(f"{name_of(part, i)}: {part!r}" for i, part in enumerate(self.optimizers))
-
-
-class JointState(MutableMapping[Tensor, Any]):
-    """`optimizer.state` of a joint: for each parameter that of the part whose it is."""
-
-    def __init__(self, optimizers: Sequence[FusedSAM]) -> None:
-        """Of these optimizers."""
-        self._optimizers = optimizers
-
-    def _of(self, param: Tensor) -> MutableMapping[Tensor, Any]:
-        for part in self._optimizers:
-            if param in part.state or any(param is own for own in part._params()):
-                return part.state
-        raise KeyError(param)
-
-    def __getitem__(self, param: Tensor) -> Any:
-        """As torch's: an entry that is not there yet is made."""
-        return self._of(param)[param]
-
-    def __setitem__(self, param: Tensor, value: Any) -> None:
-        """Replace an entry."""
-        self._of(param)[param] = value
-
-    def __delitem__(self, param: Tensor) -> None:
-        """Remove an entry."""
-        del self._of(param)[param]
-
-    def __contains__(self, param: object) -> bool:
-        """Whether there is an entry; none is made."""
-        return any(param in part.state for part in self._optimizers)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """The parameters that have an entry."""
-        return (param for part in self._optimizers for param in part.state)
-
-    def __len__(self) -> int:
-        """How many have one."""
-        return sum(len(part.state) for part in self._optimizers)
 
 
 def _together(parts: Sequence[Mapping[torch.device, Tensor]]) -> Mapping[torch.device, Tensor]:
