@@ -56,7 +56,8 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         *("checks", "esam", "friendly", "gsam", "looksam", "msam", "preconditioned", "sparse", "vasso", "wsam"),
         "",  # the package's own file: all of them
     ),
-    "top": ("joint_checks", "joint_state", "joint", "sam_step", "losses", "registry"),
+    "losses": ("trajectory", "saf", "mesa", ""),
+    "top": ("joint_checks", "joint_state", "joint", "sam_step", "registry"),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo", "methods"),
 }
 TOP = ("", "top")  # what lies in the package itself: below the methods, and above

@@ -424,7 +424,7 @@ def rank_main(rank, directory, place):
     dist.init_process_group("gloo", f"file://{directory}/{place}", timeout=timeout, rank=rank, world_size=2)
     try:
         dtype = torch.float32 if place == "cpu" else torch.float16
-        fastsam.losses._CHUNK = 2 * CLASSES * dtype.itemsize  # two rows
+        fastsam.losses.saf._CHUNK = 2 * CLASSES * dtype.itemsize  # two rows
         saf = make(place, Path(directory), dtype=dtype)
         sampler = DistributedSampler(range(N), 2, rank, seed=3)  # 6 each: one sample twice
         for epoch in range(6):

@@ -1,120 +1,22 @@
-"""Losses that flatten the minimum in one pass: SAF, and MESA, which needs no store (Du et al., arXiv 2205.14083).
-
-Both add to a loss how far the outputs have moved along the training, so they go with a plain base optimizer.
-"""
+"""SAF (Du et al., arXiv 2205.14083): stay near the outputs of epochs ago, which a store holds."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
+
+from fastsam.losses.trajectory import TrajectoryLoss
 
 _CHUNK = 32 << 20  # bytes of outputs that a rank sends at once
 _ALIGNMENT = 64  # of the outputs in a file, behind the stamps
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class _TrajectoryLoss(nn.Module):
-    """base_loss + lmbda T^2 mean_i KL(softmax(z'_i / T) || softmax(z_i / T)), and the epoch, which says when."""
-
-    def __init__(
-        self, base_loss: Callable[[Tensor, Any], Tensor] | None, lmbda: float, temperature: float, start: int
-    ) -> None:
-        super().__init__()
-        self._who = type(self).__name__
-        if not 0 <= lmbda < float("inf"):
-            raise ValueError(f"{self._who}: lmbda must be >= 0, got {lmbda!r}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"{self._who}: temperature must be > 0, got {temperature!r}")
-        self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
-        self.lmbda, self.temperature = float(lmbda), float(temperature)
-        self.start = self._whole("start", start, -1)
-        self.epoch: int | None = None
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"lmbda={self.lmbda:g}, temperature={self.temperature:g}, start={self.start}"
-
-    def new_epoch(self) -> None:
-        """Begin the next epoch; the first one is 0."""
-        self.set_epoch(0 if self.epoch is None else self.epoch + 1)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, beside `sampler.set_epoch(epoch)`; the same number again goes on with it.
-
-        Raises:
-            ValueError: it is no whole number >= 0, or an earlier epoch than the present one.
-        """
-        self._whole("epoch", epoch, 0)
-        if self.epoch is not None and epoch < self.epoch:
-            raise ValueError(
-                f"{self._who}: epochs only go on, got {epoch} after {self.epoch}; to go back, load a state_dict() of "
-                "that time, and to train anew, make a new loss"
-            )
-        if epoch != self.epoch:
-            self._leave_epoch()
-            self.epoch = epoch
-            self._enter_epoch()
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What `state_dict()` holds beside the tensors."""
-        return {"epoch": self.epoch}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up what `get_extra_state` gave."""
-        self.epoch = state["epoch"]
-
-    def _leave_epoch(self) -> None:
-        pass
-
-    def _enter_epoch(self) -> None:
-        pass
-
-    def _whole(self, name: str, value: int, least: int) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{self._who}: {name} must be a whole number >= {least}, got {value!r}")
-        return value
-
-    def _started(self) -> bool:
-        if self.epoch is None:
-            raise RuntimeError(f"{self._who}: call new_epoch() or set_epoch(epoch) before an epoch's first batch")
-        return self.epoch > self.start
-
-    def _base(self, outputs: Tensor, targets: Any) -> Tensor:
-        loss = self.base_loss(outputs, targets)
-        if loss.dim() != 0:
-            raise ValueError(f"{self._who}: base_loss must give one number, got shape {list(loss.shape)}")
-        return loss
-
-    def _divergence(self, outputs: Tensor, reference: Tensor, known: Tensor | None = None) -> Tensor:
-        """[]: lmbda T^2 times the mean over the samples that are known.
-
-        Args:
-            outputs: [batch, classes], z.
-            reference: [batch, classes], z', without gradient.
-            known: [batch] bool; where it is false, nothing of `reference` is used.
-        """
-        if outputs.dtype.itemsize < 4:
-            outputs = outputs.float()
-        reference = reference.to(outputs.dtype)
-        if known is not None:  # before the softmax: 0 * NaN in the backward pass is NaN
-            reference = torch.where(known[:, None], reference, 0)
-        now = F.log_softmax(outputs / self.temperature, 1)
-        then = F.log_softmax(reference / self.temperature, 1)
-        divergences = F.kl_div(now, then, reduction="none", log_target=True).sum(1)
-        mean = divergences.mean() if known is None else (divergences * known).sum() / known.sum().clamp(min=1)
-        return self.lmbda * self.temperature**2 * mean
 
 
 class _Written(NamedTuple):
@@ -125,7 +27,7 @@ class _Written(NamedTuple):
     arrival: torch.cuda.Event | None  # when `rows` may be read; at once if none
 
 
-class SAF(_TrajectoryLoss):
+class SAF(TrajectoryLoss):
     """Sharpness-aware training for free (Du et al., arXiv 2205.14083, eq. 8): stay near one's outputs of epochs ago.
 
         loss = base_loss + lmbda T^2 mean_i KL(softmax(z_i^(e - lag) / T) || softmax(z_i / T))    if e > start
@@ -470,147 +372,6 @@ class SAF(_TrajectoryLoss):
             raise TypeError("SAF: a memory-mapped store cannot be copied or pickled; use state_dict()")
         self._flush()
         return self.__dict__.copy()
-
-
-class MESA(_TrajectoryLoss):
-    """Memory-efficient sharpness-aware training (Du et al., arXiv 2205.14083, eq. 12): stay near an average's outputs.
-
-        v <- beta v + (1 - beta) w                                                 after each step, by `update()`
-        loss = base_loss + lmbda T^2 mean_i KL(softmax(f_v(x_i) / T) || softmax(f_w(x_i) / T))       if e > start
-
-    v is the weights of the teacher, a copy of the model without gradients that begins as v = w. Its buffers
-    (BatchNorm's statistics) are copies of the model's, as in `torch.optim.swa_utils.AveragedModel`. It stays in
-    evaluation mode, whatever mode the loss is in. The authors' code takes timm's averaged model instead, which is in
-    evaluation mode, too, but averages the statistics like weights. The factor T^2 is that of their code, the paper has
-    none. Epochs count from 0. Defaults are the authors'; in the paper beta is in (0.9, 1).
-
-    It costs the base loss's one forward and backward pass and, once it has started, the teacher's forward pass without
-    a graph; no perturbation. Memory: one copy of the model. It is a loss for the plain base optimizer, and may be
-    combined with anything: with SAM, call `update()` after the whole step, when the weights are not perturbed.
-
-    `teacher` is a submodule, so `.to()` and `state_dict()` include it; the model is only followed. Under
-    DistributedDataParallel the model inside is copied and followed; its weights are equal on all ranks, and so are the
-    teachers', but BatchNorm's statistics are each rank's own after a step, and the teacher has them from there.
-    Weights must not have less than 32 bits: an average moves in steps that bfloat16 and float16 round away; use
-    autocast. In evaluation mode (`mesa.eval()`) it is the base loss.
-
-    Args:
-        model: what is trained; on its device.
-        base_loss: `base_loss(outputs, targets)` gives one number; cross entropy if None.
-        lmbda: weight of the divergence.
-        temperature: T.
-        beta: how much of the average stays in each step.
-        start: the divergence counts from epoch start + 1 on, the authors' E_start.
-
-    Example:
-        >>> mesa = MESA(model)
-        >>> for epoch in range(epochs):
-        ...     mesa.set_epoch(epoch)
-        ...     for x, y in loader:
-        ...         optimizer.zero_grad()
-        ...         mesa(model(x), y, x).backward()
-        ...         optimizer.step()
-        ...         mesa.update()
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        base_loss: Callable[[Tensor, Any], Tensor] | None = None,
-        *,
-        lmbda: float = 0.8,
-        temperature: float = 5.0,
-        beta: float = 0.9998,
-        start: int = 5,
-    ) -> None:
-        """Copy the model."""
-        super().__init__(base_loss, lmbda, temperature, start)
-        if not 0 <= beta < 1:
-            raise ValueError(f"MESA: beta must be in [0, 1), got {beta!r}")
-        self.beta = float(beta)
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        for name, param in model.named_parameters():
-            if _averaged(param) and param.dtype.itemsize < 4:
-                raise ValueError(
-                    f"MESA: weights must have 32 bits or more, as their average would be lost in rounding, got "
-                    f"{param.dtype} for {name!r}; keep them in float32 and use autocast"
-                )
-        self._model = weakref.ref(model)  # no submodule: it is not ours to save, to move or to keep alive
-        self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        self._used = self._updated = False  # in this epoch
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"{super().extra_repr()}, beta={self.beta:g}"
-
-    def train(self, mode: bool = True) -> MESA:
-        """Training mode counts the divergence; the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def forward(self, outputs: Tensor, targets: Any, inputs: Any) -> Tensor:
-        """[]: the loss of a batch.
-
-        Args:
-            outputs: [batch, n_classes], the model's.
-            targets: what the base loss takes.
-            inputs: what the model took: a tensor, a tuple of arguments or a dict of keywords.
-        """
-        loss = self._base(outputs, targets)
-        if not self.training:
-            return loss
-        started = self._started()
-        self._used = True
-        if not started:
-            return loss
-        with torch.no_grad():
-            if isinstance(inputs, tuple):
-                reference = self.teacher(*inputs)
-            elif isinstance(inputs, Mapping):
-                reference = self.teacher(**inputs)
-            else:
-                reference = self.teacher(inputs)
-        if outputs.dim() != 2 or reference.shape != outputs.shape:
-            raise ValueError(
-                "MESA: outputs must be [batch, classes] and the teacher's of the same shape, got "
-                f"{list(outputs.shape)} and {list(reference.shape)}"
-            )
-        return loss + self._divergence(outputs, reference)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the teacher, v <- beta v + (1 - beta) w, and copy buffers; call it after each step of the optimizer."""
-        model = self._model()
-        if model is None:
-            raise RuntimeError("MESA: the model is gone; make a new MESA for another one")
-        ours, theirs = list(self.teacher.parameters()), list(model.parameters())
-        copies, originals = list(self.teacher.buffers()), list(model.buffers())
-        if len(ours) != len(theirs) or len(copies) != len(originals):
-            raise ValueError("MESA: the model has other parameters or buffers than when it was copied; make a new MESA")
-        averaged = [(v, w.to(v.device, v.dtype)) for v, w in zip(ours, theirs, strict=True) if _averaged(v)]
-        if averaged:
-            teacher, weights = zip(*averaged, strict=True)
-            move = get_ema_multi_avg_fn(self.beta)  # type: ignore[no-untyped-call]  # torch._foreach_lerp_
-            move(list(teacher), list(weights), None)
-        copies += [v for v in ours if not _averaged(v)]
-        originals += [w for w in theirs if not _averaged(w)]
-        for old, new in zip(copies, originals, strict=True):
-            old.copy_(new)
-        self._updated = True
-
-    def _leave_epoch(self) -> None:
-        if self._used and not self._updated:
-            raise RuntimeError(f"MESA: no update() in epoch {self.epoch}; call it after each step of the optimizer")
-
-    def _enter_epoch(self) -> None:
-        self._used = self._updated = False
-
-
-def _averaged(weight: Tensor) -> bool:
-    """Whether a weight is averaged; whole numbers are copied."""
-    return weight.is_floating_point() or weight.is_complex()
 
 
 def _in_ranks(group: dist.ProcessGroup | None = None) -> bool:
