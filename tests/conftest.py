@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it under deterministic algorithms
@@ -13,6 +15,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would 
 import cases
 import pytest
 import torch
+
+
+def _hide(package: str) -> None:
+    """Let a package that is installed count as missing: for imports, for `find_spec`, and for who reads its version."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+    sys.modules[package] = None  # type: ignore[assignment]
+    find = importlib.metadata.Distribution.from_name
+
+    def from_name(name: str) -> importlib.metadata.Distribution:
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    importlib.metadata.Distribution.from_name = staticmethod(from_name)  # type: ignore[method-assign,assignment]
+
+
+try:  # it comes with timm, built for another torch than a CPU's: then Lightning, PEFT and Transformers do without it
+    import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except Exception:
+    _hide("torchvision")
 
 
 @pytest.fixture(autouse=True)
