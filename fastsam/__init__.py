@@ -10,6 +10,7 @@ from fastsam.optimizer import FusedSAM
 from fastsam.registry import create
 from fastsam.sam_step import SAMStep
 from fastsam.training import asam_groups, freeze_running_stats, norm_layers_only
+from fastsam.wrappers import unwrap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "norm_layers_only",
     "radius",
     "schedules",
+    "unwrap",
     "when",
 ]
 

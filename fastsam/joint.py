@@ -13,15 +13,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsam.averaging import copy_averages, paired
-from fastsam.bases.rules import lr_is_zero
 from fastsam.checks import check_max_grad_norm
 from fastsam.closures import NO_FIRST_GRADIENTS, ClearingCheck, call, detached, entry
 from fastsam.joint_checks import check_clipping, check_owners, check_parts, check_same, name_of
 from fastsam.joint_state import JointState
 from fastsam.ops.reference import Clip, clip_factor
 from fastsam.optimizer import FusedSAM
-from fastsam.passes import CALLED_TWICE, CLOSURE_UNDER_SCALER, NO_FIRST_STEP, Passes
-from fastsam.scaling import ATTRIBUTES, forget_scaler
+from fastsam.passes import (
+    CALLED_TWICE,
+    CLOSURE_UNDER_SCALER,
+    NO_FIRST_STEP,
+    UNSCALED_BEFORE_SECOND_PASS,
+    Passes,
+    creates_state,
+)
+from fastsam.scaling import ATTRIBUTES, forget_scaler, note_overflow, scaler_of_caller
 
 
 def joint(*optimizers: FusedSAM, max_grad_norm: float | None = None) -> Joint:
@@ -167,15 +173,41 @@ class Joint(Optimizer):
 
     def _step_without_closure(self) -> None:
         begun = self.perturbed or self._one_pass_begun or any(part._sam.begun for part in self.optimizers)
-        if not begun and not all(lr_is_zero(group) for group in self.param_groups):
-            if any(p.grad is not None for p in self._params()):
+        second_pass = self.optimizers[0]._sam.second_pass
+        if not begun and not creates_state(self, second_pass is not None):
+            if all(p.grad is None for p in self._params()):
+                return
+            if second_pass is None:
                 raise RuntimeError(NO_FIRST_STEP)
+            self._step_with_second_pass(second_pass)
             return
         try:
             self._update()
         except BaseException:
             self._leave_perturbed()
             raise
+
+    def _step_with_second_pass(self, forward_backward: Callable[[], Any]) -> None:
+        scaler = scaler_of_caller()
+        if scaler is not None and getattr(self, "grad_scale", None) is None:
+            raise RuntimeError(UNSCALED_BEFORE_SECOND_PASS)
+        try:
+            if self.begin_step():
+                for part in self.optimizers:
+                    part._note_scale(scaler, known_as=self)
+                self._perturb()
+                self.zero_grad()
+                call(forward_backward)
+                if scaler is not None:
+                    note_overflow(scaler, self)
+            self._update()
+        except BaseException:
+            self._leave_perturbed()
+            raise
+
+    def attach_second_pass(self, forward_backward: Callable[[], Any] | None) -> None:
+        """Say what `step()` is to run at w + e; as `FusedSAM.attach_second_pass`."""
+        self.optimizers[0]._sam.second_pass = forward_backward  # wrappers of an optimizer forward reads, not writes
 
     @property
     def _one_pass_begun(self) -> bool:

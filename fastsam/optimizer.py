@@ -15,7 +15,6 @@ import torch
 from torch.optim import Optimizer
 
 from fastsam import ops
-from fastsam.bases.rules import lr_is_zero
 from fastsam.checks import (
     check_class,
     check_differentiable,
@@ -36,9 +35,18 @@ from fastsam.checks import (
 from fastsam.closures import OnePass, call, detached, entry
 from fastsam.memory.placing import check_duplicates, check_param, is_unused
 from fastsam.ops.formats import Precision
-from fastsam.passes import ADDED_GRADIENTS, CALLED_TWICE, CLOSURE_UNDER_SCALER, NO_FIRST_STEP, Passes
+from fastsam.passes import (
+    ADDED_GRADIENTS,
+    CALLED_TWICE,
+    CLOSURE_UNDER_SCALER,
+    NO_FIRST_STEP,
+    UNSCALED_BEFORE_SECOND_PASS,
+    Passes,
+    creates_state,
+)
 from fastsam.progress import BASE, CLEAN, PAUSED, PERTURBED, SAM
 from fastsam.radius import Radius
+from fastsam.scaling import note_overflow, scaler_of_caller
 from fastsam.when import When, as_when
 
 
@@ -227,9 +235,10 @@ class FusedSAM(Passes):
         Returns:
             The loss at w (with `closure_calls=1` or after `first_step`: the closure's own), None without a closure.
 
-        Without a closure and without `first_step` before it raises if there are gradients, with one exception: where
-        all groups have a learning rate of 0 it is a step of the base optimizer, as distributed checkpoints take one to
-        create state. A loop that forgot `first_step` is then told so in the first step after a warm-up's 0.
+        Without a closure and without `first_step` before it runs what was given to `attach_second_pass`. Without that
+        it raises if there are gradients, with one exception: where all groups have a learning rate of 0 it is a step
+        of the base optimizer, as distributed checkpoints take one to create state. A loop that forgot `first_step` is
+        then told so in the first step after a warm-up's 0.
 
         Raises:
             RuntimeError: no closure, no `first_step` before, and there are gradients; a closure that does not clear the
@@ -281,12 +290,53 @@ class FusedSAM(Passes):
                 raise RuntimeError(ADDED_GRADIENTS)
             sam.turn = BASE if sam.base_step_asked else sam.turn
             self._update()
-        elif sam.base_step_asked or all(lr_is_zero(group) for group in self.param_groups):
-            # A learning rate of 0 is how distributed checkpoints create state.
+        elif sam.base_step_asked or creates_state(self, sam.second_pass is not None):
             sam.turn = BASE
             self._update()
         elif any(p.grad is not None for p in self._params()):
-            raise RuntimeError(NO_FIRST_STEP)
+            if sam.second_pass is None:
+                raise RuntimeError(NO_FIRST_STEP)
+            self._step_with_second_pass(sam.second_pass)
+
+    def _step_with_second_pass(self, forward_backward: Callable[[], Any]) -> None:
+        scaler = scaler_of_caller()
+        if scaler is not None and getattr(self, "grad_scale", None) is None:
+            raise RuntimeError(UNSCALED_BEFORE_SECOND_PASS)
+        try:
+            if self.begin_step():
+                self._note_scale(scaler)
+                self._perturb()
+                self.zero_grad()
+                call(forward_backward)
+                if scaler is not None:
+                    note_overflow(scaler, self)
+            self._update()
+        except BaseException:
+            self._leave_perturbed()
+            raise
+
+    def attach_second_pass(self, forward_backward: Callable[[], Any] | None) -> None:
+        """Say what `step()` is to run at w + e, for loops of others that call it without a closure.
+
+        From then on `step()` takes a whole SAM step with the gradients that are there: it climbs, clears them, calls
+        `forward_backward`, and the base optimizer steps with what that left. It is not called in steps of one pass
+        (`when=`), after `first_step`, and by `step(closure)`. Neither checkpoints nor copies hold it.
+
+        Under a GradScaler it must scale its loss by the same, `scaler.scale(loss).backward()`, and nothing may call
+        `unscale_` before: clip with `max_grad_norm=`.
+
+        Args:
+            forward_backward: runs forward and backward of the batch whose gradients are there; it need not clear
+                gradients. None for nothing, as in the beginning.
+
+        Example:
+            >>> optimizer.attach_second_pass(lambda: loss_fn(model(x), y).backward())
+            >>> for x, y in loader:
+            ...     optimizer.zero_grad()
+            ...     loss_fn(model(x), y).backward()
+            ...     optimizer.step()
+        """
+        self._sam.second_pass = forward_backward
 
     @entry
     def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> bool:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fastsam.algebra import Algebra
 from fastsam.averaging import Averaging
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
+from fastsam.bases.rules import lr_is_zero
 from fastsam.closures import NO_FIRST_GRADIENTS, entry
 from fastsam.memory.buckets import Buckets, MaxNorm, Measured, Steer
 from fastsam.ops.tables import Gradients
@@ -32,13 +33,35 @@ CALLED_TWICE = "FusedSAM: first_step() was called twice without a step() between
 CLOSURE_UNDER_SCALER = (
     "FusedSAM: scaler.step(optimizer, closure) cannot unscale the closure's gradients. Call "
     "scaler.scale(loss).backward(); optimizer.first_step(zero_grad=True), then "
-    "scaler.scale(loss2).backward(); scaler.step(optimizer); scaler.update()"
+    "scaler.scale(loss2).backward(); scaler.step(optimizer); scaler.update(). Accelerate: accelerator.backward(loss); "
+    "fastsam.unwrap(optimizer).first_step(zero_grad=True); accelerator.backward(loss2); optimizer.step()"
 )
 NO_FIRST_STEP = (
     "FusedSAM: step() needs a closure, or first_step() before it: SAM takes two gradients a step. Call "
     "first_step(zero_grad=True) after the first backward and step() after the second, or step(closure), or "
-    "base_step() for a plain step of the base optimizer"
+    "base_step() for a plain step of the base optimizer. A loop that cannot be changed is given its second pass by "
+    "attach_second_pass(forward_backward)"
 )
+UNSCALED_BEFORE_SECOND_PASS = (
+    "FusedSAM: the second pass that was attached comes after scaler.unscale_ here, which would leave its gradients "
+    "multiplied by the loss scale. Leave unscale_ out and clip with FusedSAM's max_grad_norm=; or call "
+    "first_step(zero_grad=True) after the first backward, and run the second one before unscale_. A wrapper of the "
+    "optimizer (Lookahead) under a GradScaler is unscaled, too: train it in bfloat16 or float32"
+)
+
+
+def creates_state(optimizer: Any, second_pass: bool) -> bool:
+    """Whether this step is one by which distributed checkpoints create state, with a learning rate of 0.
+
+    A warm-up may begin at 0, too. Where there is a second pass to run, its gradients tell it from a checkpoint's; where
+    there is none, the base optimizer steps.
+    """
+    if not all(lr_is_zero(group) for group in optimizer.param_groups):
+        return False
+    if not second_pass:
+        return True
+    grads = (p.grad for p in optimizer._params())
+    return not optimizer.state and not any(grad is not None and bool(grad.any()) for grad in grads)
 
 
 class Passes(Averaging):

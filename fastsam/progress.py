@@ -34,6 +34,7 @@ class Progress:
         turn: what the step that began last is: SAM, PLAIN with one pass, or BASE, the base optimizer's own.
         begun: whether that is known for the step that is being taken.
         one_pass: the gradients that a step of one pass began with, from first_step() to step().
+        second_pass: what step() runs at w + e where it is given no closure; None for nothing.
         steps: how many steps began.
         loss_scale: what the gradients at w are multiplied by.
         first_scaled: whether `first_step` was told so.
@@ -58,6 +59,7 @@ class Progress:
         self.turn = SAM
         self.begun = False
         self.one_pass: OnePass | None = None
+        self.second_pass: Callable[[], Any] | None = None
         self.steps = 0
         self.loss_scale: float | Tensor = 1.0
         self.first_scaled = False

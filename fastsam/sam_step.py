@@ -21,6 +21,7 @@ from fastsam.methods.msam import MSAM
 from fastsam.optimizer import FusedSAM
 from fastsam.step_graphs import WARM_UP, CapturedStep, index_of, warm_up
 from fastsam.training import freeze_running_stats
+from fastsam.wrappers import innermost
 
 
 class SAMStep:
@@ -75,7 +76,7 @@ class SAMStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: FusedSAM | Joint,
+        optimizer: torch.optim.Optimizer,
         loss_fn: Callable[..., Tensor] | None = None,
         *,
         forward_backward: Callable[..., Any] | None = None,
@@ -93,8 +94,10 @@ class SAMStep:
     ) -> None:
         """See the class."""
         self.model: Any = model  # or a wrapper of one
-        self.optimizer, self.loss_fn, self.forward_backward = optimizer, loss_fn, forward_backward
-        self._parts = optimizer.optimizers if isinstance(optimizer, Joint) else (optimizer,)
+        optimizer = innermost(optimizer)
+        self.optimizer: FusedSAM | Joint = optimizer
+        self.loss_fn, self.forward_backward = loss_fn, forward_backward
+        self._parts: tuple[FusedSAM, ...] = optimizer.optimizers if isinstance(optimizer, Joint) else (optimizer,)
         self.scaler, self.autocast, self.micro_batches = scaler, autocast, micro_batches
         self.sharpness, self.perturb, self.same_rng = sharpness, perturb, same_rng
         self.ascent_fraction, self.select = ascent_fraction, select

@@ -24,14 +24,26 @@ def forget_scaler(optimizer: Any) -> None:
         vars(optimizer).pop(name, None)
 
 
-def scale_of_caller() -> float | None:
-    """The loss scale of the GradScaler whose step() is running; None if there is none. Waits for the device."""
+def scaler_of_caller() -> torch.amp.GradScaler | None:
+    """The GradScaler whose step() is running; None if there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "step" and isinstance(scaler := frame.f_locals.get("self"), torch.amp.GradScaler):
-            return float(scaler.get_scale())
+            return scaler
         frame = frame.f_back
     return None
+
+
+def scale_of_caller() -> float | None:
+    """The loss scale of the GradScaler whose step() is running; None if there is none. Waits for the device."""
+    scaler = scaler_of_caller()
+    return None if scaler is None else float(scaler.get_scale())
+
+
+def note_overflow(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
+    """Within scaler.step(optimizer): let the gradients that are there now say whether there was an overflow."""
+    found = scaler._check_inf_per_device(optimizer).values()
+    optimizer.found_inf = sum(flag.to(optimizer.found_inf.device, non_blocking=True) for flag in found)
 
 
 def scale_of(scaler: torch.amp.GradScaler, optimizer: Any) -> float | torch.Tensor:

@@ -82,6 +82,7 @@ def test_public_names(backend, device):
         "first_step",
         "second_step",
         "step",
+        "attach_second_pass",
         "restore",
         "base_step",
         "unperturbed",

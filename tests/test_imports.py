@@ -57,7 +57,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         "",  # the package's own file: all of them
     ),
     "losses": ("trajectory", "saf", "mesa", ""),
-    "top": ("joint_checks", "joint_state", "joint", "sam_step", "registry"),
+    "top": ("joint_checks", "joint_state", "joint", "wrappers", "sam_step", "registry"),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo", "methods"),
 }
 TOP = ("", "top")  # what lies in the package itself: below the methods, and above
