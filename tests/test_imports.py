@@ -4,7 +4,12 @@ The floors are those of CONTRIBUTING.md. Imports within functions and for type c
 """
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import fastsam
 
@@ -58,6 +63,10 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
     ),
     "losses": ("trajectory", "saf", "mesa", ""),
     "top": ("joint_checks", "joint_state", "joint", "wrappers", "sam_step", "registry"),
+    "integrations": (
+        "",  # the package's own file: what its modules share
+        *("lightning_parts", "lightning", "pytorch_lightning", "transformers", "accelerate", "timm"),
+    ),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo", "methods"),
 }
 TOP = ("", "top")  # what lies in the package itself: below the methods, and above
@@ -112,3 +121,24 @@ def test_an_upward_import_is_seen(tmp_path):
     file = tmp_path / "lion.py"
     file.write_text("def f():\n    from fastsam.memory import buckets\n    from fastsam.memory.bucket import Bucket\n")
     assert imported(file, set(modules())) == {"memory.buckets", "memory.bucket"}
+
+
+FRAMEWORKS = ("accelerate", "lightning", "peft", "pytorch_lightning", "timm", "transformers")
+
+
+def test_frameworks_are_imported_on_demand():
+    code = (
+        f"import fastsam, sys; print([name for name in {(*FRAMEWORKS, 'fastsam.integrations')} if name in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["lightning", "pytorch_lightning", "timm", "transformers"])
+def test_a_framework_that_is_missing_is_named_with_the_extra(name, monkeypatch):
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, f"fastsam.integrations.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf"{name}.* must be importable.*pip install 'fastsam\[integrations\]'"):
+        importlib.import_module(f"fastsam.integrations.{name}")
