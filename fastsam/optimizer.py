@@ -74,7 +74,8 @@ class FusedSAM(Passes):
             paper's own code does; by default along the gradient alone, as the well-known PyTorch file does.
         max_grad_norm: clip the gradients of the second pass to this norm over all parameters, as
             torch.nn.utils.clip_grad_norm_ does before a step, but without writing to them. Also what to use instead of
-            Lightning's `gradient_clip_val`, which it refuses in mixed precision for optimizers that unscale gradients.
+            Lightning's `gradient_clip_val`, which it refuses in mixed precision for optimizers that unscale gradients
+            (`fastsam.integrations.lightning.SAMMixedPrecision` does not).
         master_weights: keep float32 masters of bfloat16 and float16 parameters, and their states in float32. The
             perturbation and the step are made from the masters, which are the backup, too; weights are the masters,
             rounded. They are saved as `state[p]['master']`. Without them states have their parameter's dtype, as in

@@ -34,7 +34,7 @@ class SAMStep:
     Args:
         model: the module; inside DistributedDataParallel, if it is.
         optimizer: a FusedSAM or one of `fastsam.methods`, with `when`, clipping and all; or several under one norm,
-            `fastsam.joint(...)`.
+            `fastsam.joint(...)`; or what a framework wrapped it in (`fastsam.unwrap`).
         loss_fn: `loss_fn(model(*inputs), targets)` for a call `step(*inputs, targets)`: the mean over the samples, or
             the loss of each, [batch], of which the mean is taken.
         forward_backward: instead of `loss_fn`, for several losses, several models or what else a batch needs:
@@ -94,10 +94,9 @@ class SAMStep:
     ) -> None:
         """See the class."""
         self.model: Any = model  # or a wrapper of one
-        optimizer = innermost(optimizer)
-        self.optimizer: FusedSAM | Joint = optimizer
-        self.loss_fn, self.forward_backward = loss_fn, forward_backward
-        self._parts: tuple[FusedSAM, ...] = optimizer.optimizers if isinstance(optimizer, Joint) else (optimizer,)
+        sam: FusedSAM | Joint = innermost(optimizer)
+        self.optimizer, self.loss_fn, self.forward_backward = sam, loss_fn, forward_backward
+        self._parts = sam.optimizers if isinstance(sam, Joint) else (sam,)
         self.scaler, self.autocast, self.micro_batches = scaler, autocast, micro_batches
         self.sharpness, self.perturb, self.same_rng = sharpness, perturb, same_rng
         self.ascent_fraction, self.select = ascent_fraction, select

@@ -42,10 +42,15 @@ def unwrap(optimizer: Any) -> FusedSAM | Joint:
 
 
 def innermost(optimizer: Any) -> Any:
-    """What is left of an optimizer without its wrappers, whatever that is."""
+    """What is left of an optimizer without its wrappers, whatever that is.
+
+    DeepSpeed's are not taken off: the optimizer within has other parameters than the model, flat and sharded ones.
+    """
     met: list[Any] = []
     while not any(optimizer is one for one in met):  # a wrapper may derive from FusedSAM, so its class says nothing
         met.append(optimizer)
+        if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+            break
         held = getattr(optimizer, "__dict__", {})
         optimizer = next((held[name] for name in INNER if name in held), optimizer)
     return optimizer

@@ -212,6 +212,13 @@ def test_unwrap():
             fastsam.unwrap(wrong)
 
 
+def test_deepspeeds_flat_parameters_are_not_taken_for_the_models():
+    _, optimizer = make()
+    flat = type("DeepSpeedZeroOptimizer", (Wrapper,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    with pytest.raises(ValueError, match="got Wrapper, with DeepSpeedZeroOptimizer within"):
+        fastsam.unwrap(Wrapper(flat(optimizer, "optimizer"), "optimizer"))
+
+
 def test_sam_step_takes_a_wrapper():
     model, optimizer = make()
     step = fastsam.SAMStep(model, Wrapper(optimizer, "optimizer"), nn.functional.cross_entropy)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch.optim import Optimizer
 
-from fastsam.integrations import generators_of, has_first_step
 from fastsam.generators import Generators
+from fastsam.integrations import generators_of, has_first_step
 from fastsam.training import freeze_running_stats
 from fastsam.wrappers import innermost, unwrap
 
@@ -116,9 +117,11 @@ class CallbackParts:
     def _run_earlier_micro_batches(self, trainer: Any) -> None:
         """Those before the last one of this step, whose closure is what the optimizer was given."""
         epoch = trainer.fit_loop.epoch_loop
+        unsynchronised = getattr(trainer.strategy, "block_backward_sync", nullcontext)  # where there are several ranks
         for batch, batch_idx in self._micro_batches[:-1]:
             arguments = epoch._build_kwargs(OrderedDict(), batch, batch_idx)
-            epoch.automatic_optimization._make_closure(arguments, trainer.optimizers[0], batch_idx)()
+            with unsynchronised():
+                epoch.automatic_optimization._make_closure(arguments, trainer.optimizers[0], batch_idx)()
 
 
 class MixedPrecisionParts:

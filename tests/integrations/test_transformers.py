@@ -146,6 +146,33 @@ def test_the_second_gradients_are_clipped_and_their_norm_is_logged(tmp_path):
     assert [entry["loss"] for entry in logged] == pytest.approx([loss.item() for loss in losses], abs=1e-4)
 
 
+def test_clipping_under_a_loss_scaler(tmp_path, monkeypatch):
+    """As in fp16, which the Trainer has on GPUs alone: here in float32, where a power of two as scale loses nothing."""
+    model = Wrapped()
+    sam = optimizer_of(model)
+    trainer = SAMTrainer(model, arguments(tmp_path, max_grad_norm=0.1), train_dataset=rows(), optimizers=(sam, None))
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    class Unscaling(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):  # when the model has no autocast any more
+            monkeypatch.setattr(trainer.accelerator, "native_amp", True)
+            monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+
+    trainer.add_callback(Unscaling())
+    trainer.train()
+    assert scaler.get_scale() == 2.0**10
+    plain = network()
+    optimizer = optimizer_of(plain)
+    for x, y in loader():
+        LOSS(plain(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        LOSS(plain(x), y).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    same(state(model.net), state(plain))
+
+
 def test_an_exception_brings_the_weights_back(tmp_path):
     class Failing(Wrapped):
         def forward(self, x, labels):
