@@ -15,7 +15,9 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 PARALLEL = ("data_parallel.py", "big_model.py")
 NEEDS_A_GPU = ("cuda_graph.py",)
 # These are run by the tests in integrations/, each in the process that imports its framework anyway.
-FRAMEWORKS = ("lightning_auto.py", "trainer.py", "accelerate_loop.py", "timm_loop.py", "lora.py")
+FRAMEWORKS = (
+    *("lightning_auto.py", "lightning_manual.py", "trainer.py", "accelerate_loop.py", "timm_loop.py", "lora.py"),
+)
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in PARALLEL + FRAMEWORKS])

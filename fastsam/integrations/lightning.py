@@ -44,10 +44,7 @@ class SAMMixedPrecision(MixedPrecisionParts, MixedPrecision):  # type: ignore[mi
     updated once a step; an overflow in the first pass makes that a step of the base optimizer, one in the second skips
     it.
 
-    Args:
-        precision: "16-mixed" or "bf16-mixed".
-        device: "cuda" or "cpu".
-        scaler: a torch.amp.GradScaler, instead of one with the usual options.
+    It takes what Lightning's takes: the precision, "cuda" or "cpu", and perhaps a torch.amp.GradScaler of your own.
 
     Example:
         >>> Trainer(plugins=[SAMMixedPrecision("16-mixed", "cuda")], callbacks=[SAMCallback()])

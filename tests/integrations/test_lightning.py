@@ -381,6 +381,7 @@ def test_fabric(way):
     assert set(vars(optimizer)) == before and "grad_scale" not in vars(raw)
 
 
-def test_the_example():
-    path = Path(__file__).parents[2] / "examples" / "lightning_auto.py"
+@pytest.mark.parametrize("name", ["lightning_auto.py", "lightning_manual.py"])
+def test_examples(name):
+    path = Path(__file__).parents[2] / "examples" / name
     assert 0 < runpy.run_path(str(path))["main"]() < math.log(3)
