@@ -32,8 +32,8 @@ def entry(method: F) -> F:
 
     Kernels write through addresses, which a trace cannot see.
     """
-    disabled: Callable[..., Any] | None = None
 
+    @functools.wraps(method)
     def without_gradients(*args: Any, **kwargs: Any) -> Any:
         if torch.is_inference_mode_enabled():  # tensors made in it could not be written outside of it
             with torch.inference_mode(False):
@@ -45,14 +45,8 @@ def entry(method: F) -> F:
         finally:
             torch._C._set_grad_enabled(recorded)
 
-    @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal disabled
-        if disabled is None:  # made on first use: importing torch._dynamo takes seconds
-            disabled = torch.compiler.disable(without_gradients)  # type: ignore[no-untyped-call]
-        return disabled(*args, **kwargs)
-
-    return run  # type: ignore[return-value]
+    # That of torch.optim itself: torch._dynamo, whose import takes seconds, is first imported by a call.
+    return torch._disable_dynamo(without_gradients)  # type: ignore[attr-defined, return-value]
 
 
 def call(closure: Callable[[], Any]) -> Any:

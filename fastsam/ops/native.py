@@ -1,8 +1,8 @@
 """The operations in C++ (and CUDA), twins of `reference.py`: one library over tables of addresses.
 
 `torch.ops.fastsam.*` write through the addresses in a bucket's tables, which no schema shows: only this module
-calls them. The library lies in the package; FASTSAM_LIBRARY in the environment names another file, built from the same
-sources.
+calls them, and no trace takes them in. The library lies in the package; FASTSAM_LIBRARY in the environment names
+another file, built from the same sources.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _NO_RULE = -1
 MOST_TERMS = 3
 LIBRARY = "fastsam._C"
+OPERATIONS = ("grad_norm", "perturb_", "update_", "dot", "combine_", "bind_")  # on tables, by their names in torch.ops
 BOUND_BYTES = 416  # of csrc/bound.h
 
 
@@ -325,6 +326,25 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
+def _give_fake_kernel(name: str) -> None:
+    """Let an operation run on fake tensors, where it does nothing, but end each graph that torch.compile traces.
+
+    A compiler that had it in a graph would read weights before or after it as it likes, since the schema tells of the
+    tables alone. So the operation is called between two graphs.
+    """
+
+    def fake(*operands: Any) -> None:
+        if torch.compiler.is_compiling():
+            from torch._subclasses.fake_tensor import UnsupportedOperatorException
+
+            raise UnsupportedOperatorException(getattr(torch.ops.fastsam, name).default)
+
+    torch.library.register_fake(f"fastsam::{name}", fake)
+
+
 _LIBRARY, _REASON = _load()
+if _REASON is None:
+    for _name in OPERATIONS:
+        _give_fake_kernel(_name)
 # The module `fastsam._C`, which reads addresses and layouts of tensors; None without it or torch's exchange table.
 reader = _LIBRARY if _REASON is None and hasattr(Tensor, "__dlpack_c_exchange_api__") else None
