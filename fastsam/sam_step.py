@@ -244,7 +244,8 @@ class SAMStep:
         kept: list[Tensor] = []
         loss = self._pass(ascent, synchronised=self._synchronised(), keep=kept)
         rng.rewind()
-        self.optimizer.first_step(zero_grad=True, scaler=self.scaler)
+        self.optimizer.first_step(scaler=self.scaler)
+        self._clear_first_gradients()
         with freeze_running_stats(self.model):
             if self.select < 1:
                 parts = self._selected(parts, kept)
@@ -261,6 +262,15 @@ class SAMStep:
         """Whether DistributedDataParallel learns the order of a static graph, which wants communication each time."""
         return self._first_call and bool(getattr(self.model, "static_graph", False))
 
+    def _clear_first_gradients(self) -> None:
+        """Clear what the first pass left.
+
+        Where that did not communicate, DistributedDataParallel takes parameters that it used for used in the second
+        pass, too, and fails if one of these has no gradient then; so they get zeros.
+        """
+        looks = bool(getattr(self.model, "find_unused_parameters", False))
+        self.optimizer.zero_grad(set_to_none=self._synchronised() or not looks)
+
     def _micro_passes(self, parts: Sequence[Batch]) -> Any:
         """Both passes over each part, with a perturbation for each; the mean of what the base is to step with."""
         optimizer, total = self.optimizer, sum(map(count_samples, parts))
@@ -273,7 +283,7 @@ class SAMStep:
             losses.append(self._pass([first_samples(part, self.ascent_fraction)], self._synchronised(), kept))
             rng.rewind()
             optimizer._climb_again(self.scaler)
-            optimizer.zero_grad()
+            self._clear_first_gradients()
             chosen = part
             with freeze_running_stats(self.model):
                 if self.select < 1:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_in_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam import FusedSAM
@@ -41,3 +42,7 @@ def test_like_one_process(backend, device, process_group, bucket_view, set_to_no
             optimizer.step(closure)
     for expected, found in zip(alone.parameters(), model.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_in_two_processes(tmp_path):
+    assert "checked" in run_in_processes("data_parallel_processes.py", 2, tmp_path)
