@@ -9,7 +9,7 @@ from fastsam.ops import native
 from fastsam.optimizer import FusedSAM
 from fastsam.registry import create
 from fastsam.sam_step import SAMStep
-from fastsam.training import asam_groups, freeze_running_stats, norm_layers_only
+from fastsam.training import asam_groups, freeze_running_stats, norm_layers_only, preserve_buffers
 from fastsam.wrappers import unwrap
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "losses",
     "methods",
     "norm_layers_only",
+    "preserve_buffers",
     "radius",
     "schedules",
     "unwrap",

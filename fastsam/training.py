@@ -31,7 +31,8 @@ def freeze_running_stats(model: nn.Module) -> Iterator[None]:
     Setting a momentum of 0 instead, as is often done, still counts batches, misses InstanceNorm, and turns running
     statistics into NaN at the first infinite activation (0 * inf).
 
-    Layers that keep statistics in a class of their own, not derived from torch's, are not known here.
+    Layers that keep statistics in a class of their own, not derived from torch's, are not known here: see
+    `preserve_buffers`.
 
     Args:
         model: the module whose layers are protected; it and all modules in it.
@@ -73,6 +74,42 @@ def freeze_running_stats(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, old in copies:
                 buffer.copy_(old)
+
+
+@contextmanager
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Leaving the block, all buffers of the model are what they were before it.
+
+    It is `freeze_running_stats` for layers that keep statistics in a class of their own: whatever the second pass
+    writes to a buffer, or puts in a buffer's place, is undone, by an exception too. That includes what it should
+    write, such as a counter of calls. Other attributes than buffers are not known.
+
+    It copies every buffer, where `freeze_running_stats` copies nothing for torch's batch normalisation. The backward
+    pass belongs into the block: a buffer that the forward pass wrote to, and autograd saved, is outdated after it.
+
+    Args:
+        model: the module whose buffers are kept, and those of all modules in it.
+
+    Example:
+        >>> loss_fn(model(x), y).backward(); opt.first_step(zero_grad=True)
+        >>> with preserve_buffers(model):
+        ...     loss_fn(model(x), y).backward()
+        >>> opt.step()
+    """
+    kept = [
+        (module._buffers, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, version, old in kept:
+                buffers[name] = buffer
+                # Batch normalisation's writes are not counted; others make what autograd saved of a buffer outdated.
+                (buffer.data if buffer._version == version else buffer).copy_(old)
 
 
 def asam_groups(model: nn.Module, rho: float = 0.5, eta: float = 0.01) -> list[dict[str, Any]]:

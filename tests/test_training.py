@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastsam import FusedSAM, asam_groups, freeze_running_stats, norm_layers_only
+from fastsam import FusedSAM, asam_groups, freeze_running_stats, norm_layers_only, preserve_buffers
 
 
 class OwnBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -147,6 +147,44 @@ def test_a_layer_without_statistics_stays_without():
     with freeze_running_stats(model):
         pass
     assert [module.track_running_stats for module in model] == [False, True]
+
+
+class OwnStatistics(nn.Module):
+    """Not derived from torch's, with buffers that it writes to, replaces, counts with, and leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("last", torch.zeros(3), persistent=False)
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("table", torch.ones(3))
+        self.register_buffer("absent", None)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+            self.last = x.detach().mean(0)
+            self.count += 1
+        return x * self.table - self.mean
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_buffers_of_any_layer_are_preserved(value):
+    model = nn.Sequential(OwnStatistics(), nn.Sequential(nn.Linear(3, 3), OwnStatistics(), nn.BatchNorm1d(3)))
+    model(torch.randn(4, 3))
+    before, objects, table = buffers(model), list(model.buffers()), model[0].table._version
+    x = torch.randn(4, 3) * value
+    with preserve_buffers(model):
+        model(x).sum().backward()
+        assert model[1][1].count == 2
+    with pytest.raises(ZeroDivisionError), preserve_buffers(model):
+        model(x)
+        raise ZeroDivisionError
+    assert_same(buffers(model), before)
+    assert all(a is b for a, b in zip(model.buffers(), objects, strict=True))
+    assert model[0].table._version == table  # autograd may have saved what had not changed
+    model(x)
+    assert model[0].count == 2
 
 
 def network():
