@@ -97,7 +97,7 @@ def check_steps(bucket, option, place=lambda grad: grad):
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_three_sam_steps_follow_the_plan(isa, threads, dtype, option):
+def test_three_sam_steps_follow_the_plan(isa, dtype, option):
     check_steps(fresh_bucket(option, dtype), option)
 
 
@@ -160,7 +160,7 @@ def test_they_do_by_every_instruction_set(isa, format, option):
 
 
 @pytest.mark.parametrize("option", ALSO_BY_OTHERS)
-@pytest.mark.parametrize("format", MASTERS[:1] + STOCHASTIC[:1] + STOCHASTIC[3:4], ids=label)
+@pytest.mark.parametrize("format", PLAIN + MASTERS[:1] + STOCHASTIC[:1] + STOCHASTIC[3:4], ids=label)
 def test_they_do_by_any_number_of_threads(threads, format, option):
     check_steps(fresh_bucket(option, format), option)
 

@@ -167,7 +167,12 @@ def test_float64(backend, device, config):
     run_beside_oracle(config, backend, device, torch.float64, compare, handover=False, norm="float64")
 
 
-@pytest.mark.parametrize("config", **cases.ids(CONFIGS))
+# What the norm and the perturbation depend on is all in these; rules are compared bit by bit above.
+CLIMBS = [config for config in CONFIGS if config.base is torch.optim.SGD or "asam" in config.name]
+CLIMBS += [config for config in CONFIGS if config.name == "adamw_groups"]
+
+
+@pytest.mark.parametrize("config", **cases.ids(CLIMBS))
 def test_float32_against_an_independent_norm(backend, device, config):
     compare = dict(perturbed=close, weights=close, state=close)
     run_beside_oracle(config, backend, device, torch.float32, compare, handover=True, norm="float64")
@@ -216,10 +221,11 @@ def assert_no_farther(ours, torchs, truth, what):
 @pytest.mark.parametrize("config", **cases.ids(CONFIGS))
 @pytest.mark.parametrize("backend", [b for b in cases.BACKENDS if b.values[0] != "reference"])
 def test_whole_steps_have_the_same_bits_on_every_backend(backend, device, config, dtype):
-    # No weights are handed over: 20 steps with their norms, and gradients that depend on the weights.
+    # No weights are handed over: steps with their norms, and gradients that depend on the weights. In the last ones
+    # RAdam divides by its second moment, which it does from the sixth gradient on.
     ours, reference = cases.make_params(dtype, device=device), cases.make_params(dtype)
     opt, other = cases.fused(ours, config, backend), cases.fused(reference, config, "reference")
-    for step in range(20):
+    for step in range(STEPS + 2):
         opt.step(cases.closure_of(ours, step))
         other.step(cases.closure_of(reference, step))
     for name, a, b in zip(NAMES, ours, reference, strict=True):
@@ -314,7 +320,7 @@ HISTORIES = (
 # random histories: missing gradients 35 %, inf or NaN in pass 1 20 %, found_inf 20 %
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("config", **cases.ids(c for c in CONFIGS if c.name in HISTORIES.split()))
 def test_random_history(backend, device, config, seed):
     dice = random.Random(seed)
