@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
+import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+
+# New processes are copies of one that has imported torch already, which takes longer than most of what they do.
+COPIES = multiprocessing.get_context("forkserver")
+COPIES.set_forkserver_preload(["torch.distributed", "fastsam"])
 
 
 def run_in_processes(script: str, world_size: int, directory: Path, *arguments: str, seconds: float = 120) -> str:
     """What rank 0 printed; an assertion fails with the output of the first process that failed."""
-    here = Path(__file__).parent
-    env = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=os.pathsep.join(sys.path))
-    logs = [open(directory / f"rank{rank}.log", "w+") for rank in range(world_size)]  # noqa: SIM115
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(here / script), str(directory / "store"), str(rank), str(world_size), *arguments],
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
+    logs = [directory / f"rank{rank}.log" for rank in range(world_size)]
+    running = []
+    for rank, log in enumerate(logs):
+        argv = [str(Path(__file__).parent / script), str(directory / "store"), str(rank), str(world_size), *arguments]
+        running.append(COPIES.Process(target=_run, args=(argv, log), daemon=True))
+        running[-1].start()
+    ends = time.monotonic() + seconds
     try:
-        codes = [process.wait(seconds) for process in running]
+        for process in running:
+            process.join(max(ends - time.monotonic(), 0))
+        codes = [process.exitcode for process in running]  # None: it has not ended
     finally:
         for process in running:
             process.kill()
-            process.wait()
-        outputs = []
-        for log in logs:
-            log.seek(0)
-            outputs.append(log.read())
-            log.close()
-    failed = [output for code, output in zip(codes, outputs, strict=True) if code != 0]
-    assert not failed, failed[0]
-    return outputs[0]
+            process.join()
+    failed = [log.read_text() for code, log in zip(codes, logs, strict=True) if code != 0]
+    assert not failed, f"{codes}\n{failed[0]}"
+    return logs[0].read_text()
+
+
+def _run(argv: list[str], log: Path) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv[:] = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def join() -> tuple[int, int, list[str]]:
