@@ -116,9 +116,12 @@ class Beside:
                 compare(ours[k][key], value, what=f"state[{k}][{key!r}]")
 
 
+# Masters are float32 in either: each rule has configurations in both.
+EITHER = [pytest.param(config, LOW[i % 2], id=f"{config.name}-{LOW[i % 2]}") for i, config in enumerate(CONFIGS)]
+
+
 @pytest.mark.filterwarnings(cases.NO_GRADIENTS)
-@low
-@pytest.mark.parametrize("config", **cases.ids(CONFIGS))
+@pytest.mark.parametrize("config, dtype", EITHER)
 def test_masters_take_the_steps_of_float32_weights(backend, config, dtype):
     run = Beside(config, backend, dtype)
     roots = config not in cases.EXACT_CONFIGS
