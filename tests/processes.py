@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
@@ -43,5 +44,13 @@ def run_in_processes(script: str, world_size: int, directory: Path, *arguments: 
 def join() -> tuple[int, int, list[str]]:
     """In the script: join the others; rank, number of processes and the other arguments."""
     store, rank, world_size, *arguments = sys.argv[1:]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world_size))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=int(rank),
+        world_size=int(world_size),
+        timeout=datetime.timedelta(
+            seconds=40
+        ),  # of each collective, so that one process that fails leaves none waiting
+    )
     return int(rank), int(world_size), arguments
