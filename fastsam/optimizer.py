@@ -302,6 +302,9 @@ class FusedSAM(Passes):
         elif sam.base_step_asked or creates_state(self, sam.second_pass is not None):
             sam.turn = BASE
             self._update()
+            if self.buffers and not sam.base_step_asked:
+                self.create_buffers()
+                sam.directions.publish(None)
         elif any(p.grad is not None for p in self._params()):
             if sam.second_pass is None:
                 raise RuntimeError(NO_FIRST_STEP)

@@ -329,6 +329,8 @@ class Passes(Averaging):
 
     def _warn_without_gradients(self, grads: list[Any]) -> None:
         sam = self._sam
+        if self.norm_group is not None:  # other ranks may have all gradients
+            return
         if sam.no_gradients_warned or sam.phase != PERTURBED or (grads and grads[0] and grads[0][0] is not None):
             return
         if not any(grad is not None for bucket in grads for grad in bucket):

@@ -1,192 +1,29 @@
-"""What tests/test_distributed.py runs in several processes: FusedSAM over DTensors against one process without them."""
+"""What tests/test_distributed.py runs in several processes."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 
-import oracle
+import distributed_checkpoints
+import distributed_groups
+import distributed_models
+import distributed_steps
 import torch
 import torch.distributed as dist
 from processes import join
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
-import fastsam
-from fastsam import FusedSAM, methods, radius
-
-S0, S1, R = Shard(0), Shard(1), Replicate()
-# Shapes and placements, on a mesh of one dimension and of two; None is no DTensor. Uneven parts, and empty ones: (3,)
-# on the last of four ranks, (1, 5) on all but the first.
-LINE = [
-    ((17, 9), (S0,)),
-    ((6, 10), (S1,)),
-    ((3,), (S0,)),
-    ((20_000,), (S0,)),
-    ((1, 5), (S0,)),
-    ((5, 4), (R,)),
-    ((7,), None),
-]
-SQUARE = [
-    ((17, 9), (S0, S1)),
-    ((6, 10), (R, S1)),
-    ((13, 3), (S0, R)),
-    ((20_000,), (S0, S0)),
-    ((5,), (S0, S0)),
-    ((5, 4), (R, R)),
-    ((7,), None),
-]
-SGD, ADAMW = dict(lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.02), dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6)
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def distributed(value, mesh, placements):
-    """A DTensor of a tensor that all ranks have; a copy of it where it is to be none."""
-    return value.clone() if placements is None else distribute_tensor(value, mesh, placements, src_data_rank=None)
-
-
-def noise(shape, seed, dtype):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-class Pair:
-    """The same parameters as DTensors and whole, and gradients that tell where they were taken."""
-
-    def __init__(self, mesh, layout, dtype=torch.float64):
-        self.mesh, self.layout, self.dtype = mesh, layout, dtype
-        values = [noise(shape, i, dtype) for i, (shape, _) in enumerate(layout)]
-        self.split = [nn.Parameter(distributed(v, mesh, pl)) for v, (_, pl) in zip(values, layout, strict=True)]
-        self.alone = [nn.Parameter(v.clone()) for v in values]
-
-    def gradients(self, seed, params=None):
-        for i, (p, q, (shape, placements)) in enumerate(zip(self.split, self.alone, self.layout, strict=True)):
-            n = noise(shape, 100 * seed + i, self.dtype)
-            p.grad = distributed(n, self.mesh, placements) + 0.3 * p.detach()
-            q.grad = n + 0.3 * q.detach()
-
-    def groups(self, params, overrides):
-        return [dict(own, params=params[k :: len(overrides)]) for k, own in enumerate(overrides)]
-
-    def close(self, one, other, what, tolerance=1e-11):
-        for i, (p, q) in enumerate(zip(self.split, self.alone, strict=True)):
-            same(p, q, f"{what}: parameter {i}", tolerance)
-            mine, theirs = one.state.get(p, {}), other.state.get(q, {})
-            assert list(mine) == list(theirs), (what, i, list(mine), list(theirs))
-            for name, value in mine.items():
-                if isinstance(value, torch.Tensor):
-                    if isinstance(p, DTensor) and value.dim() > 0:
-                        assert isinstance(value, DTensor), (what, name)
-                        assert value.placements == p.placements and value.stride() == p.stride(), (what, name)
-                    same(value, theirs[name], f"{what}: {name} of parameter {i}", tolerance)
-
-
-def same(mine, theirs, what, tolerance):
-    mine = whole(mine.detach())
-    if theirs.dtype == torch.bfloat16:
-        tolerance = 2**-7  # one bit of what is rounded from float32
-    torch.testing.assert_close(mine, theirs.detach(), rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
-
-
-def two_passes(optimizer, gradients, seed):
-    gradients(2 * seed)
-    if optimizer.first_step():
-        gradients(2 * seed + 1)
-    optimizer.step()
-
-
-def one_pass(optimizer, gradients, seed):
-    gradients(seed)
-    optimizer.step()
-
-
-MASKED = (dict(), dict(perturb=False, lr=0.03))
-BF16 = torch.bfloat16
-CONFIGS = {
-    "sgd": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3)),
-    "float32": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, dtype=torch.float32)),
-    "asam": (FusedSAM, torch.optim.AdamW, dict(ADAMW, rho=0.5, adaptive=True, eta=0.02, groups=MASKED)),
-    "p=3": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, p=3.0)),
-    "p=1.2": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, p=1.2, adaptive=True)),
-    "p=inf": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, p=math.inf)),
-    "clipped": (FusedSAM, torch.optim.AdamW, dict(ADAMW, rho=0.3, max_grad_norm=0.7, amsgrad=True)),
-    "renormalized": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, renormalize=True, max_grad_norm=3.0)),
-    "radius": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, radius=radius.mixed(0.4))),
-    "when": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, when=fastsam.when.every(2))),
-    "masters": (FusedSAM, torch.optim.AdamW, dict(ADAMW, rho=0.3, master_weights=True, dtype=BF16, tolerance=1e-5)),
-    "bfloat16": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, dtype=BF16)),
-    "adamax": (FusedSAM, torch.optim.Adamax, dict(lr=0.01, rho=0.3, max_grad_norm=0.7)),
-    "adamax masters": (
-        FusedSAM,
-        torch.optim.Adamax,
-        dict(lr=0.01, rho=0.3, master_weights=True, dtype=BF16, tolerance=1e-5),
-    ),
-    "gsam adamax": (methods.GSAM, torch.optim.Adamax, dict(lr=0.01, rho=0.3, alpha=0.7)),
-    "friendly": (methods.FriendlySAM, torch.optim.SGD, dict(SGD, rho=0.3, sigma=0.7)),
-    "gsam": (methods.GSAM, torch.optim.AdamW, dict(ADAMW, rho=0.3, alpha=0.7, groups=MASKED)),
-    "looksam": (methods.LookSAM, torch.optim.SGD, dict(SGD, rho=0.3, k=2, alpha=0.4)),
-    "layerwise": (methods.LookSAM, torch.optim.SGD, dict(SGD, rho=0.03, k=2, alpha=0.4, layerwise=True)),
-    "wsam": (methods.WSAM, torch.optim.SGD, dict(SGD, rho=0.3, gamma=0.8)),
-    "vasso": (methods.VaSSO, torch.optim.SGD, dict(SGD, rho=0.3, theta=0.3)),
-    "preconditioned": (methods.PreconditionedSAM, torch.optim.AdamW, dict(ADAMW, rho=0.3)),
-    "esam": (methods.ESAM, torch.optim.SGD, dict(SGD, rho=0.3, beta=1.0)),
-    "msam": (methods.MSAM, torch.optim.SGD, dict(SGD, rho=0.3)),
-}
-
-
-def check_steps(mesh, layout):
-    """Every option and method: norms and products are those of all elements, states lie as their parameters do."""
-    for name, (cls, base, options) in CONFIGS.items():
-        options = dict(options)
-        dtype, overrides = options.pop("dtype", torch.float64), options.pop("groups", (dict(),))
-        # The order of summation is all that differs: some roundings of the norm, that of float32 within chunks.
-        tolerance = options.pop("tolerance", 2e-6 if dtype == torch.float32 else 1e-11)
-        pair = Pair(mesh, layout, dtype)
-        one, other = (cls(pair.groups(params, overrides), base, **options) for params in (pair.split, pair.alone))
-        for seed in range(3):
-            for optimizer in (one, other):
-                (one_pass if cls is methods.MSAM else two_passes)(optimizer, pair.gradients, seed)
-        if cls is methods.MSAM:
-            one.eval(), other.eval()
-        pair.close(one, other, name, tolerance)
-        for mine, theirs in zip(one.stats(), other.stats(), strict=True):
-            if mine is not None and not (name == "when" or mine.isnan()):
-                torch.testing.assert_close(mine, theirs, rtol=max(tolerance, 1e-7), atol=0.0, msg=f"stats of {name}")
-
-
-def check_reference(mesh, layout):
-    """The reference and the hand-written SAM, from the same start."""
-    for backend in ("reference", "auto"):
-        pair = Pair(mesh, layout)
-        one = FusedSAM(pair.split, torch.optim.SGD, rho=0.3, adaptive=True, eta=0.02, backend=backend, **SGD)
-        groups = [dict(params=pair.alone, **SGD)]
-        other = oracle.SamByHand(groups, torch.optim.SGD, norm="float64", rho=0.3, adaptive=True, eta=0.02)
-        for seed in range(3):
-            pair.gradients(2 * seed)
-            one.first_step(), other.climb()
-            pair.gradients(2 * seed + 1)
-            one.step(), other.descend()
-        pair.close(one, other.base, f"by hand, {backend}")
 
 
 def main():
-    rank, world_size, _ = join()
+    rank, world_size, (folder,) = join()
     with contextlib.suppress(RuntimeError):
         torch.set_num_threads(1)
     warnings.simplefilter("error")
-    line = init_device_mesh("cpu", (world_size,), mesh_dim_names=("line",))
-    done = []
-    meshes = [(line, LINE)]
-    if world_size == 4:
-        meshes.append((init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), SQUARE))
-    for mesh, layout in meshes:
-        for check in (check_steps, check_reference):
-            check(mesh, layout)
-            done.append(check.__name__)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module.* returned a view tensor")
+    done = distributed_steps.check_all(world_size)
+    done += distributed_models.check_all(world_size)
+    done += distributed_checkpoints.check_all(world_size, folder)
+    done += distributed_groups.check_all(world_size)
     if rank == 0:
         print("checked", *done)
     dist.barrier()

@@ -37,7 +37,7 @@ def run_in_processes(script: str, world_size: int, directory: Path, *arguments: 
             outputs.append(log.read())
             log.close()
     failed = [output for code, output in zip(codes, outputs, strict=True) if code != 0]
-    assert not failed, failed[0]
+    assert not failed, "\n".join(failed)
     return outputs[0]
 
 

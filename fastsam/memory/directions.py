@@ -196,11 +196,17 @@ class Directions:
             total = total + row
         return Products(*total.unbind())
 
-    def publish(self, grads: Sequence[Gradients], *, stepped: bool = True) -> None:
-        """After an update with these gradients: show in `optimizer.state` what saved vectors hold."""
+    def fill(self, vector: Vector) -> None:
+        """Let a direction hold what it is, zeros, in parameters that have a gradient."""
+        for bucket, flat in zip(self.buckets.items, vector.flats, strict=True):
+            having = torch.tensor([param.grad is not None for param in bucket.params], dtype=torch.bool, device="cpu")
+            flat.note_written(having, keeps=True)
+
+    def publish(self, grads: Sequence[Gradients] | None, *, stepped: bool = True) -> None:
+        """After an update with these gradients, or any: show in `optimizer.state` what saved vectors hold."""
         buckets = self.buckets
-        for bucket, part in zip(buckets.items, grads, strict=True):
-            bucket.vectors.publish(part, buckets.state, stepped=stepped)
+        for i, bucket in enumerate(buckets.items):
+            bucket.vectors.publish(None if grads is None else grads[i], buckets.state, stepped=stepped)
         self._remember_news()
 
     def squared_lengths(self, a: Vector, of_params: bool = False) -> list[Tensor]:

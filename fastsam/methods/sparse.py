@@ -101,6 +101,10 @@ class SparseSAM(FusedSAM):
         self.divide_by(g1)
         return out
 
+    def create_buffers(self) -> None:
+        """With the mask that a first step would begin with."""
+        self._mask()
+
     def _mask(self) -> Vector:
         """The mask, with random elements in parameters that have none yet."""
         directions, mask = self._sam.directions, self.direction("mask")
