@@ -7,7 +7,7 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_steps import ADAMW, BF16, LINE, Pair, two_passes, whole
+from distributed_steps import ADAMW, BF16, LINE, Pair, same, two_passes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -54,15 +54,12 @@ class Trained:
 
     def state(self):
         held = self.optimizer.state
-        return [whole(p.detach()) for p in self.params] + [
-            whole(v) for p in self.params for v in held[p].values() if isinstance(v, torch.Tensor)
-        ]
+        return [*self.params, *(v for p in self.params for v in held[p].values() if isinstance(v, torch.Tensor))]
 
 
-def same(one, other, what, tolerance):
+def same_state(one, other, what, tolerance):
     for mine, theirs in zip(one.state(), other.state(), strict=True):
-        assert mine.dtype == theirs.dtype, what
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
+        same(mine, theirs, what, tolerance)
 
 
 def save(trained, path, group=None):
@@ -83,9 +80,9 @@ def check_same_size(kind, mesh, folder):
     save(half, f"{folder}/{kind}{size}")
     fresh = Trained(kind, mesh)
     load(fresh, f"{folder}/{kind}{size}")
-    same(fresh, half, f"{kind}: split", 0)
+    same_state(fresh, half, f"{kind}: split", 0)
     fresh.go_on(2, 4)
-    same(fresh, finished, f"{kind}: split", 0)
+    same_state(fresh, finished, f"{kind}: split", 0)
     for options in (
         dict(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),
         dict(full_state_dict=True),
@@ -98,14 +95,14 @@ def check_same_size(kind, mesh, folder):
             p.data.copy_(q.data)
         set_optimizer_state_dict(fresh.model, fresh.optimizer, optim_state_dict=taken, options=options)
         fresh.go_on(2, 4)
-        same(fresh, finished, f"{kind}: {options}", 0)
+        same_state(fresh, finished, f"{kind}: {options}", 0)
     # Of one process without DTensors, as torch.save wrote it: each rank takes its part.
     alone, fresh = Trained(kind, None, 2), Trained(kind, mesh)
     for p, q in zip(fresh.params, half.params, strict=True):
         p.data.copy_(q.data)
     fresh.optimizer.load_state_dict(alone.optimizer.state_dict())
     fresh.go_on(2, 4)
-    same(fresh, finished, f"{kind}: of one process", 2**-7 if kind == "masters" else 1e-10)
+    same_state(fresh, finished, f"{kind}: of one process", 2**-7 if kind == "masters" else 1e-10)
 
 
 def check_other_sizes(kind, mesh, folder):
@@ -118,20 +115,20 @@ def check_other_sizes(kind, mesh, folder):
     grown = Trained(kind, mesh)
     load(grown, f"{folder}/{kind}2")
     grown.go_on(2, 4)
-    same(grown, finished, f"{kind}: 2 to 4", tolerance)
+    same_state(grown, finished, f"{kind}: 2 to 4", tolerance)
     save(Trained(kind, mesh, 2), f"{folder}/{kind}4")
     pairs = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("outer", "inner"))["inner"]
     shrunk = Trained(kind, pairs)
     load(shrunk, f"{folder}/{kind}4", pairs.get_group())
     shrunk.go_on(2, 4)
-    same(shrunk, finished, f"{kind}: 4 to 2", tolerance)
+    same_state(shrunk, finished, f"{kind}: 4 to 2", tolerance)
     if dist.get_rank() == 0:
         alone = Trained(kind, None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             load(alone, f"{folder}/{kind}2", no_dist=True)
         alone.go_on(2, 4)
-        same(alone, finished, f"{kind}: 2 to 1", tolerance)
+        same_state(alone, finished, f"{kind}: 2 to 1", tolerance)
     dist.barrier()
 
 

@@ -165,7 +165,7 @@ def check_gradients_elsewhere(world_size):
 
 
 def check_refusals(world_size):
-    """Each rank's own ascent under FSDP2, by name, and flat weights."""
+    """Each rank's own ascent under FSDP2, by name, closures that do not clear, flat weights."""
     wrap, parts, part = layouts(world_size)["fsdp"]
     model = wrap(Net())
     optimizer = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.3, **SGD)
@@ -179,6 +179,12 @@ def check_refusals(world_size):
     backward(model, x[part::parts], y[part::parts])
     optimizer.first_step()
     optimizer.step()
+
+    def adding():
+        return backward(model, x[part::parts], y[part::parts])
+
+    with pytest.raises(RuntimeError, match="the closure does not clear the gradients"):
+        optimizer.step(adding)
     with pytest.raises(ValueError, match=r"perturb='local' is not possible under FSDP2"):
         SAMStep(model, optimizer, nn.functional.mse_loss, perturb="local")
     flat = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.3, flatten=True, **SGD)

@@ -37,10 +37,6 @@ SQUARE = [
 SGD, ADAMW = dict(lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.02), dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6)
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def distributed(value, mesh, placements):
     """A DTensor of a tensor that all ranks have; a copy of it where it is to be none."""
     if placements is None or mesh is None:
@@ -78,16 +74,21 @@ class Pair:
             for name, value in mine.items():
                 if isinstance(value, torch.Tensor):
                     if isinstance(p, DTensor) and value.dim() > 0:
-                        assert isinstance(value, DTensor), (what, name)
-                        assert value.placements == p.placements and value.stride() == p.stride(), (what, name)
+                        assert isinstance(value, DTensor) and value.placements == p.placements, (what, name)
                     same(value, theirs[name], f"{what}: {name} of parameter {i}", tolerance)
 
 
 def same(mine, theirs, what, tolerance):
-    mine = whole(mine.detach())
-    if theirs.dtype == torch.bfloat16:
+    """Compare this rank's part, with that of a tensor that lies alike or is whole; nothing is communicated."""
+    mine, theirs = mine.detach(), theirs.detach()
+    if isinstance(mine, DTensor):
+        if not isinstance(theirs, DTensor):
+            theirs = distributed(theirs, mine.device_mesh, mine.placements)
+        assert mine.placements == theirs.placements and mine.stride() == theirs.stride(), what
+        mine, theirs = mine.to_local(), theirs.to_local()
+    if theirs.dtype == torch.bfloat16 and tolerance > 0:
         tolerance = 2**-7  # one bit of what is rounded from float32
-    torch.testing.assert_close(mine, theirs.detach(), rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
 
 
 def two_passes(optimizer, gradients, seed):
@@ -146,7 +147,7 @@ def check_steps(mesh, layout, names):
         tolerance = options.pop("tolerance", 2e-6 if dtype == torch.float32 else 1e-11)
         pair = Pair(mesh, layout, dtype)
         one, other = (cls(pair.groups(params, overrides), base, **options) for params in (pair.split, pair.alone))
-        for seed in range(3):
+        for seed in range(2):
             for optimizer in (one, other):
                 (one_pass if cls is methods.MSAM else two_passes)(optimizer, pair.gradients, seed)
         if cls is methods.MSAM:
