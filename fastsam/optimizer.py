@@ -304,7 +304,7 @@ class FusedSAM(Passes):
             self._update()
             if self.buffers and not sam.base_step_asked:
                 self.create_buffers()
-                sam.directions.publish(None)
+                sam.directions.publish_created()
         elif any(p.grad is not None for p in self._params()):
             if sam.second_pass is None:
                 raise RuntimeError(NO_FIRST_STEP)

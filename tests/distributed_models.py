@@ -158,7 +158,13 @@ def check_weights_come_back(world_size):
     assert back(moved=True)
     with optimizer.unperturbed():
         assert back()
+        with torch.no_grad():
+            found = model(x)
+        model.reshard()
     assert back(moved=True)
+    with torch.no_grad():
+        assert not torch.equal(model(x), found)
+    model.reshard()
     optimizer.restore()
     assert back()
     optimizer.first_step(zero_grad=True)

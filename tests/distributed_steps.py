@@ -115,6 +115,7 @@ CONFIGS = {
     "clipped": (FusedSAM, torch.optim.AdamW, dict(ADAMW, rho=0.3, max_grad_norm=0.7, amsgrad=True)),
     "renormalized": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, renormalize=True, max_grad_norm=3.0)),
     "radius": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, radius=radius.mixed(0.4))),
+    "averaged": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, ema_decay=0.7)),
     "when": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, when=fastsam.when.every(2))),
     "masters": (FusedSAM, torch.optim.AdamW, dict(ADAMW, rho=0.3, master_weights=True, dtype=BF16, tolerance=1e-5)),
     "bfloat16": (FusedSAM, torch.optim.SGD, dict(SGD, rho=0.3, dtype=BF16)),
@@ -153,6 +154,9 @@ def check_steps(mesh, layout, names):
         if cls is methods.MSAM:
             one.eval(), other.eval()
         pair.close(one, other, name, tolerance)
+        if one.ema_decay is not None:
+            with one.averaged_weights(), other.averaged_weights():
+                pair.close(one, other, "averages")
         for mine, theirs in zip(one.stats(), other.stats(), strict=True):
             if mine is not None and not (name == "when" or mine.isnan()):
                 torch.testing.assert_close(mine, theirs, rtol=max(tolerance, 1e-7), atol=0.0, msg=f"stats of {name}")

@@ -202,11 +202,15 @@ class Directions:
             having = torch.tensor([param.grad is not None for param in bucket.params], dtype=torch.bool, device="cpu")
             flat.note_written(having, keeps=True)
 
-    def publish(self, grads: Sequence[Gradients] | None, *, stepped: bool = True) -> None:
-        """After an update with these gradients, or any: show in `optimizer.state` what saved vectors hold."""
+    def publish_created(self) -> None:
+        """Show in `optimizer.state` what saved vectors hold of parameters that have a gradient."""
+        self.publish([Gradients([param.grad for param in bucket.params]) for bucket in self.buckets.items])
+
+    def publish(self, grads: Sequence[Gradients], *, stepped: bool = True) -> None:
+        """After an update with these gradients: show in `optimizer.state` what saved vectors hold."""
         buckets = self.buckets
-        for i, bucket in enumerate(buckets.items):
-            bucket.vectors.publish(None if grads is None else grads[i], buckets.state, stepped=stepped)
+        for bucket, part in zip(buckets.items, grads, strict=True):
+            bucket.vectors.publish(part, buckets.state, stepped=stepped)
         self._remember_news()
 
     def squared_lengths(self, a: Vector, of_params: bool = False) -> list[Tensor]:
