@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import oracle
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam
 from fastsam import FusedSAM, methods, radius
@@ -177,6 +180,27 @@ def check_by_hand(mesh, layout):
         pair.close(one, other.base, f"by hand, {backend}")
 
 
+class _NoWaiting(TorchDispatchMode):
+    """Nothing is read back to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def check_communication(mesh, layout, expected):
+    """One all-reduce a step and process group, and none in the second pass; the host waits for no number."""
+    for cls, more in ((FusedSAM, 0), (methods.GSAM, 1)):
+        pair = Pair(mesh, layout)
+        optimizer = cls(pair.split, torch.optim.SGD, rho=0.3, **SGD)
+        two_passes(optimizer, pair.gradients, 0)
+        for seed, step, count in ((2, optimizer.first_step, expected), (3, optimizer.step, more * expected)):
+            pair.gradients(seed)
+            with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced, _NoWaiting():
+                step()
+            assert reduced.call_count == count, (cls, step)
+
+
 def check_all(world_size):
     line = init_device_mesh("cpu", (world_size,))
     if world_size == 2:
@@ -185,5 +209,7 @@ def check_all(world_size):
         few = ("asam", "p=1.2", "clipped", "masters", "gsam adamax", "gsam", "layerwise", "msam")
         check_steps(init_device_mesh("cpu", (2, 2)), SQUARE, few)
         check_steps(line, LINE, ("asam", "p=3"))
+        check_communication(init_device_mesh("cpu", (2, 2)), SQUARE, 2)
     check_by_hand(line, LINE)
-    return ["check_steps", "check_by_hand"]
+    check_communication(line, LINE, 1)
+    return ["check_steps", "check_by_hand", "check_communication"]
