@@ -106,7 +106,7 @@ class Ranks:
         device = next(iter(sums), torch.device("cpu"))
         local = sums.get(device)
         if local is None:  # a rank without parameters, among others that have some
-            local = torch.zeros(1, dtype=torch.float64)
+            local = torch.zeros(1, dtype=torch.float64, device="cpu")
         if len(local) == 1:
             totals = local
         else:
@@ -154,9 +154,8 @@ def _add_over(group: Group, values: Tensor, members: Sequence[int], q: float) ->
     """Add these rows of `values` over the ranks of a group, in place."""
     mine = values if len(members) == len(values) else torch.stack([values[i] for i in members])
     served = [device.type for device in group._device_types]
-    there = mine.to(
-        mine.device if mine.device.type in served else served[0]
-    )  # that of offloaded parameters may be one that the group does not serve
+    # The sums of offloaded parameters may be on a device that the group does not serve.
+    there = mine.to(mine.device if mine.device.type in served else served[0])
     if q == 2:
         dist.all_reduce(there, group=group)
     else:  # the norm of all ranks' norms, each of which adds its own to zeros
