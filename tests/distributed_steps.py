@@ -180,6 +180,35 @@ def check_by_hand(mesh, layout):
         pair.close(one, other.base, f"by hand, {backend}")
 
 
+def check_replicas(mesh, layout):
+    """Where numbers are drawn, the replicas of a part draw the same, and other parts others."""
+    for cls, dtype, options in (
+        (FusedSAM, BF16, dict(stochastic_rounding=True)),
+        (methods.ESAM, torch.float32, dict(beta=0.5)),
+    ):
+        pair = Pair(mesh, layout, dtype)
+        optimizer = cls(pair.split, torch.optim.SGD, rho=0.3, **options, **SGD)
+        for seed in range(3):
+            two_passes(optimizer, pair.gradients, seed)
+        for p in pair.split:
+            for dim, placement in enumerate(p.placements if isinstance(p, DTensor) else (R, R)):
+                if placement.is_replicate():
+                    assert equal_over(mesh.get_group(dim), p), (cls, placement)
+    equal = nn.Parameter(distributed(torch.ones(2048, dtype=BF16), mesh, (S0, R)))
+    equal.grad = 0.01 * torch.ones_like(equal)
+    FusedSAM([equal], "sgd", lr=0.1, stochastic_rounding=True).base_step()
+    assert equal_over(mesh.get_group(1), equal) and not equal_over(mesh.get_group(0), equal)
+
+
+def equal_over(group, tensor):
+    """Whether all ranks of a group have the same part here."""
+    part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().float()
+    largest, least = part.clone(), part.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    return torch.equal(largest, least)
+
+
 class _NoWaiting(TorchDispatchMode):
     """Nothing is read back to the host."""
 
@@ -210,6 +239,7 @@ def check_all(world_size):
         check_steps(init_device_mesh("cpu", (2, 2)), SQUARE, few)
         check_steps(line, LINE, ("asam", "p=3"))
         check_communication(init_device_mesh("cpu", (2, 2)), SQUARE, 2)
+        check_replicas(init_device_mesh("cpu", (2, 2)), SQUARE)
     check_by_hand(line, LINE)
     check_communication(line, LINE, 1)
     return ["check_steps", "check_by_hand", "check_communication"]

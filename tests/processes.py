@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 def run_in_processes(script: str, world_size: int, directory: Path, *arguments: str, seconds: float = 120) -> str:
-    """What rank 0 printed; an assertion fails with the output of the first process that failed."""
+    """What rank 0 printed; an assertion fails with the output of those that failed."""
     here = Path(__file__).parent
     env = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=os.pathsep.join(sys.path))
     logs = [open(directory / f"rank{rank}.log", "w+") for rank in range(world_size)]  # noqa: SIM115
@@ -49,8 +49,6 @@ def join() -> tuple[int, int, list[str]]:
         init_method=f"file://{store}",
         rank=int(rank),
         world_size=int(world_size),
-        timeout=datetime.timedelta(
-            seconds=40
-        ),  # of each collective, so that one process that fails leaves none waiting
+        timeout=datetime.timedelta(seconds=40),  # of each collective: where one process fails, none waits for long
     )
     return int(rank), int(world_size), arguments
