@@ -132,7 +132,7 @@ def check_joint(world_size):
             FusedSAM(params[:3], torch.optim.SGD, rho=0.3, **SGD),
             FusedSAM(params[3:], torch.optim.AdamW, lr=0.01, rho=0.2),
         )
-        optimizers.append(joint(*two))
+        optimizers.append(joint(*two, max_grad_norm=0.2))
     for t in range(3):
         x, y = batch(t)
         run(optimizers[0], model, x[part::parts], y[part::parts])
