@@ -33,12 +33,16 @@ constexpr int64_t kNoMemory = 64;  // stands for the address of an empty gradien
 const DLPackExchangeAPI* table = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
+PyTypeObject* distributed_type = nullptr;  // DTensor, from when there is one
 PyObject* grad_property = nullptr;  // torch.Tensor.grad, and how its value is taken
 descrgetfunc get_property = nullptr;
 PyObject* grad_name = nullptr;
 PyObject* params_name = nullptr;
 PyObject* is_conj_name = nullptr;
 PyObject* is_neg_name = nullptr;
+PyObject* local_name = nullptr;
+PyObject* spec_name = nullptr;
+PyObject* placements_name = nullptr;
 
 // Owns one reference.
 class Ref {
@@ -121,8 +125,32 @@ bool same_layout(const DLTensor& a, const DLTensor& b, unsigned dtype) {
   return true;
 }
 
+bool is_distributed(PyObject* tensor) {
+  PyTypeObject* const type = Py_TYPE(tensor);
+  return distributed_type && type != parameter_type && type != tensor_type &&
+         (type == distributed_type || PyType_IsSubtype(type, distributed_type));
+}
+
+// A distributed tensor's part that lies here, any other tensor itself; a new reference, null with a Python error.
+PyObject* local_of(PyObject* tensor) {
+  return is_distributed(tensor) ? PyObject_GetAttr(tensor, local_name) : Py_NewRef(tensor);
+}
+
+// Whether a gradient lies on the ranks as its parameter does.
+bool same_placements(PyObject* param, PyObject* grad, bool& error) {
+  if (is_distributed(param) != is_distributed(grad)) return false;
+  if (!is_distributed(param)) return true;
+  const Ref own(PyObject_GetAttr(param, spec_name)), other(PyObject_GetAttr(grad, spec_name));
+  if (own.get() && own.get() == other.get()) return true;
+  const Ref a(own.get() ? PyObject_GetAttr(own.get(), placements_name) : nullptr);
+  const Ref b(other.get() ? PyObject_GetAttr(other.get(), placements_name) : nullptr);
+  const int same = a.get() && b.get() ? PyObject_RichCompareBool(a.get(), b.get(), Py_EQ) : -1;
+  error = same < 0;
+  return same == 1;
+}
+
 // False with a Python error set where `object` is no tensor, or one without strided memory. What `out` points to lives
-// as long as the tensor.
+// as long as the tensor, or as the part of it that lies here.
 bool read(PyObject* object, DLTensor& out, const char* who) {
   if (!table) {
     PyErr_Format(PyExc_RuntimeError, "%s: call init() with torch.Tensor's exchange table first", who);
@@ -133,7 +161,9 @@ bool read(PyObject* object, DLTensor& out, const char* who) {
                  reinterpret_cast<PyObject*>(Py_TYPE(object)));
     return false;
   }
-  if (table->dltensor_from_py_object_no_sync(object, &out) == 0) return true;
+  const Ref local(local_of(object));
+  if (!local.get()) return false;
+  if (table->dltensor_from_py_object_no_sync(local.get(), &out) == 0) return true;
   if (!PyErr_Occurred()) PyErr_Format(PyExc_BufferError, "%s: the tensor cannot be read", who);
   return false;
 }
@@ -159,6 +189,12 @@ PyObject* init(PyObject*, PyObject* capsule) {
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter);
   table = found;
   return Py_BuildValue("(II)", version.major, version.minor);
+}
+
+PyObject* set_distributed_type(PyObject*, PyObject* type) {
+  if (!PyType_Check(type)) return PyErr_Format(PyExc_TypeError, "set_distributed_type: expected a class, got %R", type);
+  distributed_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type));  // kept for good
+  Py_RETURN_NONE;
 }
 
 PyObject* same_params(PyObject*, PyObject* args) {
@@ -233,7 +269,7 @@ class Indices {
 // param.grad; without the search for the attribute where the class is torch's own.
 PyObject* grad_of(PyObject* param) {
   PyTypeObject* const type = Py_TYPE(param);
-  if (get_property && (type == parameter_type || type == tensor_type)) {
+  if (get_property && (type == parameter_type || type == tensor_type || type == distributed_type)) {
     return get_property(grad_property, param, reinterpret_cast<PyObject*>(type));
   }
   return PyObject_GetAttr(param, grad_name);
@@ -303,10 +339,11 @@ struct Reading {
       there = there && signature_of(own) == signatures[i] && (is_empty(own) || address_of(own) == segments[i].weight);
       if (!there && !moved.append(i)) return nullptr;
 
-      PyObject* const grad = skip && skip[i] ? Py_NewRef(Py_None) : grad_of(param.get());
-      if (!grad) return nullptr;
-      const bool present = grad != Py_None;
-      if (PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;  // the list owns it now
+      const Ref whole(skip && skip[i] ? Py_NewRef(Py_None) : grad_of(param.get()));
+      if (!whole.get()) return nullptr;
+      const bool present = whole.get() != Py_None;
+      PyObject* const grad = local_of(whole.get());
+      if (!grad || PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;  // the list owns it now
       addresses[i] = 0;
       if (!present) continue;
       DLTensor tensor{};
@@ -316,7 +353,8 @@ struct Reading {
         PyErr_Clear();
       }
       bool error = false;
-      const bool taken = addresses[i] && same_layout(tensor, own, dtype) && !is_lazy(grad, tensor, error);
+      const bool taken = addresses[i] && same_layout(tensor, own, dtype) && !is_lazy(grad, tensor, error) &&
+                         same_placements(param.get(), whole.get(), error);
       if (error || (!taken && !foreign.append(i))) return nullptr;
     }
     in_place = moved.empty() && foreign.empty();
@@ -352,14 +390,19 @@ PyObject* gather(PyObject*, PyObject* args) {
   return reading.parse(args) ? reading.gather(in_place) : nullptr;
 }
 
+constexpr Py_ssize_t kMostBuckets = 32;
+enum Operation { kNorm = 1, kPerturb = 2, kUpdate = 4 };
+
 // Runs the operations of all buckets, without Python's lock.
-const char* run_operations(const Reading* readings, Py_ssize_t n, bool norm, bool ascent) {
+const char* run_operations(const Reading* readings, Py_ssize_t n, int operations) {
   const char* error = nullptr;
   Py_BEGIN_ALLOW_THREADS;
   try {
-    for (Py_ssize_t i = 0; norm && !error && i < n; i++) error = readings[i].bound->grad_norm(*readings[i].bound);
-    for (Py_ssize_t i = 0; !error && i < n; i++) {
-      error = (ascent ? readings[i].bound->perturb : readings[i].bound->update)(*readings[i].bound);
+    for (const Operation operation : {kNorm, kPerturb, kUpdate}) {
+      for (Py_ssize_t i = 0; (operations & operation) && !error && i < n; i++) {
+        Bound& bound = *readings[i].bound;
+        error = (operation == kNorm ? bound.grad_norm : operation == kPerturb ? bound.perturb : bound.update)(bound);
+      }
     }
   } catch (const std::exception& thrown) {
     static thread_local char text[512];
@@ -370,31 +413,52 @@ const char* run_operations(const Reading* readings, Py_ssize_t n, bool norm, boo
   return error;
 }
 
-PyObject* run_pass(PyObject*, PyObject* args) {
-  constexpr Py_ssize_t kMostBuckets = 32;
-  PyObject* buckets;
-  int norm, ascent;
-  if (!PyArg_ParseTuple(args, "Opp", &buckets, &norm, &ascent)) return nullptr;
-  if (!is_list(buckets, "run_pass", "buckets")) return nullptr;
+// The buckets that Python tells of; -1 with a Python error.
+Py_ssize_t parse_buckets(PyObject* buckets, Reading* readings) {
+  if (!is_list(buckets, "run_pass", "buckets")) return -1;
   const Py_ssize_t n = PyList_Size(buckets);
-  if (n > kMostBuckets) return PyErr_Format(PyExc_ValueError, "run_pass: at most %zd buckets, got %zd", kMostBuckets, n);
+  if (n > kMostBuckets) {
+    PyErr_Format(PyExc_ValueError, "run_pass: at most %zd buckets, got %zd", kMostBuckets, n);
+    return -1;
+  }
+  for (Py_ssize_t i = 0; i < n; i++) {
+    if (!readings[i].parse(PyList_GetItem(buckets, i))) return -1;
+  }
+  return n;
+}
+
+PyObject* failed(const char* error) { return PyErr_Format(PyExc_RuntimeError, "%s", error); }
+
+PyObject* run_pass(PyObject*, PyObject* args) {
+  PyObject* buckets;
+  int operations;
+  if (!PyArg_ParseTuple(args, "Oi", &buckets, &operations)) return nullptr;
   Reading readings[kMostBuckets];
-  Ref found(PyList_New(n));
+  const Py_ssize_t n = parse_buckets(buckets, readings);
+  Ref found(n < 0 ? nullptr : PyList_New(n));
   if (!found.get()) return nullptr;
   for (Py_ssize_t i = 0; i < n; i++) {
     bool in_place = false;
-    if (!readings[i].parse(PyList_GetItem(buckets, i))) return nullptr;
     const Ref result(readings[i].gather(in_place));
     if (!result.get()) return nullptr;
     if (!in_place || lacks_memory(readings[i])) Py_RETURN_NONE;
-    PyObject* const written = written_by(readings[i], ascent);
+    PyObject* const written = written_by(readings[i], !(operations & kUpdate));
     PyObject* const pair = written ? Py_BuildValue("(ON)", PyTuple_GetItem(result.get(), 0), written) : nullptr;
     if (!pair || PyList_SetItem(found.get(), i, pair) != 0) return nullptr;
   }
-  if (const char* const error = run_operations(readings, n, norm, ascent)) {
-    return PyErr_Format(PyExc_RuntimeError, "%s: %s", ascent ? "perturb_" : "update_", error);
-  }
-  return found.release();
+  const char* const error = run_operations(readings, n, operations);
+  return error ? failed(error) : found.release();
+}
+
+PyObject* run_on(PyObject*, PyObject* args) {
+  PyObject* buckets;
+  int operations;
+  if (!PyArg_ParseTuple(args, "Oi", &buckets, &operations)) return nullptr;
+  Reading readings[kMostBuckets];
+  const Py_ssize_t n = parse_buckets(buckets, readings);
+  if (n < 0) return nullptr;
+  const char* const error = run_operations(readings, n, operations);
+  return error ? failed(error) : Py_NewRef(Py_None);
 }
 
 PyObject* fill(PyObject*, PyObject* args) {
@@ -436,7 +500,7 @@ PyObject* same_state(PyObject*, PyObject* args) {
       if (!same(name, expected[0]) || !same(value, expected[1])) Py_RETURN_FALSE;
       if (!expected[2]) continue;  // else it is a tensor, as it was one
       DLTensor tensor{};
-      if (table->dltensor_from_py_object_no_sync(value, &tensor) != 0) return nullptr;
+      if (!read(value, tensor, "same_state")) return nullptr;
       if (address_of(tensor) != expected[2]) Py_RETURN_FALSE;
     }
   }
@@ -500,9 +564,13 @@ PyMethodDef methods[] = {
     {"describe", describe, METH_O, "describe(tensor) -> (address, signature of dtype, device, shape and strides)."},
     {"gather", gather, METH_VARARGS,
      "gather(params, segments, signatures, skip, grads, dtype) -> (gradients, moved, foreign)."},
+    {"set_distributed_type", set_distributed_type, METH_O,
+     "set_distributed_type(DTensor): of such tensors the part that lies here is read."},
     {"run_pass", run_pass, METH_VARARGS,
-     "run_pass(buckets, norm, ascent) -> [(gradients, written)], each bucket what gather takes, then perturbed, ready, bound; "
+     "run_pass(buckets, operations) -> [(gradients, written)], each bucket what gather takes, then perturbed, ready, bound; "
+     "operations is a sum of 1 grad_norm, 2 perturb_, 4 update_. "
      "None, and nothing was run, where a parameter or gradient is not what the tables say."},
+    {"run_on", run_on, METH_VARARGS, "run_on(buckets, operations): more of them, with what run_pass has read."},
     {"same_groups", same_groups, METH_VARARGS,
      "same_groups(param_groups, params, entries) -> bool: the same parameters, keys and values."},
     {"fill", fill, METH_VARARGS, "fill(grads, table): write the gradients' addresses."},
@@ -538,7 +606,9 @@ bool work_stream(int device, void** stream) {
 PyMODINIT_FUNC PyInit__C() {
   using namespace fastsam;
   if (!(grad_name = PyUnicode_InternFromString("grad")) || !(params_name = PyUnicode_InternFromString("params")) ||
-      !(is_conj_name = PyUnicode_InternFromString("is_conj")) || !(is_neg_name = PyUnicode_InternFromString("is_neg"))) {
+      !(is_conj_name = PyUnicode_InternFromString("is_conj")) || !(is_neg_name = PyUnicode_InternFromString("is_neg")) ||
+      !(local_name = PyUnicode_InternFromString("_local_tensor")) || !(spec_name = PyUnicode_InternFromString("_spec")) ||
+      !(placements_name = PyUnicode_InternFromString("placements"))) {
     return nullptr;
   }
   PyObject* const module = PyModule_Create(&definition);

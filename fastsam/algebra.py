@@ -65,6 +65,14 @@ class Algebra(SavedOptimizer):
     def after_update(self) -> None:
         """What is done to the weights after the base optimizer's step; see `descend`."""
 
+    def create_buffers(self) -> None:
+        """Give the directions of `buffers` something to load a checkpoint into, before there was a step: zeros.
+
+        Overridden where a step that begins with zeros is another than one that begins with nothing.
+        """
+        for name in self.buffers:
+            self._sam.directions.fill(self.direction(name))
+
     # What it computes with.
 
     @property
@@ -83,7 +91,8 @@ class Algebra(SavedOptimizer):
 
     def holds(self, name: str) -> bool:
         """Whether one of `buffers` holds anything yet; for `takes_two_passes`."""
-        self._sync()
+        if not self._sync().items:  # without a parameter to train, as a rank under norm_group= may be: as the others
+            return True
         return self.direction(name).written
 
     def combine(

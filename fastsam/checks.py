@@ -25,8 +25,10 @@ REFUSED = {
 
 
 NOT_SHARDED = (
-    "SAM's norm is one over all parameters, and sharded optimizers are not supported yet; give FusedSAM the class that "
-    "would be sharded, with DistributedDataParallel"
+    "Let FusedSAM climb and the sharded optimizer step: sam = FusedSAM(model.parameters(), 'sgd', lr=0.0, rho=...) and "
+    "zero = ZeroRedundancyOptimizer(model.parameters(), AdamW, ...), then in each step backward(), "
+    "sam.first_step(zero_grad=True), backward(), sam.restore(), zero.step(). Or use FSDP2 (fully_shard), which shards "
+    "FusedSAM's state as well"
 )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastsam.memory.segments import is_dense
 from fastsam.ops import graphs
+from fastsam.ops.local import local_of
 
 CLOSURE_RECIPE = (
     "either let the closure clear the gradients, run forward and backward and return the loss (FusedSAM calls it "
@@ -136,7 +137,7 @@ class ClearingCheck:
         looks = self.suspicious or due or not self.watched
         if looks:
             self.watched, self.ways = _chosen(params()), {}
-        grads = [(param, param.grad) for param in (self.watched if looks else self.watched[:FEW])]
+        grads = [(param, _grad(param)) for param in (self.watched if looks else self.watched[:FEW])]
         marked = [_Marked(p, g, g._version) for p, g in grads if g is not None and not g.is_inference()]
         for i, (param, grad, version, *_) in enumerate(marked if looks else ()):
             if not _is_plain(grad) or graphs.capturing(grad.device):
@@ -172,7 +173,7 @@ class ClearingCheck:
         for item in reversed(marked):
             if item.marks is None or item.values is None:
                 continue
-            (positions, signed), now = item.marks, item.param.grad
+            (positions, signed), now = item.marks, _grad(item.param)
             for grad in (item.grad,) if now is None or now is item.grad else (item.grad, now):
                 if _is_plain(grad) and _order(grad) == _order(item.grad) and grad.dtype == item.grad.dtype:
                     flat, k = _flat(grad), len(signed)
@@ -218,7 +219,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 
 def _chosen(params: Iterable[Tensor]) -> list[Tensor]:
     """A few parameters whose gradients can be marked: the smallest, and some from first to last."""
-    having = [(param, grad) for param in params if (grad := param.grad) is not None and grad.numel() > 0]
+    having = [(param, grad) for param in params if (grad := _grad(param)) is not None and grad.numel() > 0]
     last = len(having) - 1
     places = sorted({last * i // (MOST_GRADIENTS - 2) for i in range(MOST_GRADIENTS - 1)}) if having else []
     some = [min(having, key=lambda pair: pair[1].numel()), *(having[i] for i in places)] if having else []
@@ -226,6 +227,12 @@ def _chosen(params: Iterable[Tensor]) -> list[Tensor]:
     if not chosen:  # others may do
         chosen = {id(param): param for param, grad in having if _is_plain(grad)}
     return list(chosen.values())[:MOST_GRADIENTS]
+
+
+def _grad(param: Tensor) -> Tensor | None:
+    """A parameter's gradient; of a DTensor's the part that lies here."""
+    grad = param.grad
+    return None if grad is None else local_of(grad)
 
 
 def _is_plain(grad: Tensor) -> bool:
@@ -261,7 +268,7 @@ def _order(grad: Tensor) -> list[tuple[int, int]]:
 
 
 def _way(item: _Marked) -> Way:
-    same = item.param.grad is item.grad
+    same = _grad(item.param) is item.grad
     return same, item.grad._version - item.version if same else 0
 
 
@@ -270,7 +277,7 @@ def _marks_found(item: _Marked) -> tuple[int | None, bool]:
 
     ENOUGH if chance is ruled out; None if it tells nothing.
     """
-    now, grad, marks, values = item.param.grad, item.grad, item.marks, item.values
+    now, grad, marks, values = _grad(item.param), item.grad, item.marks, item.values
     assert marks is not None and values is not None
     if now is None or not _is_plain(now) or _order(now) != _order(grad):
         return 0, True

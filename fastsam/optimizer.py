@@ -34,6 +34,7 @@ from fastsam.checks import (
 )
 from fastsam.closures import OnePass, call, detached, entry
 from fastsam.memory.placing import check_duplicates, check_param, is_unused
+from fastsam.memory.ranks import NormGroup
 from fastsam.ops.formats import Precision
 from fastsam.passes import (
     ADDED_GRADIENTS,
@@ -111,6 +112,10 @@ class FusedSAM(Passes):
             after each step, so also after one that a GradScaler skips: then the old weights count once more.
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
+        norm_group: a process group, or a DeviceMesh of one dimension, over whose ranks the sums of squares (and what a
+            method measures) are added up, where each has other parameters or parts of them: the stages of a pipeline,
+            experts, FullyShardedDataParallel (FSDP1). Parameters that several of its ranks have whole are counted as
+            often. DTensors need none: their placements say over which ranks they are split. Kept by copies, not saved.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; FASTSAM_BACKEND in the environment replaces "auto".
         **base_kwargs: what the base optimizer takes (lr, momentum, ...). A keyword that is FusedSAM's, too, reaches the
             base optimizer through a partial or an instance.
@@ -149,6 +154,7 @@ class FusedSAM(Passes):
         renormalize: bool = False,
         ema_decay: float | None = None,
         closure_calls: int = 2,
+        norm_group: Any = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
@@ -191,6 +197,7 @@ class FusedSAM(Passes):
                 renormalize=renormalize,
                 ema_decay=ema_decay,
                 closure_calls=closure_calls,
+                norm_group=norm_group,
                 backend=backend,
             )
             check_keywords(base_optimizer, options, FusedSAM.__init__.__kwdefaults__ or {})
@@ -214,6 +221,7 @@ class FusedSAM(Passes):
             check_differentiable(group)
         self.base_optimizer = base
         self.closure_calls, self.max_grad_norm, self.ema_decay = closure_calls, max_grad_norm, ema_decay
+        self.norm_group = None if norm_group is None else NormGroup(norm_group)
         self.p, self.perturb_with_weight_decay, self.flatten = p, perturb_with_weight_decay, flatten
         self.defaults = {**base.defaults, **own}
         self.param_groups = base.param_groups
@@ -294,6 +302,9 @@ class FusedSAM(Passes):
         elif sam.base_step_asked or creates_state(self, sam.second_pass is not None):
             sam.turn = BASE
             self._update()
+            if self.buffers and not sam.base_step_asked:
+                self.create_buffers()
+                sam.directions.publish_created()
         elif any(p.grad is not None for p in self._params()):
             if sam.second_pass is None:
                 raise RuntimeError(NO_FIRST_STEP)
@@ -467,7 +478,9 @@ class FusedSAM(Passes):
         check_duplicates(self.param_groups[: index + 1])
         for param in group["params"]:
             if not is_unused(param):
-                check_param(param, index, self.param_groups, self._sam.buckets.backend)
+                check_param(
+                    param, index, self.param_groups, self._sam.buckets.backend, sharded=self.norm_group is not None
+                )
         check_swapping(self.base_optimizer, group["params"], self.precision)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, 
 from fastsam.bases.rules import lr_is_zero
 from fastsam.closures import NO_FIRST_GRADIENTS, entry
 from fastsam.memory.buckets import Buckets, MaxNorm, Measured, Steer
+from fastsam.ops.local import is_distributed
 from fastsam.ops.tables import Gradients
 from fastsam.progress import CLEAN, PERTURBED, SAM
 from fastsam.scaling import RECIPE as SCALER_RECIPE
@@ -107,9 +108,25 @@ class Passes(Averaging):
     def _begin_ascent(self) -> Buckets:
         sam = self._sam
         sam.require_running()
+        if not any(param.grad is not None for group in self.param_groups for param in group["params"]):
+            self._refuse_gradients_kept_back()
         buckets = self._sync()
         sam.phase, sam.common_sums = PERTURBED, None
         return buckets
+
+    def _refuse_gradients_kept_back(self) -> None:
+        """Refuse a first pass without any gradient of DTensors, which FSDP2 keeps back where it is not to communicate.
+
+        Raises:
+            RuntimeError: there are DTensors.
+        """
+        if any(is_distributed(param) for param in self._params()):
+            raise RuntimeError(
+                "FusedSAM: no parameter has a gradient. FSDP2 keeps gradients to itself (p.grad is None) after "
+                "set_requires_gradient_sync(False), so each rank cannot climb by its own (m-sharpness): call "
+                "model.set_requires_gradient_sync(True) before the backward pass of the first pass, too. With plain "
+                "replicas, DistributedDataParallel and no_sync(), it can"
+            )
 
     # The two halves of `_perturb`, for several optimizers under one norm: first all measure, then all climb.
 
@@ -211,7 +228,7 @@ class Passes(Averaging):
         overflow = found_inf is not None and found_inf.item() != 0  # waits for the device
         directions: dict[Tensor, Tensor | None] = {}
         for bucket, part in zip(buckets.items, along if along is not grads else (), strict=False):
-            directions.update(zip(bucket.params, part, strict=True))
+            directions.update(bucket.as_distributed(part))
         if not overflow:
             step_base(self.base_optimizer, buckets.masters(), grad_scale, factors, args, kwargs, directions)
         buckets.finish_base_step(overflow)
@@ -312,12 +329,15 @@ class Passes(Averaging):
 
     def _warn_without_gradients(self, grads: list[Any]) -> None:
         sam = self._sam
+        if self.norm_group is not None:  # other ranks may have all gradients
+            return
         if sam.no_gradients_warned or sam.phase != PERTURBED or (grads and grads[0] and grads[0][0] is not None):
             return
         if not any(grad is not None for bucket in grads for grad in bucket):
             sam.no_gradients_warned = True
             warnings.warn(
                 "FusedSAM: no parameter had a gradient in this step. Was the optimizer built before the model's "
-                "parameters were replaced (load_state_dict(assign=True), model surgery)?",
+                "parameters were replaced (load_state_dict(assign=True), model surgery), or FSDP2 told to keep "
+                "gradients back (set_requires_gradient_sync(False))?",
                 stacklevel=6,
             )

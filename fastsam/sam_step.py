@@ -126,6 +126,11 @@ class SAMStep:
         for name, share in (("ascent_fraction", self.ascent_fraction), ("select", self.select)):
             if not 0 < share <= 1:
                 raise ValueError(f"SAMStep: {name} must be in (0, 1], got {share!r}")
+        if self.perturb == "local" and hasattr(self.model, "set_requires_gradient_sync"):
+            raise ValueError(
+                "SAMStep: perturb='local' is not possible under FSDP2 (fully_shard): no rank has whole weights, and "
+                "set_requires_gradient_sync(False) leaves p.grad None; use perturb='global', or DistributedDataParallel"
+            )
         if self.perturb == "local" and not hasattr(self.model, "no_sync"):
             raise ValueError(
                 "SAMStep: perturb='local' is for a model inside DistributedDataParallel; others have one part"

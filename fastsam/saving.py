@@ -14,6 +14,7 @@ from fastsam.closures import entry
 from fastsam.memory.buckets import Buckets
 from fastsam.memory.checkpoint import as_torch_saves, check_shapes, keep_wide, loadable
 from fastsam.memory.placing import backend_of
+from fastsam.memory.ranks import NormGroup
 from fastsam.memory.segments import has_storage
 from fastsam.memory.shared import AVERAGES
 from fastsam.ops.formats import Precision
@@ -27,6 +28,7 @@ COPIED = (  # attributes that copies and pickles have, too
     "ema_decay",
     "flatten",
     "max_grad_norm",
+    "norm_group",
     "p",
     "perturb_with_weight_decay",
     "precision",
@@ -45,6 +47,7 @@ class SavedOptimizer(Optimizer):
         flatten: whether the weights are in flat buffers.
         max_grad_norm: what the gradients of the second pass are clipped to.
         ema_decay: of the averages of the weights; None for none.
+        norm_group: over which ranks sums are added up beside those that DTensors are split over; None for no others.
         when: which steps are SAM steps; None for all.
         buffers: names of the directions that are saved, as `optimizer.state[p][name]` from p's first update on, with
             their dtype; None for float32 (or the weights' own, where they are float64, or 16-bit and rounded
@@ -57,6 +60,7 @@ class SavedOptimizer(Optimizer):
     flatten: bool
     max_grad_norm: float | None
     ema_decay: float | None
+    norm_group: NormGroup | None
     when: When | None
     _sam: Progress
 
@@ -69,6 +73,7 @@ class SavedOptimizer(Optimizer):
         rule = RULES.get(type(base))
         buckets = Buckets(rule, backend, self.precision, base.defaults, self.param_groups, self.state)
         buckets.shared.buffers = self.buffers if self.ema_decay is None else {**self.buffers, AVERAGES: None}
+        buckets.ranks.norm_group = None if self.norm_group is None else self.norm_group.group
         progress = Progress(buckets)
         progress.steps = int(self.param_groups[0].get("sam_steps", 0)) if self.param_groups else 0
         return progress

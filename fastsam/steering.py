@@ -181,8 +181,8 @@ class Steering(Algebra):
         kept = []
         for bucket, part in zip(buckets.items, along, strict=True):
             factor = factors.get(bucket.tables.device, 1.0)
-            tensors = zip(bucket.params, part, strict=True)
-            kept += [(param, tensor * factor) for param, tensor in tensors if tensor is not None]
+            scaled = Gradients([None if tensor is None else tensor * factor for tensor in part])
+            kept += [(param, tensor) for param, tensor in bucket.as_distributed(scaled) if tensor is not None]
         buckets.restore()
         sam.phase = CLEAN
         torch.clear_autocast_cache()

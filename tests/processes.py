@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
 import runpy
@@ -51,5 +52,11 @@ def _run(argv: list[str], log: Path) -> None:
 def join() -> tuple[int, int, list[str]]:
     """In the script: join the others; rank, number of processes and the other arguments."""
     store, rank, world_size, *arguments = sys.argv[1:]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world_size))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=int(rank),
+        world_size=int(world_size),
+        timeout=datetime.timedelta(seconds=40),  # of each collective: where one process fails, none waits for long
+    )
     return int(rank), int(world_size), arguments

@@ -71,7 +71,7 @@ def test_signature_is_drop_in():
     keyword_only = [p.name for p in inspect.signature(FusedSAM).parameters.values() if p.kind is p.KEYWORD_ONLY]
     steps = ["p", "perturb_with_weight_decay", "max_grad_norm"]
     precision = ["master_weights", "stochastic_rounding", "rounding_seed", "state_dtype"]
-    late = ["flatten", "when", "radius", "renormalize", "ema_decay", "closure_calls", "backend"]
+    late = ["flatten", "when", "radius", "renormalize", "ema_decay", "closure_calls", "norm_group", "backend"]
     assert keyword_only == ["eta", "perturb", *steps, *precision, *late]
     assert isinstance(FusedSAM([Parameter(torch.ones(2))], lr=0.1).base_optimizer, SGD)
 

@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-PARALLEL = ("data_parallel.py", "big_model.py")
+PARALLEL = ("data_parallel.py", "big_model.py", "fsdp2.py", "tensor_parallel.py")
 NEEDS_A_GPU = ("cuda_graph.py",)
 # These are run by the tests in integrations/, each in the process that imports its framework anyway.
 FRAMEWORKS = (

@@ -19,6 +19,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
     "ops": (
         *(
             "formats",
+            "local",
             "tables",
             "numbers",
             "reference_rules",
@@ -33,8 +34,8 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         "",  # the package's own file: names and choice of the backends
     ),
     "memory": (
-        *("segments", "shared", "pages", "placing", "gradients", "vectors", "state", "writes", "flat", "bucket"),
-        *("grouping", "buckets", "directions", "averages", "checkpoint"),
+        *("placements", "ranks", "segments", "shared", "pages", "placing", "gradients", "vectors", "state", "writes"),
+        *("flat", "bucket", "grouping", "buckets", "directions", "averages", "checkpoint"),
     ),
     "": (
         *(

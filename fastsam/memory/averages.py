@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsam.memory.directions import Directions
+from fastsam.memory.placements import distributed_as
 from fastsam.memory.segments import Segment
 from fastsam.memory.shared import AVERAGES
 from fastsam.memory.vectors import FlatVector
@@ -77,12 +78,12 @@ class Averages:
         for bucket, flat in zip(self.buckets.items, self.allocate(), strict=True):
             for segment, average in zip(bucket.segments, flat.tensors, strict=True):
                 if AVERAGES in segment.views:
-                    yield segment.param, average
+                    yield segment.param, distributed_as(segment.param, average)
 
 
 def _pair(segment: Segment, flat: FlatVector, i: int) -> tuple[Tensor, Tensor]:
     """Average i and the weight that goes into it, of one dtype; the master, where there is one."""
     if segment.master is not None:
         return flat.pieces[i], segment.master
-    average, weight = flat.tensors[i], segment.param.detach()
+    average, weight = flat.tensors[i], segment.weight.detach()
     return average, weight if weight.dtype == average.dtype else weight.to(average.dtype)

@@ -21,22 +21,27 @@ from fastsam.bases.rules import SGD, Row
 from fastsam.memory.flat import FlatWeights
 from fastsam.memory.gradients import GradientReader
 from fastsam.memory.pages import page
+from fastsam.memory.placements import distributed_as, place_among
 from fastsam.memory.segments import Segment, address_of, is_dense, layout, real_numel
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import PublishedState
 from fastsam.memory.vectors import Vectors
 from fastsam.ops import graphs
+from fastsam.ops.local import local_of
 from fastsam.ops.reference import CHUNK
 from fastsam.ops.tables import ALIGN, Gradients, Tables
 
 Member: TypeAlias = tuple[Tensor, int]  # a parameter and the index of its group
+STREAMS = 65_537  # of random numbers, between those of two parts of a parameter
 
 
 class Bucket:
     """The parameters of one device and dtype that one backend serves: segments, pages and tables.
 
     Attributes:
+        ranks: the process groups over which all of these parameters are split; none where they are whole.
         shared: what all buckets of the optimizer have in common.
+        first_stream: that of random numbers for these parts of the parameters, another one on each rank.
         tables: what an operation is told.
         gradients: where the gradients are read.
         vectors: directions, and what a method keeps from step to step.
@@ -46,9 +51,18 @@ class Bucket:
     """
 
     def __init__(
-        self, shared: Shared, device: torch.device, dtype: torch.dtype, backend: str, slot: int, rounding_step: int
+        self,
+        shared: Shared,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+        ranks: tuple[Any, ...],
+        slot: int,
+        rounding_step: int,
     ) -> None:
         """An empty bucket; `append` gives it parameters."""
+        self.ranks = ranks
+        self.first_stream = 0
         self.shared, self.backend = shared, ops.backend_named(backend)
         self.tables = tables = Tables(device, shared.precision.format_of(dtype), slot, shared.rule)
         if slot == 0:
@@ -86,7 +100,8 @@ class Bucket:
         """
         self._refuse_capture()
         tables = self.tables
-        sizes = [real_numel(param) for param, _ in members]
+        parts = [local_of(param) for param, _ in members]
+        sizes = [real_numel(part) for part in parts]
         masters: list[Tensor | None] = [None] * len(sizes)
         if tables.format.masters:
             masters = list(page(sizes, tables.format.source, tables.device)[1])
@@ -95,7 +110,9 @@ class Bucket:
         chunk = self.segments[-1].chunks.stop if self.segments else 0
         for i, (param, group) in enumerate(members):
             chunks = slice(chunk, chunk := chunk - (-sizes[i] // CHUNK))
-            place = group, sizes[i], is_dense(param), index[id(param)], chunks
+            self.first_stream = place_among(param) * STREAMS % 2**31
+            stream = (index[id(param)] + self.first_stream) % 2**31
+            place = group, sizes[i], is_dense(parts[i]), stream, chunks
             self.segments.append(Segment(param, *place, None, masters[i], progress[i]))
         self.published.note_published(state, self.segments[before:])
         try:
@@ -208,7 +225,7 @@ class Bucket:
         for segment in self.segments:
             owned = (segment.backup, *segment.states, segment.master, segment.progress)
             addresses = (0 if t is None else t.data_ptr() for t in owned)
-            rows.append([address_of(segment.param), *addresses, segment.group | segment.index << 32])
+            rows.append([address_of(segment.weight), *addresses, segment.group | segment.index << 32])
         return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 8)
 
     def write_segment_table(self, moved: Sequence[int] | None = None) -> None:
@@ -226,13 +243,13 @@ class Bucket:
         else:
             host_table, changed = self.gradients.host_segment_table.clone(), moved
             for i in moved:
-                host_table[i, 0] = address_of(self.segments[i].param)
+                host_table[i, 0] = address_of(self.segments[i].weight)
         own_rows = host_table.new_zeros(self._own_rows(len(host_table)), 8)
         segment_table = torch.cat([host_table, own_rows]).to(tables.device)
         self.shared.captures.hold(tables.segment_table, tables.cache)
         tables.segment_table, tables.cache = segment_table, None
         for i in changed:
-            self.segments[i].layout = layout(self.segments[i].param)
+            self.segments[i].layout = layout(self.segments[i].weight)
         self.gradients.set_places(host_table, changed)
         self.segment_table_current = True
         self.versions = []  # a parameter may have been given other weights
@@ -306,7 +323,7 @@ class Bucket:
         yield tables.cache
         yield from self.vectors.pages()
         for segment in self.segments:
-            yield from (segment.backup, *segment.states, segment.master, segment.progress, segment.param.detach())
+            yield from (segment.backup, *segment.states, segment.master, segment.progress, segment.weight.detach())
 
     def upload_values(self) -> None:
         """Bring the groups' values to where captured graphs find them."""
@@ -332,7 +349,7 @@ class Bucket:
         if captured is None:
             return
         for param, grad in zip(self.params, captured, strict=True):
-            if _address(param.grad) != _address(grad):
+            if _address(None if param.grad is None else local_of(param.grad)) != _address(grad):
                 raise RuntimeError(
                     f"FusedSAM: {self.shared.name_of(param)} has its gradient elsewhere than when the CUDA graph was "
                     "captured, so a replay would read an old one. Keep gradients where they are: "
@@ -419,6 +436,11 @@ class Bucket:
         if self.tables.format.masters:
             self.remember_versions()
 
+    def as_distributed(self, vector: Gradients) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The parameters, each with what a vector has for it, lying on the ranks as the parameter does."""
+        for param, part in zip(self.params, vector, strict=True):
+            yield param, None if part is None else distributed_as(param, part)
+
     def _note_captured(self, grads: Gradients, which: int) -> None:
         if graphs.capturing(self.tables.device):
             self.captured_gradients[which] = grads
@@ -439,7 +461,7 @@ class Bucket:
     def restore(self) -> None:
         """Bring the old weights back, bit for bit. Allocates no tensor: it runs after an out-of-memory error, too."""
         hits = [s for s, perturbed in zip(self.segments, self.tables.perturbed.tolist(), strict=True) if perturbed]
-        if any(layout(segment.param) != segment.layout for segment in hits):
+        if any(layout(segment.weight) != segment.layout for segment in hits):
             self.copy_back()  # the tables know the old places only
         elif hits:
             self.update(self.gradients.none(), None, None)
@@ -447,8 +469,8 @@ class Bucket:
     def copy_back(self) -> None:
         """Restore parameters that were moved, cast or laid out otherwise since `perturb_`."""
         for i, segment in enumerate(self.segments):
-            if self.tables.perturbed[i] and segment.param.numel() == segment.layout.shape.numel():
-                segment.param.copy_(segment.shaped(segment.saved_weights()).reshape(segment.param.shape))
+            if self.tables.perturbed[i] and (weight := segment.weight).numel() == segment.layout.shape.numel():
+                weight.copy_(segment.shaped(segment.saved_weights()).reshape(weight.shape))
         self.tables.perturbed.zero_()
 
     def drop_perturbation(self) -> None:
@@ -461,14 +483,14 @@ class Bucket:
             if not perturbed:
                 continue
             if segment.backup is not None:
-                saved, weights = segment.shaped(segment.backup), segment.param.clone()
-                segment.param.copy_(saved)
+                saved, weights = segment.shaped(segment.backup), segment.weight.clone()
+                segment.weight.copy_(saved)
                 saved.copy_(weights)
             elif i in self.swapped_out:
                 segment.refresh_master()  # what was written meanwhile is the weight from now on
-                segment.param.copy_(self.swapped_out.pop(i))
+                segment.weight.copy_(self.swapped_out.pop(i))
             else:
-                self.swapped_out[i] = segment.param.clone()
+                self.swapped_out[i] = segment.weight.clone()
                 segment.store(segment.saved_weights())
 
     # Masters.
@@ -490,7 +512,7 @@ class Bucket:
             )
         before = self.versions or [-1] * len(versions)
         for segment, known, now in zip(self.segments, before, versions, strict=False):
-            if known != now and layout(segment.param).moved_only(segment.layout):
+            if known != now and layout(segment.weight).moved_only(segment.layout):
                 segment.refresh_master()
         self.versions = versions
 

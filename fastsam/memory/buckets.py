@@ -19,6 +19,7 @@ from fastsam.ops.native import reader
 from fastsam.ops.reference import CLIP_EPS, Clip, clip_factor
 from fastsam.ops.tables import Gradients
 
+GRAD_NORM, PERTURB, UPDATE = 1, 2, 4  # operations, as the native library numbers them
 Steer: TypeAlias = Callable[[Sequence[Gradients]], Sequence[Gradients]]
 SteerAscent: TypeAlias = Callable[
     [Sequence[Gradients]], tuple[Sequence[Gradients], Tensor | Sequence[Gradients] | None]
@@ -135,7 +136,7 @@ class Buckets(Grouping):
                 if moved:
                     raise RuntimeError(
                         f"FusedSAM: {self.shared.name_of(bucket.params[moved[0]])} cannot be read where it lies: "
-                        f"{layout(bucket.params[moved[0]])}"
+                        f"{layout(bucket.segments[moved[0]].weight)}"
                     )
         return [grads for grads, _ in read]
 
@@ -176,9 +177,14 @@ class Buckets(Grouping):
                 return None
             calls.append(call)
             bucket.prepare_capture()
-        found = reader.run_pass(calls, self.shared.q != 1 and ascent, ascent)
+        measures, adds = ascent and self.shared.q != 1, ascent and self.ranks.several
+        found = reader.run_pass(calls, GRAD_NORM * measures + (0 if adds else PERTURB if ascent else UPDATE))
         if found is None:
             return None
+        if adds:
+            if measures:
+                self.share_sums(self.sums, self.shared.q)
+            reader.run_on(calls, PERTURB)
         return [
             (bucket, bucket.gradients.found(grads), written)
             for bucket, (grads, written) in zip(self.items, found, strict=True)
@@ -232,7 +238,7 @@ class Buckets(Grouping):
             for bucket, measured in zip(self.items, along if divisor is None else divisor, strict=True):
                 with bucket.reading(measured):
                     bucket.backend.operations.grad_norm(bucket.tables, measured, self.sums[bucket.tables.device])
-            self._share_sums(self.sums)
+            self.share_sums(self.sums, self.shared.q)
         return read, along
 
     def climb(self, read: Sequence[Gradients], along: Sequence[Gradients], sums: Mapping[torch.device, Tensor]) -> None:
@@ -327,8 +333,8 @@ class Buckets(Grouping):
             clip = Clip(max_norm, self.factors[device], bucket.on_device(grad_scale))
             with bucket.reading(g):
                 bucket.backend.operations.grad_norm(bucket.tables, g, self.second_sums[device], clip=clip)
-        if len(self.factors) > 1:  # each launch knew the sums of its own device
-            self._share_sums(self.second_sums)
+        if len(self.factors) > 1 or self.ranks.several:  # each launch knew the sums of its own device
+            self.share_sums(self.second_sums)
             for device, factor in self.factors.items():
                 scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
                 factor.copy_(clip_factor(Clip(max_norm, factor, scale), self.second_sums[device]))
@@ -343,7 +349,7 @@ class Buckets(Grouping):
             return float("nan")
         for bucket, g in zip(self.items, grads, strict=True):
             bucket.backend.operations.grad_norm(bucket.tables, g, self.second_sums[bucket.tables.device])
-        self._share_sums(self.second_sums)
+        self.share_sums(self.second_sums)
         device = self.items[0].tables.device
         return float((self.second_sums[device].sum() / self.sums[device].sum()).sqrt())
 
@@ -379,13 +385,19 @@ class Buckets(Grouping):
         if self._watches_state():
             self.watch.remember(self.state, self.segments())
 
-    def _share_sums(self, sums: Mapping[torch.device, Tensor]) -> None:
-        """Bring the sums of all devices together; copies between devices do not wait for the host."""
+    def share_sums(self, sums: Mapping[torch.device, Tensor], q: float = 2.0) -> None:
+        """Bring the sums of all devices and ranks together; copies between devices do not wait for the host.
+
+        Args:
+            sums: [n_buckets, ...] float64 on each device: what each bucket has written into its slot there.
+            q: whether they are sums (2) or the q-norms of `grad_norm`.
+        """
         for bucket in self.items if len(sums) > 1 else ():
             own, slot = sums[bucket.tables.device], bucket.tables.slot
             for device, there in sums.items():
                 if device != bucket.tables.device:
                     there[slot].copy_(own[slot], non_blocking=device.type == "cuda")  # the host waits for its copy
+        self.ranks.add(sums, q)
 
     def restore(self) -> None:
         """Bring the old weights back."""

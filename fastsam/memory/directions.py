@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsam.memory.buckets import Buckets
 from fastsam.memory.vectors import FlatVector, present
+from fastsam.ops.local import local_of
 from fastsam.ops.tables import ALIGN, Gradients
 
 
@@ -51,9 +52,12 @@ class Vector:
         return (flat.page for flat in self.flats)
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters of which there is something, and the tensors; one a parameter, of its shape and strides."""
+        """The parameters of which there is something, and the tensors; one a parameter, of its shape and strides.
+
+        Of DTensors they are the parts that lie here.
+        """
         found = [
-            (param, tensor)
+            (local_of(param), tensor)
             for params, part in zip(self.params, self.parts, strict=True)
             for param, tensor in zip(params, part, strict=True)
             if tensor is not None
@@ -179,20 +183,28 @@ class Directions:
     def dot(self, a: Vector, b: Vector | None) -> Products:
         """The three products of two vectors, over all buckets; see `FusedSAM.dot`."""
         buckets, n = self.buckets.items, len(self.buckets.items)
-        devices = {bucket.tables.device for bucket in buckets}
-        out = {device: torch.zeros(n, 3, dtype=torch.float64, device=device) for device in devices}
+        devices = {bucket.tables.device for bucket in buckets} or {torch.device("cpu")}
+        out = {device: torch.zeros(n or 1, 3, dtype=torch.float64, device=device) for device in devices}
         seconds = [None] * n if b is None else b.parts
         for bucket, left, right in zip(buckets, a.parts, seconds, strict=True):
             bucket.vectors.require_partials()
             bucket.backend.operations.dot(bucket.tables, left, right, out[bucket.tables.device])
-        if not buckets:
-            return Products(*torch.zeros(3, dtype=torch.float64).unbind())
-        place = buckets[0].tables.device
-        total = out[place][buckets[0].tables.slot]
-        for bucket in buckets[1:]:
-            row = out[bucket.tables.device][bucket.tables.slot]
-            total = total + row.to(place, non_blocking=place.type == "cuda")
+        self.buckets.share_sums(out)
+        place = buckets[0].tables.device if buckets else torch.device("cpu")
+        total = out[place][0]
+        for row in out[place][1:]:
+            total = total + row
         return Products(*total.unbind())
+
+    def fill(self, vector: Vector) -> None:
+        """Let a direction hold what it is, zeros, in parameters that have a gradient."""
+        for bucket, flat in zip(self.buckets.items, vector.flats, strict=True):
+            having = torch.tensor([param.grad is not None for param in bucket.params], dtype=torch.bool, device="cpu")
+            flat.note_written(having, keeps=True)
+
+    def publish_created(self) -> None:
+        """Show in `optimizer.state` what saved vectors hold of parameters that have a gradient."""
+        self.publish([Gradients([param.grad for param in bucket.params]) for bucket in self.buckets.items])
 
     def publish(self, grads: Sequence[Gradients], *, stepped: bool = True) -> None:
         """After an update with these gradients: show in `optimizer.state` what saved vectors hold."""
@@ -200,6 +212,23 @@ class Directions:
         for bucket, part in zip(buckets.items, grads, strict=True):
             bucket.vectors.publish(part, buckets.state, stepped=stepped)
         self._remember_news()
+
+    def squared_lengths(self, a: Vector, of_params: bool = False) -> list[Tensor]:
+        """By bucket, [n_segments] float64: each parameter's own <a,a>, over all ranks; 0 where there is nothing.
+
+        Args:
+            a: the vector.
+            of_params: those of the parameters instead, where `a` has something.
+        """
+        found = []
+        for bucket, part in zip(self.buckets.items, a.parts, strict=True):
+            squares = torch.zeros(len(part), dtype=torch.float64, device=bucket.tables.device)
+            hits = [(i, tensor) for i, tensor in enumerate(part) if tensor is not None]
+            sources = [bucket.segments[i].weight if of_params else tensor for i, tensor in hits]
+            for (i, _), length in zip(hits, torch._foreach_norm(sources) if sources else (), strict=True):
+                squares[i].copy_(length.double().square())
+            found.append(self.buckets.ranks.add_for(bucket, squares))
+        return found
 
     # All elements at once, for what is rare.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsam.memory.pages import page
 from fastsam.memory.segments import Segment, is_dense, own_storage
+from fastsam.ops.local import is_distributed
 
 
 class FlatWeights:
@@ -36,7 +37,7 @@ class FlatWeights:
 
     def buffer_of(self, param: Tensor) -> Tensor | None:
         """The buffer that a parameter lives in: that all of the parameter's storage lies in."""
-        if not self.buffers or param.numel() == 0:
+        if not self.buffers or param.numel() == 0 or is_distributed(param):
             return None
         storage = param.untyped_storage()
         start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
@@ -47,6 +48,8 @@ class FlatWeights:
 
     def reason_not_flattened(self, param: Tensor) -> str | None:
         """Why a parameter must not be moved, None if it may be."""
+        if is_distributed(param):
+            return "it is a DTensor, and FSDP2 keeps views of the memory of its part"
         if param.is_complex():
             return f"it is complex ({param.dtype})"
         if not is_dense(param):

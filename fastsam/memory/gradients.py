@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsam.memory.placements import gradient_part, same_placements
 from fastsam.memory.segments import Segment, layout
 from fastsam.memory.shared import Shared
+from fastsam.ops.local import local_of
 from fastsam.ops.native import reader
 from fastsam.ops.tables import ALIGN, Gradients, Tables
 
@@ -81,16 +83,22 @@ class GradientReader:
             grads = self.found(found)
         else:
             skipped = self.skipped.tolist() if ascent else [False] * len(self.params)
-            grads = Gradients([None if skip else p.grad for p, skip in zip(self.params, skipped, strict=True)])
-            moved = [i for i, segment in enumerate(self.segments) if layout(segment.param) != segment.layout]
+            whole = [None if skip else p.grad for p, skip in zip(self.params, skipped, strict=True)]
+            grads = Gradients([None if grad is None else local_of(grad) for grad in whole])
+            moved = [i for i, segment in enumerate(self.segments) if layout(segment.weight) != segment.layout]
             dtypes = [self._dtype_for(segment.layout.dtype) for segment in self.segments]
-            foreign = [i for i, g in enumerate(grads) if g is not None and not self.segments[i].accepts(g, dtypes[i])]
+            foreign = [
+                i
+                for i, (g, grad, segment) in enumerate(zip(grads, whole, self.segments, strict=True))
+                if g is not None
+                and not (grad is not None and same_placements(segment.param, grad) and segment.accepts(g, dtypes[i]))
+            ]
         if foreign and not moved:
             if (common := self._common_dtype(grads)) != tables.format.grad:
                 tables.format = tables.format._replace(grad=common)
                 return self.gather(ascent=ascent)
             for i in foreign:
-                grads[i] = grad = self._converted(self.segments[i].param)
+                grads[i] = grad = self._converted(self.segments[i])
                 if grads.table is not None:
                     grads.table[i] = grad.data_ptr() or ALIGN  # an empty gradient is a gradient
         return grads, moved or []
@@ -113,10 +121,10 @@ class GradientReader:
         common = reduce(torch.promote_types, dtypes) if dtypes else format.weight
         return common if format.takes(common) else format.weight
 
-    def _converted(self, param: Tensor) -> Tensor:
-        """A copy of a gradient that is sparse, or of other strides or dtype, as the kernels want it."""
-        grad = param.grad
-        assert grad is not None
+    def _converted(self, segment: Segment) -> Tensor:
+        """A copy of a gradient that is sparse, of other strides or dtype or on other ranks, as the kernels want it."""
+        param, weight = segment.param, segment.weight
+        grad = gradient_part(param, self.shared.name_of(param))
         dtype = self._dtype_for(param.dtype)
         if grad.dtype != dtype:
             self.shared.warn_once(
@@ -124,4 +132,4 @@ class GradientReader:
                 "every pass. Let the parameter's grad_dtype be its dtype to avoid that."
             )
         dense = grad if grad.layout == torch.strided else grad.to_dense()
-        return torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device).copy_(dense)
+        return torch.empty_strided(weight.size(), weight.stride(), dtype=dtype, device=weight.device).copy_(dense)

@@ -11,7 +11,9 @@ from torch import Tensor
 from fastsam.bases.rules import Group, Rule
 from fastsam.memory.bucket import Bucket, Member
 from fastsam.memory.flat import FlatWeights
+from fastsam.memory.placements import ranks_of
 from fastsam.memory.placing import backend_of, check_duplicates, check_overlaps, check_param, is_unused
+from fastsam.memory.ranks import Ranks
 from fastsam.memory.segments import Segment, has_storage, layout, real_dtype
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.state import StateWatch
@@ -33,6 +35,7 @@ class Grouping:
         sums: [n_buckets] float64 on each device: `grad_norm` writes it, `perturb_` reads it.
         second_sums: the same for the gradients of the second pass, where they are measured.
         factors: [] float64 on each device, by which gradients are clipped.
+        ranks: what sums are added up over other processes.
         flat: the buffers that the weights live in with `flatten=True`.
         watch: what was last put into `state`.
         weight_watch: who writes to the perturbed weights.
@@ -57,6 +60,7 @@ class Grouping:
         self.sums: dict[torch.device, Tensor] = {}
         self.second_sums: dict[torch.device, Tensor] = {}
         self.factors: dict[torch.device, Tensor] = {}
+        self.ranks = Ranks()
         self.flat = FlatWeights()
         self.watch = StateWatch()
         self.known_entries: list[Any] | None = None  # keys and values of all groups in turn, if they are what was read
@@ -129,16 +133,16 @@ class Grouping:
         groups, captures = self.shared.groups, self.shared.captures
         self.sync_state()
         for param, group in members:
-            check_param(param, group, groups, self.backend)
+            check_param(param, group, groups, self.backend, sharded=self.ranks.norm_group is not None)
         check_overlaps([*(p for bucket in self.items for p in bucket.params), *(p for p, _ in members)], groups)
         self._warn_of_weights_not_flattened(members)
         index = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
-        placed: dict[tuple[torch.device, torch.dtype, str], list[Member]] = {}
+        placed: dict[tuple[torch.device, torch.dtype, str, tuple[Any, ...]], list[Member]] = {}
         for param, group in members:
-            key = param.device, real_dtype(param), backend_of(param, self.backend)
+            key = param.device, real_dtype(param), backend_of(param, self.backend), ranks_of(param)
             placed.setdefault(key, []).append((param, group))
         for key, group_members in placed.items():
-            found = [b for b in self.items if (b.tables.device, b.tables.dtype, b.backend.name) == key]
+            found = [b for b in self.items if (b.tables.device, b.tables.dtype, b.backend.name, b.ranks) == key]
             bucket = found[0] if found else Bucket(self.shared, *key, len(self.items), self.rounding_step())
             bucket.append(group_members, index, self.flat, self.state)
             self.items += [] if found else [bucket]
@@ -150,6 +154,7 @@ class Grouping:
             {d: torch.zeros(len(self.items), dtype=torch.float64, device=d) for d in devices} for _ in range(2)
         )
         self.factors = {d: torch.ones((), dtype=torch.float64, device=d) for d in devices}
+        self.ranks.arrange(self.items)
         self._prune_flat()
         self.weight_watch.choose([segment.param for segment in self.segments()])
         self.watch.remember(self.state, self.segments())
@@ -168,7 +173,7 @@ class Grouping:
     def _follow_moves(self, moved: Sequence[Sequence[int]]) -> None:
         """Bring the tables up to date; build all buckets anew where a dtype, device or shape changed."""
         for bucket, indices in zip(self.items, moved, strict=True):
-            if not all(layout(bucket.params[i]).moved_only(bucket.segments[i].layout) for i in indices):
+            if not all(layout(bucket.segments[i].weight).moved_only(bucket.segments[i].layout) for i in indices):
                 self._rebuild()
                 return
             bucket.write_segment_table(indices)

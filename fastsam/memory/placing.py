@@ -9,13 +9,15 @@ from torch import Tensor
 
 from fastsam import ops
 from fastsam.bases.rules import Group
+from fastsam.memory.placements import is_partial
 from fastsam.memory.segments import address_of, is_dense, name_at, name_of, real_dtype
+from fastsam.ops.local import local_of
 
 
 def backend_of(param: Tensor, asked: str) -> str:
     """The name of the backend that serves a parameter; kernels walk dense storage only, and by its address."""
-    chosen = ops.choose(asked, param.device, real_dtype(param))
-    readable = is_dense(param) and (address_of(param) != 0 or param.numel() == 0)
+    chosen, part = ops.choose(asked, param.device, real_dtype(param)), local_of(param)
+    readable = is_dense(part) and (address_of(part) != 0 or part.numel() == 0)
     return chosen if chosen is not None and readable else "reference"
 
 
@@ -24,7 +26,7 @@ def is_unused(param: Tensor) -> bool:
     return param.grad is None and (not param.requires_grad or param.is_meta)
 
 
-def _why_unreachable(param: Tensor) -> str | None:
+def _why_unreachable(param: Tensor, sharded: bool) -> str | None:
     """Why no step can reach all of a parameter, and what to do; None if one can."""
     if any(base.__name__ == "FakeTensor" for base in type(param).__mro__):
         return (
@@ -37,13 +39,17 @@ def _why_unreachable(param: Tensor) -> str | None:
             "(model.to_empty(device=...)) before the optimizer is built; for a dry run let the base optimizer step "
             "alone: the states are the same, and SAM takes one copy of the weights more"
         )
-    if getattr(param, "_fsdp_flattened", False):
+    if getattr(param, "_fsdp_flattened", False) and not sharded:
         return (
             "part of a FlatParameter of FullyShardedDataParallel (FSDP1), of which each rank holds another piece, so "
-            "that SAM's norm would be that of the piece. That is not supported yet; use DistributedDataParallel"
+            "that SAM's norm would be that of the piece. Say over which ranks it is split, FusedSAM(..., "
+            "norm_group=model.process_group), or use FSDP2 (fully_shard), which needs nothing"
         )
-    if hasattr(param, "_local_tensor"):
-        return "a DTensor (FSDP2, tensor parallelism), which is not supported yet; use DistributedDataParallel"
+    if is_partial(param):
+        return (
+            f"a DTensor of which each rank has a summand ({param.placements}), so that no rank knows a weight. "  # type: ignore[attr-defined]
+            "Redistribute it to Replicate() or Shard() before the optimizer is built"
+        )
     if param.layout != torch.strided:
         return (
             f"sparse ({param.layout}), and the perturbation of all weights is dense. Use a dense parameter "
@@ -71,15 +77,22 @@ def check_duplicates(groups: Sequence[Group]) -> None:
             places[id(param)] = place
 
 
-def check_param(param: Tensor, group: int, groups: Sequence[Group], asked: str) -> None:
+def check_param(param: Tensor, group: int, groups: Sequence[Group], asked: str, *, sharded: bool = False) -> None:
     """Refuse what no backend can do right.
+
+    Args:
+        param: the parameter.
+        group: the index of its group.
+        groups: all groups.
+        asked: the backend that was asked for.
+        sharded: whether sums are added over ranks that hold other pieces of plain parameters.
 
     Raises:
         ValueError: no memory, or only a part of it here; a complex parameter in an adaptive group, or a backend that
             does not serve its device.
     """
     name = name_of(param, groups)
-    if (why := _why_unreachable(param)) is not None:
+    if (why := _why_unreachable(param, sharded)) is not None:
         raise ValueError(f"FusedSAM: {name} is {why}")
     if param.is_complex() and groups[group]["adaptive"]:
         raise ValueError(
@@ -111,20 +124,23 @@ def check_overlaps(params: Iterable[Tensor], groups: Sequence[Group]) -> None:
 def overlapping(params: Iterable[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Two parameters that share memory (the same one twice if it overlaps itself), or None."""
     extents: list[tuple[int, int, Tensor]] = []
-    for param in params:
+    whole = {}
+    for owner in params:
+        param = local_of(owner)
+        whole[id(param)] = owner
         if param.numel() > 0 and address_of(param) != 0:
             reach = sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True))
             start = param.data_ptr()
             extents.append((start, start + (reach + 1) * param.element_size(), param))
             if reach + 1 < param.numel():
-                return param, param
+                return owner, owner
     extents.sort(key=lambda extent: extent[:2])
     reaching: list[tuple[int, int, Tensor]] = []  # those that end behind the start of the next one
     for extent in extents:
         reaching = [other for other in reaching if other[1] > extent[0]]
         for _, _, other in reaching:
             if _share(other, extent[2]):
-                return other, extent[2]
+                return whole[id(other)], whole[id(extent[2])]
         reaching.append(extent)
     return None
 

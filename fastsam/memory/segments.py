@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import dlpack
 
 from fastsam.bases.rules import Group
+from fastsam.memory.placements import distributed_as
 from fastsam.ops.tables import Operand
 
 
@@ -68,12 +69,12 @@ class Segment(Operand):
     def __post_init__(self) -> None:
         """Note how the parameter lies now."""
         super().__post_init__()
-        self.layout = layout(self.param)
+        self.layout = layout(self.weight)
 
     def refresh_master(self) -> None:
         """Read the weight into the master where somebody else wrote it: where the master does not round to it."""
         if self.master is not None:
-            w = self.flat(self.param)
+            w = self.flat(self.weight)
             same = self.master.to(w.dtype).view(torch.int16) == w.view(torch.int16)
             self.master.copy_(torch.where(same, self.master, w.to(self.master.dtype)))
 
@@ -84,8 +85,11 @@ class Segment(Operand):
         return flat.as_strided(self.layout.shape, self.layout.stride) if self.dense else flat.view(self.layout.shape)
 
     def shown(self, flat: Tensor) -> Tensor:
-        """The same for others: with a storage of its own, so that saving or moving it takes no other tensor along."""
-        return self.shaped(own_storage(flat))
+        """The same for others: with a storage of its own, so that saving or moving it takes no other tensor along.
+
+        Of a DTensor it is one that lies on the ranks alike.
+        """
+        return distributed_as(self.param, self.shaped(own_storage(flat)))
 
     def accepts(self, grad: Tensor, dtype: torch.dtype) -> bool:
         """Whether a gradient has this dtype and the strides of the parameter (dimensions of size 1 may have any)."""

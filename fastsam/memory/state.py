@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsam.memory.placements import part_of
 from fastsam.memory.segments import Segment, layout, own_storage
 from fastsam.memory.shared import Shared, State
 from fastsam.memory.vectors import Vectors
+from fastsam.ops.local import local_of
 from fastsam.ops.native import reader
 from fastsam.ops.tables import Tables
 
@@ -107,7 +109,7 @@ class PublishedState:
             return
         segment.views["master"] = segment.shown(flat)
         if not perturbed:
-            flat.copy_(segment.flat(segment.param))
+            flat.copy_(segment.flat(segment.weight))
 
     def _with_memory(self, segment: Segment, name: str, value: Any, flat: Tensor) -> Tensor:
         """[numel]: a flat tensor of ours, a new one if somebody took the memory of the old away."""
@@ -122,7 +124,8 @@ class PublishedState:
     def _taken_over(self, segment: Segment, name: str, value: Tensor, flat: Tensor) -> Tensor:
         """[numel]: the flat tensor that holds `value` from now on: ours, or where our view was moved to."""
         expected = segment.shaped(flat)
-        if value is segment.views.get(name):
+        known, value = value is segment.views.get(name), part_of(value, segment.param)
+        if known:
             if layout(value) == layout(expected):
                 return flat
             if layout(value).moved_only(layout(expected)):
@@ -178,6 +181,7 @@ class PublishedState:
 
 def _has_memory(tensor: Tensor) -> bool:
     """Whether a dense tensor's storage has room for all of it."""
+    tensor = local_of(tensor)
     if tensor.layout != torch.strided:
         return True
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
@@ -203,7 +207,7 @@ class StateWatch:
         views = {id(view) for segment in segments for view in segment.views.values()}
         self.state, self.held = state, list(state.values())
         self.entries = [
-            (key, value, value.data_ptr() if id(value) in views else 0)
+            (key, value, local_of(value).data_ptr() if id(value) in views else 0)
             for held in self.held
             for key, value in held.items()
         ]
@@ -222,6 +226,6 @@ class StateWatch:
         if len(found) != len(self.entries) or any(a is not b for a, b in zip(state.values(), self.held, strict=True)):
             return True
         return any(
-            key is not known or value is not before or (address and value.data_ptr() != address)
+            key is not known or value is not before or (address and local_of(value).data_ptr() != address)
             for (key, value), (known, before, address) in zip(found, self.entries, strict=True)
         )

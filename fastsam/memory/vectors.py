@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from fastsam.memory.pages import page
+from fastsam.memory.placements import distributed_as, part_of
 from fastsam.memory.segments import Segment, own_storage
 from fastsam.memory.shared import AVERAGES, Shared, State
 from fastsam.ops import graphs
 from fastsam.ops.formats import LOW_DTYPES, Format
+from fastsam.ops.local import local_of
 from fastsam.ops.tables import ALIGN, Gradients, Tables
 
 MOST_MASKS = 16  # sets of segments that are remembered: which parameters have gradients seldom changes
@@ -83,7 +85,7 @@ class FlatVector:
 
     def shown(self, i: int, segment: Segment) -> Tensor:
         """Segment i as `optimizer.state` shows it: with a storage of its own."""
-        return _shaped(segment, own_storage(self.pieces[i]))
+        return distributed_as(segment.param, _shaped(segment, own_storage(self.pieces[i])))
 
     def copy_from(self, other: FlatVector) -> None:
         """Take over what another vector holds, over the first of these segments."""
@@ -94,7 +96,7 @@ class FlatVector:
 
 def _shaped(segment: Segment, piece: Tensor) -> Tensor:
     """A piece as the parameter is; what is no number has a complex one's two parts as a last dimension."""
-    param = segment.param
+    param = segment.weight
     if param.is_complex() and not piece.is_floating_point():
         shape, stride = (*param.shape, 2), (*(2 * n for n in param.stride()), 1)
         return piece.as_strided(shape, stride) if segment.dense else piece.view(shape)
@@ -165,7 +167,8 @@ class Vectors:
                     vector.pieces[i].zero_()
                     vector.written[i] = vector._complete = False
                     del segment.views[name]
-            elif value is not view or value.data_ptr() != mine.data_ptr():
+            elif value is not view or local_of(value).data_ptr() != mine.data_ptr():
+                value = part_of(value, segment.param)
                 if value.shape != mine.shape:
                     raise ValueError(
                         f"FusedSAM: state[{name!r}] of {self.shared.name_of(segment.param)} must have its parameter's "

@@ -33,8 +33,8 @@ class ESAM(FusedSAM):
     as here. The other half of ESAM selects samples of the batch for the second pass, which is the training loop's.
 
     Two passes a step; memory: two copies of the weights beside SAM's, none saved. The draw depends on the seed, the
-    number of the step, the parameter's place and the element, so replicas and resumed runs agree; it is made by torch,
-    and cannot be captured in a CUDA graph.
+    number of the step, the place of parameter and element (and, of DTensors, of the part of them on this rank),
+    so replicas and resumed runs agree; it is made by torch, and cannot be captured in a CUDA graph.
 
     Args:
         params: as for FusedSAM.
@@ -74,8 +74,10 @@ class ESAM(FusedSAM):
         if self.beta == 1:
             return g1
         out = self.keep(g1)
+        buckets = self._sam.buckets.items
         for place, (page, drawn) in enumerate(zip(out.pages(), self.direction("drawn").pages(), strict=True)):
             generator = torch.Generator(page.device)
-            generator.manual_seed(((self.seed * 1_000_003 + self.steps) * 1_000_003 + place) % 2**63)
+            stream = place + buckets[place].first_stream  # which is another one for another part of DTensors
+            generator.manual_seed(((self.seed * 1_000_003 + self.steps) * 1_000_003 + stream) % 2**63)
             page.mul_(drawn.bernoulli_(self.beta, generator=generator))
         return out

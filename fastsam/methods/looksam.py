@@ -76,14 +76,13 @@ class LookSAM(FusedSAM):
 
     def _scaled_by_layer(self, g1: Vector) -> Vector:
         """(|w| / |g1|) g1 of each parameter, 0 where its gradient is."""
-        out = self.keep(g1, "layerwise")
-        params, tensors = out.pairs()
-        if not tensors:
-            return out
-        lengths = torch._foreach_norm(tensors)
-        weights = torch._foreach_norm(params)
-        ratios = [torch.where(n == 0, 0.0, w.to(n.dtype) / n) for w, n in zip(weights, lengths, strict=True)]
-        torch._foreach_mul_(tensors, ratios)
+        out, directions = self.keep(g1, "layerwise"), self._sam.directions
+        lengths, weights = directions.squared_lengths(out), directions.squared_lengths(out, of_params=True)
+        for part, n, w in zip(out.parts, lengths, weights, strict=True):
+            ratios = torch.where(n == 0, 0.0, (w / n).sqrt()).unbind()
+            found = [(tensor, ratio) for tensor, ratio in zip(part, ratios, strict=True) if tensor is not None]
+            if found:
+                torch._foreach_mul_([tensor for tensor, _ in found], [ratio for _, ratio in found])
         return out
 
     def descent(self, g2: Vector) -> Vector:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsam.closures import entry
 from fastsam.memory.directions import Vector
+from fastsam.memory.placements import ranks_of
 from fastsam.methods.checks import check_no_decay, check_range
 from fastsam.optimizer import FusedSAM
 
@@ -80,6 +81,16 @@ class SparseSAM(FusedSAM):
         self.drop, self.grow, self.seed = drop, grow, int(seed)
         super().__init__(params, base_optimizer, rho, **kwargs)
 
+    def _check_group(self, index: int, group: dict[str, Any]) -> None:
+        super()._check_group(index, group)
+        split = self.norm_group is not None or any(ranks_of(param) for param in group["params"])
+        if self.sparsity > 0 and split:
+            raise ValueError(
+                "SparseSAM: its mask takes the largest of all elements, which no rank has where parameters are split "
+                "over ranks (FSDP, tensor parallelism) or norm_group= is given; use DistributedDataParallel, or ESAM, "
+                "whose mask is drawn"
+            )
+
     def ascent(self, g1: Vector) -> Vector:
         """Climb along mask * g1, divided by |g1|."""
         if self.sparsity == 0:
@@ -89,6 +100,10 @@ class SparseSAM(FusedSAM):
             page.mul_(kept)
         self.divide_by(g1)
         return out
+
+    def create_buffers(self) -> None:
+        """With the mask that a first step would begin with."""
+        self._mask()
 
     def _mask(self) -> Vector:
         """The mask, with random elements in parameters that have none yet."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsam.bases.rules import Row, Rule
 from fastsam.ops.formats import Format
+from fastsam.ops.local import local_of
 
 STATE_SLOTS = 3
 ALIGN = 64  # flat tensors begin at a multiple of this many elements; also what stands for the address of no memory
@@ -20,11 +21,12 @@ class Operand:
     """One parameter of a bucket, as the reference reads and writes it; kernels find the same by its addresses.
 
     Attributes:
-        param: the parameter itself.
+        param: the parameter itself, of which `weight` is what lies here.
         group: index of its parameter group.
         numel: number of elements, a complex one counted as two.
         dense: whether its storage has no gaps and holds the very values, so that a kernel can walk it.
-        index: its place among all parameters of the optimizer, which selects its stream of random numbers.
+        index: its place among all parameters of the optimizer, and which part of it lies here; these select its stream
+            of random numbers.
         chunks: its rows of the bucket's chunk table.
         backup: [numel], the weights before the perturbation, in storage order; None where there is a master, and before
             the first perturbation.
@@ -52,6 +54,11 @@ class Operand:
         """Make the views of the two numbers."""
         self.step, self.mu_product = self.progress.unbind()
 
+    @property
+    def weight(self) -> Tensor:
+        """The parameter; of a DTensor the part that lies on this rank."""
+        return local_of(self.param)
+
     def flat(self, tensor: Tensor) -> Tensor:
         """[numel]: a tensor of the parameter's layout in storage order; a view of it where the parameter is dense."""
         if not self.dense:
@@ -67,11 +74,11 @@ class Operand:
 
     def source(self, perturbed: bool) -> Tensor:
         """[numel]: what the formulas take the weights from."""
-        return self.saved_weights() if perturbed or self.master is not None else self.flat(self.param)
+        return self.saved_weights() if perturbed or self.master is not None else self.flat(self.weight)
 
     def store(self, values: Tensor) -> None:
         """Write [numel] values into the parameter, rounded once if it is of lower precision."""
-        self.write(self.param, values)
+        self.write(self.weight, values)
 
     def write(self, tensor: Tensor, values: Tensor) -> None:
         """The same into a tensor of the parameter's layout."""
