@@ -68,6 +68,10 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
         "",  # the package's own file: what its modules share
         *("lightning_parts", "lightning", "pytorch_lightning", "transformers", "accelerate", "timm"),
     ),
+    "analysis": (
+        *("extras", "objective", "results", "measures", "hessian", "landscapes", "plots"),
+        "",  # the package's own file: what is public
+    ),
     "commands": ("diagnosis", "demo_training", "demo_results", "demo", "methods"),
 }
 TOP = ("", "top")  # what lies in the package itself: below the methods, and above
