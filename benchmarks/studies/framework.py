@@ -210,8 +210,8 @@ def new_figure(columns: int = 1, width: float = 5.6, height: float = 3.6) -> tup
     return figure, axes
 
 
-def draw(axes: Any, records: Sequence[Record], x: str, by: str, field: str = "test", even: bool = True) -> None:
-    """Means over the seeds as lines, each seed as a dot.
+def draw(axes: Any, records: Sequence[Record], x: str, by: str, field: str = "test", joined: bool = True) -> None:
+    """Means over the seeds as large dots, each seed as a small one; values of x stand at equal distances.
 
     Args:
         axes: where.
@@ -219,18 +219,18 @@ def draw(axes: Any, records: Sequence[Record], x: str, by: str, field: str = "te
         x: the field along the axis.
         by: a line for each of its values.
         field: what is drawn.
-        even: put the values of x at equal distances.
+        joined: draw lines between the means.
     """
     places = list(dict.fromkeys(r[x] for r in records))
-    at = {place: i if even else place for i, place in enumerate(places)}
+    at = {place: i for i, place in enumerate(places)}
+    style = "o-" if joined else "o"
     for colour, name in zip(COLOURS, dict.fromkeys(r[by] for r in records), strict=False):
         mine = [r for r in records if r[by] == name and r[field] is not None]
         here = [place for place in places if values(mine, field, **{x: place})]
         axes.plot([at[r[x]] for r in mine], [r[field] for r in mine], ".", color=colour, ms=4, alpha=0.45)
         means = [fmean(values(mine, field, **{x: place})) for place in here]
-        axes.plot([at[place] for place in here], means, "o-", color=colour, lw=1.8, ms=4, label=str(name))
-    if even:
-        axes.set_xticks(range(len(places)), [shown(x, place) for place in places])
+        axes.plot([at[place] for place in here], means, style, color=colour, lw=1.8, ms=4, label=str(name))
+    axes.set_xticks(range(len(places)), [shown(x, place) for place in places])
     axes.set(xlabel=x.replace("_", " "), ylabel="test accuracy, %" if field == "test" else field)
     axes.legend(frameon=False)
 

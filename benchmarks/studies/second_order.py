@@ -60,6 +60,6 @@ def plot(document: dict[str, Any]) -> Any:
         for r in document["records"]
     ]
     figure, axes = new_figure(1, 6.4)
-    draw(axes, records, "method", "labels")
+    draw(axes, records, "method", "labels", joined=False)
     axes.set(xlabel="")
     return figure

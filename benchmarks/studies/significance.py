@@ -107,6 +107,6 @@ def plot(document: dict[str, Any]) -> Any:
     """Test accuracies in each condition."""
     records = [{**r, "condition": f"width {r['width']},\n{100 * r['noise']:g} % wrong"} for r in document["records"]]
     figure, axes = new_figure(1, 7.0)
-    draw(axes, records, "condition", "method")
+    draw(axes, records, "condition", "method", joined=False)
     axes.set(xlabel="")
     return figure
