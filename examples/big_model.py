@@ -1,7 +1,8 @@
-"""The recipe for large models: SAM in the tail of the training alone, whose learning rate is warmed up again.
+"""The recipe for large models: SAM in the last quarter of the training alone.
 
-Micro-batches accumulate without communication, each rank perturbs by its own part and runs them again, and what they
-add up to is clipped once. Run it with `torchrun --nproc-per-node 2 examples/big_model.py`.
+Micro-batches accumulate without communication, each rank perturbs by its own part and
+runs them again, and what they add up to is clipped once. Run it with
+`torchrun --nproc-per-node 2 examples/big_model.py`.
 """
 
 import torch
@@ -14,7 +15,9 @@ import fastsam
 
 def main(steps=24):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(50, 16), nn.Flatten(), nn.Linear(8 * 16, 50)).bfloat16()
+    model = nn.Sequential(
+        nn.Embedding(50, 16), nn.Flatten(), nn.Linear(8 * 16, 50)
+    ).bfloat16()
     parallel = DistributedDataParallel(model)
     begins = steps * 3 // 4
     optimizer = fastsam.FusedSAM(
@@ -28,7 +31,13 @@ def main(steps=24):
         when=fastsam.when.after(begins),
     )
     scheduler = fastsam.schedules.rewarmed_tail(optimizer, steps, begins, warmup=2)
-    step = fastsam.SAMStep(parallel, optimizer, nn.functional.cross_entropy, micro_batches=4, perturb="local")
+    step = fastsam.SAMStep(
+        parallel,
+        optimizer,
+        nn.functional.cross_entropy,
+        micro_batches=4,
+        perturb="local",
+    )
     torch.manual_seed(1 + dist.get_rank())
     tokens, following = torch.randint(0, 50, (16, 8)), torch.randint(0, 50, (16,))
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""The same by hand, with a closure that runs twice a step, for loops that are written around closures."""
+"""SAM by hand: a closure, as other torch optimizers take it, runs twice a step."""
 
 from contextlib import nullcontext
 
@@ -11,12 +11,20 @@ import fastsam
 def main(steps=12):
     torch.manual_seed(0)
     x, y = torch.randn(16, 20), torch.randint(0, 3, (16,))
-    model = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
-    optimizer = fastsam.FusedSAM(model.parameters(), torch.optim.AdamW, lr=1e-2, weight_decay=0.1, rho=0.05)
+    model = nn.Sequential(
+        nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3)
+    )
+    optimizer = fastsam.FusedSAM(
+        model.parameters(), torch.optim.AdamW, lr=1e-2, weight_decay=0.1, rho=0.05
+    )
 
     def closure():
         optimizer.zero_grad()
-        with fastsam.freeze_running_stats(model) if optimizer.perturbed else nullcontext():
+        with (
+            fastsam.freeze_running_stats(model)
+            if optimizer.perturbed
+            else nullcontext()
+        ):
             loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         return loss

@@ -1,6 +1,7 @@
-"""DistributedDataParallel with m-sharpness: each rank perturbs by its own part, and only the second pass communicates.
+"""DistributedDataParallel with m-sharpness: each rank perturbs by its own part.
 
-Run it with `torchrun --nproc-per-node 2 examples/data_parallel.py`.
+Only the second pass communicates. Run it with
+`torchrun --nproc-per-node 2 examples/data_parallel.py`.
 """
 
 import torch
@@ -15,8 +16,12 @@ def main(steps=12):
     torch.manual_seed(0)  # the same weights on all ranks
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3))
     parallel = DistributedDataParallel(model)
-    optimizer = fastsam.FusedSAM(parallel.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05)
-    step = fastsam.SAMStep(parallel, optimizer, nn.functional.cross_entropy, perturb="local")
+    optimizer = fastsam.FusedSAM(
+        parallel.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05
+    )
+    step = fastsam.SAMStep(
+        parallel, optimizer, nn.functional.cross_entropy, perturb="local"
+    )
     torch.manual_seed(1 + dist.get_rank())  # other data
     x, y = torch.randn(16, 20), torch.randint(0, 3, (16,))
     for _ in range(steps):

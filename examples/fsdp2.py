@@ -1,6 +1,7 @@
-"""FSDP2: weights, gradients and states are split over the ranks, SAM's norm is one over all of them; saved and resumed.
+"""FSDP2: everything is split over the ranks, and SAM's norm is one over all of them.
 
-Run it with `torchrun --nproc-per-node 2 examples/fsdp2.py`.
+It is saved and resumed half-way. Run it with
+`torchrun --nproc-per-node 2 examples/fsdp2.py`.
 """
 
 import tempfile
@@ -21,7 +22,9 @@ def built():
     for layer in (model[0], model[2]):
         fully_shard(layer)
     fully_shard(model)
-    return model, fastsam.FusedSAM(model.parameters(), torch.optim.AdamW, lr=1e-2, weight_decay=0.1, rho=0.05)
+    return model, fastsam.FusedSAM(
+        model.parameters(), torch.optim.AdamW, lr=1e-2, weight_decay=0.1, rho=0.05
+    )
 
 
 def main(folder, steps=12):
@@ -35,7 +38,9 @@ def main(folder, steps=12):
             model, optimizer = built()  # on any number of ranks
             saved, state = get_state_dict(model, optimizer)
             dcp.load({"model": saved, "optimizer": state}, checkpoint_id=folder)
-            set_state_dict(model, optimizer, model_state_dict=saved, optim_state_dict=state)
+            set_state_dict(
+                model, optimizer, model_state_dict=saved, optim_state_dict=state
+            )
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.first_step(zero_grad=True)

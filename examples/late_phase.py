@@ -1,4 +1,4 @@
-"""SAM in the last quarter of the training alone, where the learning rate is warmed up and annealed once more."""
+"""SAM in the last quarter of the training, with a learning rate that rises again."""
 
 import torch
 from torch import nn
@@ -11,7 +11,9 @@ def main(steps=40):
     x, y = torch.randn(16, 20), torch.randint(0, 3, (16,))
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3))
     begins = steps * 3 // 4
-    optimizer = fastsam.FusedSAM(model.parameters(), "adamw", lr=1e-2, rho=0.05, when=fastsam.when.after(begins))
+    optimizer = fastsam.FusedSAM(
+        model.parameters(), "adamw", lr=1e-2, rho=0.05, when=fastsam.when.after(begins)
+    )
     scheduler = fastsam.schedules.rewarmed_tail(optimizer, steps, begins, warmup=4)
     step = fastsam.SAMStep(model, optimizer, nn.functional.cross_entropy)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Lightning by hand: micro-batches accumulate within a closure, which runs twice; one perturbation from all of them."""
+"""Lightning by hand: a closure accumulates micro-batches, and runs twice a step."""
 
 import lightning.pytorch as pl
 import torch
@@ -22,8 +22,13 @@ class Classifier(pl.LightningModule):
         def closure():
             optimizer.zero_grad()
             loss = 0.0
-            for inputs, targets in zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches), strict=True):
-                part = nn.functional.cross_entropy(self.model(inputs), targets) / self.micro_batches
+            for inputs, targets in zip(
+                x.chunk(self.micro_batches), y.chunk(self.micro_batches), strict=True
+            ):
+                part = (
+                    nn.functional.cross_entropy(self.model(inputs), targets)
+                    / self.micro_batches
+                )
                 self.manual_backward(part)
                 loss += part.detach()
             return loss
@@ -31,14 +36,23 @@ class Classifier(pl.LightningModule):
         self.log("loss", optimizer.step(closure))  # at w
 
     def configure_optimizers(self):
-        return fastsam.FusedSAM(self.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05)
+        return fastsam.FusedSAM(
+            self.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05
+        )
 
 
 def main(epochs=3):
     torch.manual_seed(0)
     dataset = TensorDataset(torch.randn(64, 20), torch.randint(0, 3, (64,)))
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[SAMCallback()], **quiet)
+    quiet = dict(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", callbacks=[SAMCallback()], **quiet
+    )
     trainer.fit(Classifier(), DataLoader(dataset, batch_size=16))
     return trainer.callback_metrics["loss"].item()
 

@@ -1,4 +1,4 @@
-"""PEFT: only the adapters are perturbed and stepped; the frozen weights cost no memory. Saved and loaded as ever."""
+"""PEFT: only the adapters are perturbed and stepped, saved and loaded as ever."""
 
 import tempfile
 
@@ -15,8 +15,13 @@ def pretrained():
 
 
 def main(steps=20):
-    model = get_peft_model(pretrained(), LoraConfig(target_modules=["0"], modules_to_save=["2"], r=4, lora_alpha=8))
-    optimizer = fastsam.FusedSAM(model.parameters(), "adamw", lr=1e-2, weight_decay=0.01, rho=0.05)
+    model = get_peft_model(
+        pretrained(),
+        LoraConfig(target_modules=["0"], modules_to_save=["2"], r=4, lora_alpha=8),
+    )
+    optimizer = fastsam.FusedSAM(
+        model.parameters(), "adamw", lr=1e-2, weight_decay=0.01, rho=0.05
+    )
     step = fastsam.SAMStep(model, optimizer, nn.functional.cross_entropy)
     x, y = torch.randn(16, 20), torch.randint(0, 3, (16,))
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""SAF: a loss that stays near the outputs of some epochs ago, in place of a second pass."""
+"""SAF: a loss that stays near the outputs of epochs ago, without a second pass."""
 
 import torch
 from torch import nn
@@ -13,7 +13,9 @@ def main(epochs=10):
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     saf = fastsam.losses.SAF(len(dataset), 3, lag=2, start=3)
-    loader = DataLoader(StackDataset(dataset, range(len(dataset))), batch_size=16, shuffle=True)
+    loader = DataLoader(
+        StackDataset(dataset, range(len(dataset))), batch_size=16, shuffle=True
+    )
     for epoch in range(epochs):
         saf.set_epoch(epoch)
         for (x, y), indices in loader:

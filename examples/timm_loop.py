@@ -14,7 +14,9 @@ def main(steps=6):
     torch.manual_seed(0)
     x, y = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
     model = timm.create_model("test_resnet", num_classes=3)
-    optimizer = timm.optim.create_optimizer_v2(model, "fastsamsgd", lr=0.05, weight_decay=1e-4, rho=0.05)
+    optimizer = timm.optim.create_optimizer_v2(
+        model, "fastsamsgd", lr=0.05, weight_decay=1e-4, rho=0.05
+    )
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
 
     def second_pass():  # with the batch that x and y are then

@@ -1,9 +1,14 @@
-"""Transformers: a Trainer that takes SAM steps, with accumulation, clipping and a schedule as ever."""
+"""Transformers: a Trainer that takes SAM steps, with clipping and a schedule."""
 
 import tempfile
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import fastsam
 from fastsam.integrations.transformers import SAMTrainerMixin
@@ -15,9 +20,16 @@ class SAMTrainer(SAMTrainerMixin, Trainer):
 
 def main(epochs=3):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    model = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **sizes))
-    dataset = [{"input_ids": torch.randint(20, (8,)), "labels": torch.tensor(i % 3)} for i in range(18)]
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=20, num_labels=3, **sizes)
+    )
+    dataset = [
+        {"input_ids": torch.randint(20, (8,)), "labels": torch.tensor(i % 3)}
+        for i in range(18)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -32,7 +44,9 @@ def main(epochs=3):
             disable_tqdm=True,
         )
         sam = (fastsam.FusedSAM, dict(base_optimizer=torch.optim.AdamW, rho=0.05))
-        trainer = SAMTrainer(model, arguments, train_dataset=dataset, optimizer_cls_and_kwargs=sam)
+        trainer = SAMTrainer(
+            model, arguments, train_dataset=dataset, optimizer_cls_and_kwargs=sam
+        )
         return trainer.train().training_loss
 
 
