@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import fastsam
+from fastsam import losses, methods
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="the tests are not run from a source tree")
 
@@ -43,6 +46,16 @@ def test_every_code_block_runs(tmp_path):
 def test_it_builds_without_a_warning(tmp_path):
     run("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path), NO_MKDOCS_2_WARNING="1")
     assert "Sharpness-Aware" in (tmp_path / "api" / "index.html").read_text()
+
+
+def test_the_api_page_shows_every_public_name():
+    shown = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    modules = {"losses": losses, "methods": methods}
+    names = [name for name in fastsam.__all__ if name not in (*modules, "__version__")]
+    names += [name for module in modules.values() for name in module.__all__]
+    integrations = [path.stem for path in (ROOT / "fastsam" / "integrations").glob("[!_]*.py")]
+    names += [name for name in integrations if name != "lightning_parts"]
+    assert set(names) <= {place.rpartition(".")[2] for place in shown}
 
 
 @needs("matplotlib", "sklearn")
