@@ -50,6 +50,13 @@ def with_source(name: str, text: str) -> str:
     return f"{text}\n\nOf `benchmarks/results/{RESULTS[name]}`."
 
 
+def brief(name: str) -> str:
+    """The first table alone, and where it is explained."""
+    first = table.render(load(name)).split("\n\n")[0]
+    told = "[What the columns are, the machine and how to repeat it](docs/benchmarks.md#the-optimizers-part)."
+    return f"{first}\n\n{with_source(name, told)}".replace(").\n\nOf", "). Of")
+
+
 def measured(document: Document, names: Sequence[str]) -> str:
     """The lines of these methods, after those of SAM and the base optimizers."""
     head, rule, *lines = methods.table(document).splitlines()
@@ -61,7 +68,7 @@ def measured(document: Document, names: Sequence[str]) -> str:
 
 def sections() -> Iterator[tuple[str, str, str]]:
     """Page, name of the markers, and what is to stand between them."""
-    yield "README.md", "benchmarks:cpu", with_source("step", table.render(load("step")))
+    yield "README.md", "benchmarks:cpu", brief("step")
     yield "docs/benchmarks.md", "benchmarks:step", with_source("step", table.render(load("step")))
     yield "docs/benchmarks.md", "benchmarks:cases", with_source("cases", table.render(load("cases")))
     yield "docs/benchmarks.md", "benchmarks:host", with_source("host", table.render(load("host")))

@@ -29,7 +29,7 @@ class Progress:
         clearing: whether closures clear the gradients.
         unscaling: whether a GradScaler unscaled the gradients of the second pass.
         no_gradients_warned: whether a step without any gradient was warned of.
-        losses: at w and at w + e, of the last step(closure).
+        losses: at w and at w + e, where somebody knows them: step(closure), SAMStep.
         directions: what methods compute with.
         turn: what the step that began last is: SAM, PLAIN with one pass, or BASE, the base optimizer's own.
         begun: whether that is known for the step that is being taken.

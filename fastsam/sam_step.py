@@ -255,8 +255,11 @@ class SAMStep:
             if self.select < 1:
                 parts = self._selected(parts, kept)
                 rng.rewind()
-            self._pass(parts, synchronised=True, outputs_from=kept if self.functional else None)
+            again = self._pass(parts, synchronised=True, outputs_from=kept if self.functional else None)
         rng.forward()
+        if self.select == self.ascent_fraction == 1 and not self.capture:  # both of the same samples
+            for optimizer in self._parts:
+                optimizer._sam.losses = loss, again
         return loss
 
     def _synchronised(self) -> bool:

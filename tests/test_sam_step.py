@@ -444,6 +444,22 @@ def test_options_out_of_range(options, message):
         SAMStep(model, optimizer_of(model), **{"loss_fn": F.cross_entropy, **options})
 
 
+@pytest.mark.parametrize(("options", "known"), [({}, True), (dict(micro_batches=3), True), (dict(select=0.5), False)])
+def test_stats_have_the_loss_increase_of_the_same_samples(options, known):
+    model = network(dropout=0.0, norm=False)
+    optimizer, twin = optimizer_of(model), copy.deepcopy(model)
+    x, y = batch(0)
+    loss_fn = nn.CrossEntropyLoss(reduction="none" if "select" in options else "mean")
+    loss = SAMStep(model, optimizer, loss_fn, **options)(x, y)
+    if not known:
+        assert optimizer.stats().loss_increase is None
+        return
+    by_hand = optimizer_of(twin)
+    F.cross_entropy(twin(x), y).backward()
+    by_hand.first_step()
+    torch.testing.assert_close(optimizer.stats().loss_increase, F.cross_entropy(twin(x), y).detach() - loss)
+
+
 def test_functional_needs_one_output():
     class Pair(nn.Linear):
         def forward(self, x):
