@@ -75,12 +75,25 @@ def unnormalized() -> Radius:
     """Climb by e = rho g: rho_t = rho n. Un-normalised SAM (Andriushchenko and Flammarion, arXiv 2206.06232).
 
     Then rho is no length. It needs a smaller or larger rho than SAM does, by the length of the gradients.
+
+    Returns:
+        What `FusedSAM(..., radius=...)` takes.
     """
     return _Unnormalized()
 
 
 def mixed(share: float) -> Radius:
-    """Between un-normalised SAM (share 0) and SAM (share 1): rho_t = rho ((1 - share) n + share); arXiv 2503.02225."""
+    """Between un-normalised SAM (share 0) and SAM (share 1): rho_t = rho ((1 - share) n + share); arXiv 2503.02225.
+
+    Args:
+        share: of SAM, in [0, 1].
+
+    Returns:
+        What `FusedSAM(..., radius=...)` takes.
+
+    Raises:
+        ValueError: `share` is out of range.
+    """
     if not 0 <= share <= 1:
         raise ValueError(f"fastsam.radius: share must be in [0, 1], got {share!r}")
     return _Mixed(float(share))
@@ -90,6 +103,15 @@ def loss_budget(sigma: float) -> Radius:
     """A fixed rise of the loss, to first order, instead of a fixed radius: rho_t = min(sigma / n, rho).
 
     LE-SAM, arXiv 2605.10183; rho is the longest that a perturbation may be.
+
+    Args:
+        sigma: the rise of the loss, in its own units, > 0.
+
+    Returns:
+        What `FusedSAM(..., radius=...)` takes.
+
+    Raises:
+        ValueError: `sigma` is out of range.
     """
     if not 0 < sigma < float("inf"):
         raise ValueError(f"fastsam.radius: sigma must be > 0, got {sigma!r}")

@@ -67,6 +67,10 @@ class SAMStep:
             optimizer's step (ESAM, decoupled WSAM); nor, with `same_rng`, dropout between the layers of nn.LSTM and
             its like, which cuDNN draws from a state of its own.
 
+    Raises:
+        ValueError: options that contradict each other, or what the optimizer, the model or `capture` cannot do; the
+            message says which and what to use instead.
+
     Example:
         >>> step = fastsam.SAMStep(model, optimizer, nn.functional.cross_entropy)
         >>> for inputs, targets in loader:

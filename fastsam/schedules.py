@@ -32,6 +32,9 @@ def rewarmed_tail(
 
     Returns:
         torch's scheduler; call `step()` once a step.
+
+    Raises:
+        ValueError: 0 <= begins <= begins + warmup < steps or 0 <= least < peak does not hold.
     """
     if not 0 <= begins <= begins + warmup < steps:
         raise ValueError(

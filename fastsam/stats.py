@@ -16,9 +16,9 @@ class Stats(NamedTuple):
     Attributes:
         first_norm: float64, the length of the last first gradient (of T g in ASAM), loss scale included.
         second_norm: float64, the same of the last second gradient, always without T; only with `max_grad_norm`.
-        loss_increase: the loss at w + e minus the loss at w, of the last `step(closure)` with two calls or the last step
-            of two passes of `SAMStep`; not with its `capture`, `sharpness="micro"`, `second_order`, nor with `select` and
-            `ascent_fraction` below 1, where the passes see different samples.
+        loss_increase: the loss at w + e minus the loss at w, of the last `step(closure)` with two calls, or of the last
+            `SAMStep` with two passes over the same samples (not with its `capture`, `second_order` and
+            `sharpness="micro"`, nor with `select` or `ascent_fraction` below 1).
         first_overflows: int64, steps without a perturbation because the first norm was not finite.
         second_overflows: int64, steps without an update because a GradScaler found an overflow.
     """

@@ -120,22 +120,54 @@ def never() -> When:
 
 
 def every(k: int) -> When:
-    """Steps 0, k, 2k, ... are SAM steps; 1 + 1/k passes a step."""
+    """Steps 0, k, 2k, ... are SAM steps; 1 + 1/k passes a step.
+
+    Args:
+        k: a whole number, >= 1; 1 is `always()`.
+
+    Raises:
+        ValueError: `k` is none.
+    """
     return _Every(k=_whole("k", k, 1))
 
 
 def after(step: int) -> When:
-    """SAM from step `step` (from 0) on."""
+    """SAM from a step on.
+
+    Args:
+        step: its number, counted from 0.
+
+    Raises:
+        ValueError: it is no whole number >= 0.
+    """
     return _Between(first=_whole("step", step, 0), end=None)
 
 
 def between(first: int, end: int) -> When:
-    """SAM in steps first, first + 1, ..., end - 1."""
+    """SAM in steps first, first + 1, ..., end - 1.
+
+    Args:
+        first: the number of the first one, counted from 0.
+        end: that of the first step after them, >= `first`.
+
+    Raises:
+        ValueError: they are no such numbers.
+    """
     return _Between(first=_whole("first", first, 0), end=_whole("end", end, first))
 
 
 def randomly(p: float, seed: int = 0) -> When:
-    """SAM with probability p in each step; seed and number of the step decide, so replicas and resumed runs agree."""
+    """SAM with probability p in each step; 1 + p passes a step. SS-SAM, arXiv 2203.09962.
+
+    Seed and number of the step decide, so that replicas and resumed runs agree.
+
+    Args:
+        p: the probability, in [0, 1].
+        seed: of the random numbers.
+
+    Raises:
+        ValueError: `p` is out of range.
+    """
     if not 0 <= p <= 1:
         raise ValueError(f"fastsam.when: p must be in [0, 1], got {p!r}")
     return _Randomly(p=p, seed=seed)
@@ -148,6 +180,13 @@ def by_grad_norm(c: float = 0.0, decay: float = 0.9) -> When:
     variance <- decay variance + (1 - decay) (|g|^2 - mean)^2, from a mean of the first and a variance of 0. The paper
     decides by this step's own norm; here it is the step before's, so that nothing waits for the device. The first step
     is a SAM step. Where a step's norm is not measured anyway it is read once more.
+
+    Args:
+        c: how many deviations above the mean; below 0 there are more SAM steps.
+        decay: of mean and variance, in [0, 1).
+
+    Raises:
+        ValueError: `decay` is out of range.
     """
     if not 0 <= decay < 1:
         raise ValueError(f"fastsam.when: decay must be in [0, 1), got {decay!r}")
