@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-import fastsam
+from fastsam import FusedSAM, freeze_running_stats
 
 
 def main(steps=12):
@@ -14,17 +14,13 @@ def main(steps=12):
     model = nn.Sequential(
         nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3)
     )
-    optimizer = fastsam.FusedSAM(
+    optimizer = FusedSAM(
         model.parameters(), torch.optim.AdamW, lr=1e-2, weight_decay=0.1, rho=0.05
     )
 
     def closure():
         optimizer.zero_grad()
-        with (
-            fastsam.freeze_running_stats(model)
-            if optimizer.perturbed
-            else nullcontext()
-        ):
+        with freeze_running_stats(model) if optimizer.perturbed else nullcontext():
             loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         return loss

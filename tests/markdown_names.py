@@ -16,7 +16,6 @@ def pytest_markdown_docs_globals() -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     dataset = TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,)))
     x, y = dataset[:8]
-    first, second = nn.Linear(6, 5), nn.Linear(5, 3)
     return {
         **dict(FusedSAM=FusedSAM, fastsam=fastsam, methods=methods, nn=nn, radius=radius, torch=torch, when=when),
         **dict(DataLoader=DataLoader, StackDataset=StackDataset),
@@ -24,6 +23,6 @@ def pytest_markdown_docs_globals() -> dict[str, Any]:
         **dict(dataset=dataset, loader=DataLoader(dataset, 8)),
         "optimizer": FusedSAM(model.parameters(), torch.optim.SGD, lr=0.1),
         "scaler": torch.amp.GradScaler("cpu"),
-        "matrices": [first.weight, second.weight],
-        "others": [first.bias, second.bias],
+        "matrices": [param for param in model.parameters() if param.dim() == 2],
+        "others": [param for param in model.parameters() if param.dim() != 2],
     }
