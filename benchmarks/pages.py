@@ -18,7 +18,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import methods
 import realised
@@ -41,8 +41,9 @@ Document = Mapping[str, Any]
 
 def load(name: str) -> Document:
     """The result that is shown under this name."""
-    document: Document = json.loads((ROOT / "benchmarks" / "results" / RESULTS[name]).read_text())
-    return document
+    document = json.loads((ROOT / "benchmarks" / "results" / RESULTS[name]).read_text())
+    document["command"] = document["command"].replace(" --readme", "")  # what this file does since then
+    return cast(Document, document)
 
 
 def with_source(name: str, text: str) -> str:

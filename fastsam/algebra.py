@@ -123,11 +123,11 @@ class Algebra(SavedOptimizer):
         return self.combine(name, (1.0, vector))
 
     def dot(self, a: Vector, b: Vector) -> Products:
-        """<a,a>, <a,b> and <b,b>, [] float64 each, in one pass over both; nothing waits for the device."""
+        """`<a,a>`, `<a,b>` and `<b,b>`, [] float64 each, in one pass over both; nothing waits for the device."""
         return self._sam.directions.dot(a, b)
 
     def squared_norm(self, a: Vector) -> Tensor:
-        """<a,a>, [] float64."""
+        """`<a,a>`, [] float64."""
         return self._sam.directions.dot(a, None).aa
 
     def in_perturbed_groups(self, vector: Vector) -> Vector:

@@ -18,7 +18,7 @@ class GSAM(FusedSAM):
 
         climb along g1; step with g2 - alpha (g1 - (<g1,g2> / |g2|^2) g2)
 
-    That is (1 + alpha <g1,g2> / |g2|^2) g2 - alpha g1. Two passes a step; memory: one copy of the weights beside
+    That is `(1 + alpha <g1,g2> / |g2|^2) g2 - alpha g1`. Two passes a step; memory: one copy of the weights beside
     SAM's. Where a product is 0 or not finite it steps with g2. The paper ties rho to the learning rate:
     `fastsam.schedules.RhoFollowsLR`.
 
@@ -54,7 +54,7 @@ class GSAM(FusedSAM):
         return g1
 
     def descent(self, g2: Vector) -> Vector:
-        """Step with (1 + alpha <g1,g2> / |g2|^2) g2 - alpha g1."""
+        """Step with `(1 + alpha <g1,g2> / |g2|^2) g2 - alpha g1`."""
         g1 = self.direction("kept")
         d = self.dot(g1, g2)
         ok = d.finite & (d.bb > 0)

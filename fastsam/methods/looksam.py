@@ -86,7 +86,7 @@ class LookSAM(FusedSAM):
         return out
 
     def descent(self, g2: Vector) -> Vector:
-        """Step with g2, and keep d = g2 - (<g1,g2> / |g1|^2) g1."""
+        """Step with g2, and keep `d = g2 - (<g1,g2> / |g1|^2) g1`."""
         g1, d = self.direction("kept"), self.direction("orthogonal_grad")
         products = self.dot(g1, g2)
         ok = products.finite & (products.aa > 0)

@@ -15,7 +15,7 @@ class PreconditionedSAM(FusedSAM):
 
         climb by e = rho P g1 / sqrt(<P g1, g1>), P = 1 / (sqrt(v / (1 - beta2^t)) + eps); step with g2
 
-    v is the base optimizer's `exp_avg_sq`. This e maximises <e, g1> where <e / P, e> = rho^2; the idea of
+    v is the base optimizer's `exp_avg_sq`. This e maximises `<e, g1>` where `<e / P, e> = rho^2`; the idea of
     preconditioning the perturbation is Singh et al.'s (arXiv 2502.02407) and Zhang, Li and Giannakis's (arXiv
     2501.06603), who choose other matrices and norms, so their figures and radii are not this class's. In a parameter's
     first step P is 1. It may change without notice.
@@ -44,7 +44,7 @@ class PreconditionedSAM(FusedSAM):
             )
 
     def ascent(self, g1: Vector) -> Vector:
-        """Climb along P g1, divided by sqrt(<P g1, g1>)."""
+        """Climb along P g1, divided by `sqrt(<P g1, g1>)`."""
         out, second = self.keep(g1), self.base_state("exp_avg_sq")
         buckets = self._sam.buckets
         for bucket, part, squares in zip(buckets.items, out.parts, second.parts, strict=True):
