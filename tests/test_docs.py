@@ -23,9 +23,9 @@ def needs(*modules: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
 
 
-def run(*command: str, **env: str) -> str:
+def run(*command: str, cwd: Path = ROOT, **env: str) -> str:
     ran = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
+        [sys.executable, *command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-3000:]
     return ran.stdout
@@ -37,7 +37,8 @@ def test_every_code_block_runs(tmp_path):
     # Its blocks are examples, which the tests in integrations/ run where their frameworks are.
     pages = ["README.md", *(page for page in found if page != "docs/frameworks.md")]
     options = ["-q", "--markdown-docs", "-p", "markdown_names", "-o", f"cache_dir={tmp_path}"]
-    told = run("-m", "pytest", *options, *pages, PYTHONPATH=f"{ROOT / 'tests'}{os.pathsep}{ROOT}")
+    options += ["-c", str(ROOT / "pyproject.toml"), *(str(ROOT / page) for page in pages)]
+    told = run("-m", "pytest", *options, cwd=tmp_path, PYTHONPATH=f"{ROOT / 'tests'}{os.pathsep}{ROOT}")
     blocks = sum(len(re.findall("^```python", (ROOT / page).read_text(), re.MULTILINE)) for page in pages)
     assert f"{blocks} passed" in told
 
