@@ -1,6 +1,6 @@
 """The family: every method's accuracy beside its passes a step.
 
-The task, the radii and the training are those of `benchmarks/methods.py`, which has ten seeds, times and bytes, too;
+The task, the radii and the training are those of `benchmarks/methods.py`, which has times and bytes, too;
 this study is its short form with a picture. Each method's radius was chosen on two other seeds from a grid of four, by
 the mean of clean and noisy labels; with so few seeds most differences between the methods are chance.
 """
