@@ -9,6 +9,7 @@ part of the gain (LookSAM, arXiv 2203.02714; SS-SAM, arXiv 2203.09962).
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -50,13 +51,13 @@ class When:
 
 
 def as_when(when: When | Callable[[int], bool] | None) -> When | None:
-    """What `when=` was given, as an object.
+    """What `when=` was given, as an object; one that measures is copied, as what it knows is of one training.
 
     Raises:
         ValueError: it is neither one of this module's nor a function.
     """
     if when is None or isinstance(when, When):
-        return when
+        return copy.deepcopy(when) if when is not None and when.measures else when
     if not callable(when):
         raise ValueError(
             "FusedSAM: when must be one of fastsam.when (every(5), after(1000), ...) or a function of the step's "

@@ -374,7 +374,20 @@ def test_all_gradients_are_measured_in_steps_of_either_kind(backend, device):
             perturbed.grad, left_out.grad = torch.ones_like(perturbed), torch.full_like(left_out, 2.0)
             optimizer.first_step()
             optimizer.step()
-            assert rule.state()["last"] == 15
+            assert optimizer.when.state()["last"] == 15
+
+
+def test_what_one_training_measured_is_not_known_to_another(backend, device):
+    rule = when.by_grad_norm(c=0.1, decay=0.7)
+    taken = []
+    for _ in range(2):
+        param = Parameter(torch.ones(3, device=device))
+        optimizer = fastsam.FusedSAM([param], "sgd", lr=0.0, when=rule, backend=backend)
+        for length in (1.0, 5.0, 2.0, 1.0):
+            param.grad = torch.full_like(param, length)
+            taken.append(optimizer.first_step())
+            optimizer.step()
+    assert taken[:4] == taken[4:] and not all(taken)
 
 
 def test_a_wasted_second_pass_is_right_and_an_added_one_refused(backend, device):
@@ -453,10 +466,10 @@ def test_what_is_counted_goes_on_where_a_checkpoint_does_not_say(backend, device
     for _ in range(3):
         optimizer.first_step()
         optimizer.step()
-    known = rule.state()
+    known = optimizer.when.state()
     optimizer.load_state_dict(torch.optim.SGD([param], lr=0.1).state_dict())
     assert optimizer._sam.steps == 3
-    assert rule.state() == known
+    assert optimizer.when.state() == known and known
 
 
 def test_gradients_at_hand_and_one_call(backend, device):

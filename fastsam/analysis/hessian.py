@@ -28,7 +28,7 @@ def top_eigenvalues(
 ) -> Eigenvalues:
     """The k eigenvalues of the loss's Hessian that are largest in magnitude, with their eigenvectors.
 
-    Power iteration from a random vector: v <- H v / ||H v||, value = <v, H v>. Those found before are projected out.
+    Power iteration from a random vector: v <- H v / ||H v||, value = `<v, H v>`. Those found before are projected out.
     It ends when ||H v - value v|| <= tolerance * abs(value). Then an eigenvalue is no further away than that; the error
     of the value itself goes with its square over the gap to the next one, that of the vector with tolerance over it.
 
