@@ -25,11 +25,11 @@ def forget_scaler(optimizer: Any) -> None:
 
 
 def scaler_of_caller() -> torch.amp.GradScaler | None:
-    """The GradScaler whose step() is running; None if there is none."""
+    """The GradScaler whose step() is running; None if there is none, or one that is not enabled and scales nothing."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "step" and isinstance(scaler := frame.f_locals.get("self"), torch.amp.GradScaler):
-            return scaler
+            return scaler if scaler.is_enabled() else None
         frame = frame.f_back
     return None
 

@@ -135,9 +135,10 @@ def scaled_loop(model, optimizer, scaler, steps=5):
 
 
 @JOINT
-def test_grad_scaler(joint):
+@pytest.mark.parametrize("enabled", [True, False])  # GradScaler(enabled=use_amp) is how loops are written
+def test_grad_scaler(joint, enabled):
     model, optimizer = make(joint)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
     optimizer.attach_second_pass(lambda: backward(model, scaler))
     assert torch.equal(scaled_loop(model, optimizer, scaler), by_hand(joint=joint))
 
