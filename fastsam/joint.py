@@ -217,9 +217,24 @@ class Joint(Optimizer):
         """First all measure, then all climb."""
         check_same(self.optimizers, "p")
         measured = [part._measure() for part in self.optimizers]
-        sums = _together([part._sam.buckets.sums for part in self.optimizers])
+        sums = self._together([part._sam.buckets.sums for part in self.optimizers])
         for part, own in zip(self.optimizers, measured, strict=True):
             part._climb(own, sums)
+
+    def _together(self, parts: Sequence[Mapping[torch.device, Tensor]]) -> Mapping[torch.device, Tensor]:
+        """[n] float64 on each device: the sums of squares of all buckets of all optimizers, in order.
+
+        One FusedSAM with the same buckets has the same numbers in the same order, so the norm has the same bits; also
+        where p is not 2, as norms are then taken of the buckets' norms. Optimizers whose parameters would share a
+        bucket have two sums instead of one, and the norm may differ from that in its last bit. One that has parameters
+        on other ranks only (`norm_group=`) has their sum.
+        """
+        parts = [sums for sums in parts if sums]
+        common = {}
+        for device in {bucket.tables.device for part in self.optimizers for bucket in part._sam.buckets.items}:
+            own = [sums[device] if device in sums else next(iter(sums.values())) for sums in parts]
+            common[device] = torch.cat([one.to(device, non_blocking=device.type == "cuda") for one in own])
+        return common
 
     def _update(self) -> None:
         """Let every part restore and step, with what a GradScaler said of all gradients."""
@@ -239,7 +254,7 @@ class Joint(Optimizer):
             yield
             return
         check_clipping(self.optimizers)
-        sums = _together([part._measure_update() for part in self.optimizers])
+        sums = self._together([part._measure_update() for part in self.optimizers])
         clip = {
             device: clip_factor(
                 Clip(self.max_grad_norm, squares, None if grad_scale is None else grad_scale.to(device)), squares
@@ -478,21 +493,6 @@ class Joint(Optimizer):
     def __repr__(self) -> str:
         """The parts, one after the other."""
         return "\n".join(f"{name_of(part, i)}: {part!r}" for i, part in enumerate(self.optimizers))
-
-
-def _together(parts: Sequence[Mapping[torch.device, Tensor]]) -> Mapping[torch.device, Tensor]:
-    """[n] float64 on each device: the sums of squares of all buckets of all optimizers, in order.
-
-    One FusedSAM with the same buckets has the same numbers in the same order, so the norm has the same bits; also
-    where p is not 2, as norms are then taken of the buckets' norms. Optimizers whose parameters would share a bucket
-    have two sums instead of one, and the norm may differ from that in its last bit.
-    """
-    parts = [sums for sums in parts if sums]
-    common = {}
-    for device in {device for sums in parts for device in sums}:
-        own = [sums[device] if device in sums else next(iter(sums.values())) for sums in parts]
-        common[device] = torch.cat([one.to(device, non_blocking=device.type == "cuda") for one in own])
-    return common
 
 
 def _common_defaults(optimizers: Sequence[FusedSAM]) -> dict[str, Any]:

@@ -140,6 +140,40 @@ def check_joint(world_size):
     close(model.named_parameters(), twin.parameters(), "joint")
 
 
+def check_joint_parts(world_size):
+    """A joint over the stages of a pipeline, one of which has no parameters for the second optimizer."""
+    rank, scaler = dist.get_rank(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def make(owned, **options):
+        first, second = ([p for part in owned for p in part[k]] for k in (0, 1))
+        parts = (
+            FusedSAM([{"params": first}], torch.optim.SGD, rho=0.3, **SGD, **options),
+            FusedSAM([{"params": second}], torch.optim.AdamW, lr=0.01, rho=0.2, **options),
+        )
+        return joint(*parts, max_grad_norm=0.2), [*first, *second]
+
+    for p in (2.0, 3.0):
+        torch.manual_seed(2)
+        values = [[[torch.randn(r + 3)], [torch.randn(4)] * (r > 0)] for r in range(world_size)]
+        mine, all_of = ([[[nn.Parameter(v.clone()) for v in k] for k in part] for part in values] for _ in range(2))
+        (one, own), (other, everything) = make([mine[rank]], p=p, norm_group=dist.group.WORLD), make(all_of, p=p)
+        for t in range(4):
+            for optimizer, params in ((one, own), (other, everything)):
+                for q in params:
+                    q.grad = (0.3 * q + (t + 1) / q.numel()).detach()
+                if t % 2 == 0:
+                    optimizer.first_step()
+                    continue
+                for q in params:
+                    q.grad *= scaler.scale(torch.ones(()))
+                scaler.unscale_(optimizer)  # whose gradients are then measured, by all ranks or by none
+                scaler.step(optimizer)
+                scaler.update()
+        theirs = [q for k in (0, 1) for q in all_of[rank][k]]
+        for q, expected in zip(own, theirs, strict=True):
+            torch.testing.assert_close(q, expected, rtol=1e-6, atol=1e-6, msg=lambda m, p=p: f"joint, p={p}: {m}")
+
+
 def check_gradients_elsewhere(world_size):
     """Gradients that lie on the ranks otherwise are brought to their parameters; what cannot be is named."""
     mesh, rank = init_device_mesh("cpu", (world_size,)), dist.get_rank()
@@ -236,7 +270,7 @@ def check_cast(world_size):
 def check_all(world_size):
     checks = [check_parts, check_gradients_elsewhere]
     if world_size == 2:
-        checks += [check_fsdp1, check_zero, check_joint, check_refusals, check_replaced, check_cast]
+        checks += [check_fsdp1, check_zero, check_joint, check_joint_parts, check_refusals, check_replaced, check_cast]
     for check in checks:
         check(world_size)
     return [check.__name__ for check in checks]

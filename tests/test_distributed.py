@@ -3,7 +3,7 @@
 from processes import run_in_processes
 
 BOTH = "steps by_hand communication models weights_come_back overflow sam_step parts gradients_elsewhere".split()
-OF_TWO = "same_size fsdp1 zero joint refusals replaced cast low_precision".split()
+OF_TWO = "same_size fsdp1 zero joint joint_parts refusals replaced cast low_precision".split()
 
 
 def test_in_processes(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -345,13 +345,15 @@ class Buckets(Grouping):
 
         NaN where that cannot be said: without the 2-norm, and in a capture, which must not wait.
         """
-        if self.shared.q != 2 or not self.items or graphs.capturing(self.items[0].tables.device):
+        if self.shared.q != 2 or any(graphs.capturing(bucket.tables.device) for bucket in self.items):
             return float("nan")
         for bucket, g in zip(self.items, grads, strict=True):
             bucket.backend.operations.grad_norm(bucket.tables, g, self.second_sums[bucket.tables.device])
-        self.share_sums(self.second_sums)
-        device = self.items[0].tables.device
-        return float((self.second_sums[device].sum() / self.sums[device].sum()).sqrt())
+        self.share_sums(self.second_sums)  # also on a rank without parameters, for which the others would wait
+        device = next(iter(self.sums), None)
+        return (
+            float("nan") if device is None else float((self.second_sums[device].sum() / self.sums[device].sum()).sqrt())
+        )
 
     def descend(self, along: Sequence[Gradients], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take a plain step of gradient descent, w <- w - lr along, beside the base optimizer and its state.
@@ -385,7 +387,7 @@ class Buckets(Grouping):
         if self._watches_state():
             self.watch.remember(self.state, self.segments())
 
-    def share_sums(self, sums: Mapping[torch.device, Tensor], q: float = 2.0) -> None:
+    def share_sums(self, sums: MutableMapping[torch.device, Tensor], q: float = 2.0) -> None:
         """Bring the sums of all devices and ranks together; copies between devices do not wait for the host.
 
         Args:

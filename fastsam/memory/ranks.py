@@ -7,7 +7,7 @@ ranks, in one number a kind and one collective a process group, on the device; t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -92,21 +92,23 @@ class Ranks:
         """Whether there is anything to add."""
         return self.norm_group is not None or any(groups for groups, _ in self.kinds)
 
-    def add(self, sums: Mapping[torch.device, Tensor], q: float = 2.0) -> None:
+    def add(self, sums: MutableMapping[torch.device, Tensor], q: float = 2.0) -> None:
         """Let slots hold sums over all ranks, which are the same on each.
 
         Those of one kind become one sum, in the first of their slots, the others 0.
 
         Args:
-            sums: [n_buckets, ...] float64 on each device, equal on all of them.
+            sums: [n_buckets, ...] float64 on each device, equal on all of them. A rank without parameters, among others
+                that have some, gets the others' in one slot on the host.
             q: of the slots of `grad_norm`: 2 for sums of squares, else they are q-norms.
         """
         if not self.several:
             return
-        device = next(iter(sums), torch.device("cpu"))
-        local = sums.get(device)
-        if local is None:  # a rank without parameters, among others that have some
-            local = torch.zeros(1, dtype=torch.float64, device="cpu")
+        if not sums:
+            sums[torch.device("cpu")] = torch.zeros(1, dtype=torch.float64, device="cpu")
+        local = next(iter(sums.values()))
+        if not self.kinds:  # no bucket has written there, only this method
+            local = torch.zeros_like(local)
         if len(local) == 1:
             totals = local
         else:
