@@ -96,20 +96,26 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
         ...     loss_fn(model(x), y).backward()
         >>> opt.step()
     """
-    kept = [
-        (module._buffers, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    places = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    written = {id(buffer): buffer for *_, buffer in places if buffer is not None and _can_be_written(buffer)}
+    kept = [(buffer, buffer._version, buffer.clone()) for buffer in written.values()]
     try:
         yield
     finally:
+        for buffers, name, buffer in places:
+            buffers[name] = buffer
         with torch.no_grad():
-            for buffers, name, buffer, version, old in kept:
-                buffers[name] = buffer
+            for buffer, version, old in kept:
                 # Batch normalisation's writes are not counted; others make what autograd saved of a buffer outdated.
                 (buffer.data if buffer._version == version else buffer).copy_(old)
+
+
+def _can_be_written(buffer: Tensor) -> bool:
+    """Whether an operation can write to a buffer: not if it was expanded, or made in inference mode."""
+    if buffer.is_inference():
+        return False
+    sizes = zip(buffer.shape, buffer.stride(), strict=True) if buffer.layout == torch.strided else ()
+    return all(stride != 0 or n <= 1 for n, stride in sizes)
 
 
 def asam_groups(model: nn.Module, rho: float = 0.5, eta: float = 0.01) -> list[dict[str, Any]]:

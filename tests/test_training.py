@@ -158,6 +158,7 @@ class OwnStatistics(nn.Module):
         self.register_buffer("last", torch.zeros(3), persistent=False)
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("table", torch.ones(3))
+        self.register_buffer("expanded", torch.ones(1).expand(3))
         self.register_buffer("absent", None)
 
     def forward(self, x):
@@ -165,7 +166,7 @@ class OwnStatistics(nn.Module):
             self.mean.lerp_(x.detach().mean(0), 0.1)
             self.last = x.detach().mean(0)
             self.count += 1
-        return x * self.table - self.mean
+        return x * self.table * self.expanded - self.mean
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])
@@ -176,12 +177,14 @@ def test_buffers_of_any_layer_are_preserved(value):
     x = torch.randn(4, 3) * value
     with preserve_buffers(model):
         model(x).sum().backward()
+        model[0].absent = torch.ones(3)
         assert model[1][1].count == 2
     with pytest.raises(ZeroDivisionError), preserve_buffers(model):
         model(x)
         raise ZeroDivisionError
     assert_same(buffers(model), before)
     assert all(a is b for a, b in zip(model.buffers(), objects, strict=True))
+    assert model[0].absent is None
     assert model[0].table._version == table  # autograd may have saved what had not changed
     model(x)
     assert model[0].count == 2
