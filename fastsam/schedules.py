@@ -140,9 +140,11 @@ class RhoScheduler(LRScheduler):
         self._set_rho()
 
     def _set_rho(self) -> None:
-        values = []
-        for i, group in enumerate(self.optimizer.param_groups):
-            group.setdefault("rho", self.optimizer.defaults.get("rho"))  # a group that came in through the base
+        values, groups = [], self.optimizer.param_groups
+        for group in groups if "rho" in self.optimizer.defaults else ():
+            group.setdefault("rho", self.optimizer.defaults["rho"])  # a group that came in through the base
+        groups = [group for group in groups if "rho" in group]  # the base itself waits for what FusedSAM's step gives
+        for i, group in enumerate(groups):
             group.setdefault("initial_rho", float(group["rho"]))
             values.append(float(self.rho_at(self.last_epoch, i, group)))
             if not 0 <= values[-1] < math.inf:
@@ -150,7 +152,7 @@ class RhoScheduler(LRScheduler):
                     f"{type(self).__name__}: rho must be >= 0, got {values[-1]!r} for param_groups[{i}] in step "
                     f"{self.last_epoch}"
                 )
-        for group, rho in zip(self.optimizer.param_groups, values, strict=True):
+        for group, rho in zip(groups, values, strict=True):
             if isinstance(group["rho"], Tensor):
                 group["rho"].fill_(rho)
             else:

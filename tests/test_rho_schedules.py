@@ -278,6 +278,18 @@ def test_groups_that_are_added_later():
     assert radii(opt) == pytest.approx([0.15, 0.05, 0.4, 0.025])
 
 
+def test_a_group_that_is_added_to_the_base_is_scheduled_from_the_step_after_its_first_on():
+    opt = optimizer_of()
+    scheduler = LinearRho(opt.base_optimizer, 4)
+    opt.base_optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2))]))
+    scheduler.step()
+    assert scheduler.get_last_rho() == pytest.approx([0.225, 0.075])
+    opt.prepare()
+    assert radii(opt) == pytest.approx([0.225, 0.075, 0.05])
+    scheduler.step()
+    assert radii(opt) == pytest.approx([0.15, 0.05, 0.025])
+
+
 def test_other_methods():
     opt = methods.MSAM(cases.make_params(names=NAMES), SGD, rho=3.0, lr=0.1, momentum=0.9)
     assert ConstantRho(opt, warmup_steps=3).get_last_rho() == [0.0]
