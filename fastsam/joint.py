@@ -17,6 +17,7 @@ from fastsam.checks import check_max_grad_norm
 from fastsam.closures import NO_FIRST_GRADIENTS, ClearingCheck, call, detached, entry
 from fastsam.joint_checks import check_clipping, check_owners, check_parts, check_same, name_of
 from fastsam.joint_state import JointState
+from fastsam.memory.checkpoint import changed_by_hooks
 from fastsam.ops.reference import Clip, clip_factor
 from fastsam.optimizer import FusedSAM
 from fastsam.passes import (
@@ -456,10 +457,7 @@ class Joint(Optimizer):
         """
         for part in self.optimizers:
             part._sam.require_clean("load_state_dict()")
-        given = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, given)
-            given = given if changed is None else changed
+        given = changed_by_hooks(self, state_dict)
         groups = list(given["param_groups"])
         sizes = [len(group["params"]) for group in self.param_groups]
         if (found := [len(group["params"]) for group in groups]) != sizes:

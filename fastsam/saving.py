@@ -12,10 +12,17 @@ from torch.optim import Optimizer
 from fastsam.bases.rules import RULES
 from fastsam.closures import entry
 from fastsam.memory.buckets import Buckets
-from fastsam.memory.checkpoint import as_torch_saves, check_shapes, keep_wide, loadable
+from fastsam.memory.checkpoint import (
+    as_torch_saves,
+    changed_by_hooks,
+    check_shapes,
+    hooks_were_called,
+    keep_wide,
+    loadable,
+)
 from fastsam.memory.placing import backend_of
 from fastsam.memory.ranks import NormGroup
-from fastsam.memory.segments import has_storage
+from fastsam.memory.segments import has_storage, is_uninitialized
 from fastsam.memory.shared import AVERAGES
 from fastsam.ops.formats import Precision
 from fastsam.progress import CLEAN, Progress
@@ -97,6 +104,8 @@ class SavedOptimizer(Optimizer):
         """The backend that serves each device."""
         chosen: dict[torch.device, str] = {}
         for param in self._params():
+            if is_uninitialized(param):
+                continue
             name = backend_of(param, self._sam.buckets.backend)
             if chosen.get(param.device, "reference") == "reference":
                 chosen[param.device] = name
@@ -161,6 +170,7 @@ class SavedOptimizer(Optimizer):
             ValueError: it is of other parameters; nothing was loaded then.
         """
         self._sam.require_clean("load_state_dict()")
+        state_dict = changed_by_hooks(self, state_dict)
         self._check_loadable(state_dict)
         self._note_counters()  # which are in the groups' place where a checkpoint lacks them
         self._forget_step()
@@ -171,7 +181,8 @@ class SavedOptimizer(Optimizer):
             ignored += [] if self.precision.master_weights else ["master"]
             ignored += [] if self.ema_decay is not None else [AVERAGES]
         given = loadable(state_dict, self.param_groups, ignored)
-        super().load_state_dict(given)
+        with hooks_were_called(self):
+            super().load_state_dict(given)
         keep_wide(self.state, self._params(), given, self.precision, buckets.shared.buffers)
         if self.precision.draws:
             buckets.set_rounding_step(max(int(group.get("rounding_step", 0)) for group in self.param_groups))

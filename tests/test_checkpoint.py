@@ -280,6 +280,73 @@ def test_state_of_wrong_shape_is_refused(backend, device):
         other.step(other_closure)
 
 
+def test_hooks_may_change_what_is_loaded_in_any_way(backend, device):
+    """As converting old checkpoints does; what no weight's dtype could hold is taken from what they leave, too."""
+    config = cases.Config("adamw", AdamW, dict(lr=0.01, betas=(0.8, 0.95), rho=0.3))
+    options = dict(master_weights=True, ema_decay=0.7)
+    params = cases.make_params(device=device, dtype=torch.bfloat16)
+    opt = cases.fused(params, config, backend, **options)
+    train(opt, params, range(2))
+    saved, names = copy.deepcopy(opt.state_dict()), ("exp_avg", "exp_avg_sq", "master", "ema")
+    for held in saved["state"].values():
+        held.update({name: held[name].flatten() for name in names})
+
+    def reshape(opt, given):
+        shaped = {
+            i: held | {name: held[name].reshape(params[i].shape) for name in names}
+            for i, held in given["state"].items()
+        }
+        return {**given, "state": shaped}
+
+    others = twin(params)
+    other = cases.fused(others, config, backend, **options)
+    handle = other.register_load_state_dict_pre_hook(reshape)
+    other.load_state_dict(saved)
+    for step in range(2, 4):
+        train(opt, params, [step]), train(other, others, [step])
+    check_same(params, others)
+    for i in saved["state"]:
+        assert_same(opt.state[params[i]]["ema"], other.state[others[i]]["ema"])
+    handle.remove()
+    with pytest.raises(ValueError, match="must have its parameter's shape"):
+        other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("dry_run", ["before", "after"])
+def test_lazy_modules_may_get_their_parameters_later(dry_run):
+    """As with torch.optim, before or after a checkpoint is loaded."""
+
+    def make(*layers):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*layers)
+        return model, FusedSAM(model.parameters(), AdamW, lr=0.01, rho=0.3, ema_decay=0.7, flatten=True)
+
+    def step(model, opt):
+        def closure():
+            opt.zero_grad()
+            model(x).square().sum().backward()
+
+        opt.step(closure)
+
+    x = torch.randn(4, 3)
+    model, opt = make(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    lazy, other = make(torch.nn.LazyLinear(5), torch.nn.Tanh(), torch.nn.LazyLinear(2))
+    assert other.backend == {} and other.state_dict()["state"] == {}
+    other.prepare()
+    step(model, opt)
+    if dry_run == "before":
+        lazy(x)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if dry_run == "after":
+        lazy(x)
+    lazy.load_state_dict(model.state_dict())
+    for m, o in ((model, opt), (lazy, other)):
+        step(m, o)
+    for p, q in zip(model.parameters(), lazy.parameters(), strict=True):
+        assert_same(p, q)
+        assert_same(opt.state[p]["ema"], other.state[q]["ema"])
+
+
 def test_version_is_public():
     assert fastsam.__version__.count(".") == 2
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastsam.bases.rules import Group
 from fastsam.memory.buckets import Buckets
-from fastsam.memory.segments import name_of, real_dtype
+from fastsam.memory.segments import is_uninitialized, name_of, real_dtype
 from fastsam.memory.shared import State
 from fastsam.ops.formats import Precision
 
@@ -39,6 +42,26 @@ def as_torch_saves(state: dict[int, dict[str, Any]], params: Sequence[Tensor], b
                 del state[i]
 
 
+def changed_by_hooks(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hooks before `load_state_dict` leave to be loaded."""
+    given = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = hook(optimizer, given)
+        given = given if changed is None else changed
+    return given
+
+
+@contextmanager
+def hooks_were_called(optimizer: Optimizer) -> Iterator[None]:
+    """Within the block torch's `load_state_dict` does not call the hooks before it."""
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks
+    optimizer._optimizer_load_state_dict_pre_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        optimizer._optimizer_load_state_dict_pre_hooks = hooks
+
+
 def loadable(state_dict: Mapping[str, Any], groups: Sequence[Group], ignored: Collection[str]) -> dict[str, Any]:
     """A state dict without the state of these names, its groups completed by the values of the live ones."""
     saved, live = state_dict["param_groups"], [{k: v for k, v in g.items() if k != "params"} for g in groups]
@@ -63,7 +86,7 @@ def check_shapes(
     """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     for param, key in zip(params, keys, strict=False):
-        for name, value in state_dict["state"].get(key, {}).items():
+        for name, value in state_dict["state"].get(key, {}).items() if not is_uninitialized(param) else ():
             if name not in names or not isinstance(value, Tensor) or value.dtype == torch.bool:
                 continue
             if value.shape != param.shape:

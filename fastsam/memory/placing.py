@@ -10,7 +10,7 @@ from torch import Tensor
 from fastsam import ops
 from fastsam.bases.rules import Group
 from fastsam.memory.placements import is_partial
-from fastsam.memory.segments import address_of, is_dense, name_at, name_of, real_dtype
+from fastsam.memory.segments import address_of, is_dense, is_uninitialized, name_at, name_of, real_dtype
 from fastsam.ops.local import local_of
 
 
@@ -22,8 +22,8 @@ def backend_of(param: Tensor, asked: str) -> str:
 
 
 def is_unused(param: Tensor) -> bool:
-    """Whether a parameter takes no part in a step: frozen or without memory (meta), and without a gradient."""
-    return param.grad is None and (not param.requires_grad or param.is_meta)
+    """Whether a parameter takes no part in a step: frozen or without memory (meta, lazy), and without a gradient."""
+    return param.grad is None and (not param.requires_grad or param.is_meta or is_uninitialized(param))
 
 
 def _why_unreachable(param: Tensor, sharded: bool) -> str | None:

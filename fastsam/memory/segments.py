@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import UninitializedParameter
 from torch.utils import dlpack
 
 from fastsam.bases.rules import Group
@@ -41,6 +42,11 @@ def address_of(tensor: Tensor) -> int:
         return tensor.data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0
+
+
+def is_uninitialized(tensor: Tensor) -> bool:
+    """Whether it is the parameter of a lazy module that had no forward pass yet, and has no shape."""
+    return isinstance(tensor, UninitializedParameter)
 
 
 def is_lazy(tensor: Tensor) -> bool:
@@ -128,7 +134,9 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """Whether a tensor has a storage of its own, which sparse ones and wrappers around other tensors have not."""
+    """Whether a tensor has a storage of its own; sparse, lazy and wrapped ones have none."""
+    if is_uninitialized(tensor):
+        return False
     try:
         tensor.untyped_storage().data_ptr()
     except RuntimeError:  # NotImplementedError is one, too

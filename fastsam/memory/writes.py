@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from fastsam.memory.segments import is_uninitialized
+
 MOST = 6  # parameters that are watched
 
 
@@ -30,7 +32,8 @@ class WeightWatch:
         self._versions: list[int] = []  # of `params`, when they were last looked at
         self._by_forward: list[bool] | None = None  # whether they are known to be written by forward passes
         self._closed: list[bool] | None = None  # what was written up to the update, whose own writes followed
-        self._first = {id(param): param._version for param in params if not param.is_inference()}
+        told = [param for param in params if not is_uninitialized(param) and not param.is_inference()]
+        self._first = {id(param): param._version for param in told}
 
     def choose(self, params: Sequence[Tensor]) -> None:
         """Choose which of these to watch."""
