@@ -42,7 +42,9 @@ def unwrap(optimizer: Any) -> FusedSAM | Joint:
 
 
 def innermost(optimizer: Any) -> Any:
-    """What is left of an optimizer without its wrappers, whatever that is.
+    """What is left of an optimizer without its wrappers, whatever that is; a FusedSAM or a joint, if one was met.
+
+    A subclass of FusedSAM may have attributes of its own by the names that wrappers use.
 
     DeepSpeed's are not taken off: the optimizer within has other parameters than the model, flat and sharded ones.
     """
@@ -53,4 +55,4 @@ def innermost(optimizer: Any) -> Any:
             break
         held = getattr(optimizer, "__dict__", {})
         optimizer = next((held[name] for name in INNER if name in held), optimizer)
-    return optimizer
+    return next((one for one in reversed(met) if isinstance(one, (FusedSAM, Joint))), optimizer)

@@ -213,6 +213,13 @@ def test_unwrap():
             fastsam.unwrap(wrong)
 
 
+def test_an_attribute_of_a_subclass_is_no_inner_optimizer():
+    _, optimizer = make()
+    for own in (optimizer.base_optimizer, "sgd", None):
+        optimizer.optimizer = own
+        assert fastsam.unwrap(Wrapper(optimizer, "_optimizer")) is optimizer
+
+
 def test_deepspeeds_flat_parameters_are_not_taken_for_the_models():
     _, optimizer = make()
     flat = type("DeepSpeedZeroOptimizer", (Wrapper,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
