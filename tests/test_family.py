@@ -173,6 +173,21 @@ def test_docstrings_tell_the_same(method):
     assert all(paper in text for paper in method.papers)
 
 
+def test_msam_trains_on_after_a_checkpoint_that_was_refused():
+    models = [network(), network()]
+    optimizers = [methods.MSAM(m.parameters(), "adamw", rho=0.3, lr=0.05) for m in models]
+    for t in range(3):
+        for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            if t == 2 and i == 0:
+                with pytest.raises(ValueError, match="parameter group"):
+                    optimizer.load_state_dict(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict())
+            for p in model.parameters():
+                p.grad = (0.3 * p + (t + 1) / p.numel()).detach()
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize(
     "options", [dict(radius=fastsam.radius.unnormalized()), dict(renormalize=True), dict(when=when.by_grad_norm())]
 )

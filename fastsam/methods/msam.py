@@ -166,5 +166,11 @@ class MSAM(FusedSAM):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for FusedSAM; call `train()` when the model's weights are loaded, too, before or after this."""
+        training = self.training
         self.eval()
-        super().load_state_dict(state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError:  # nothing was loaded
+            if training:
+                self.train()
+            raise
