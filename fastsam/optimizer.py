@@ -109,7 +109,8 @@ class FusedSAM(Passes):
             optimizer.averaged_weights():`. They are `state[p]['ema']`, saved with the optimizer, in float32 for 16-bit
             weights, and of the masters where there are some. One copy of the weights more, and 12 bytes a parameter of
             memory traffic a step in float32. The same bits as torch's AveragedModel with `get_ema_multi_avg_fn` called
-            after each step, so also after one that a GradScaler skips: then the old weights count once more.
+            after each step, so also after one that a GradScaler skips: then the old weights count once more (but for
+            the first steps of a base optimizer that is not fused, which has no state yet).
         closure_calls: 2: `step(closure)` calls the closure twice. 1: gradients are there before `step(closure)`, which
             calls it once.
         norm_group: a process group, or a DeviceMesh of one dimension, over whose ranks the sums of squares (and what a

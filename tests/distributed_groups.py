@@ -42,6 +42,8 @@ def check_fsdp1(world_size):
             )
         with pytest.raises(ValueError, match=r"FSDP1.*norm_group=model\.process_group"):
             FusedSAM(model.parameters(), torch.optim.SGD, rho=0.3, **SGD)
+        with pytest.raises(ValueError, match=r"LookSAM: layerwise=True takes the norm of each parameter"):
+            methods.LookSAM(model.parameters(), "sgd", layerwise=True, norm_group=model.process_group, **SGD)
         one = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.3, norm_group=model.process_group, **SGD)
         other = FusedSAM(twin.parameters(), torch.optim.SGD, rho=0.3, **SGD)
         for t in range(4):

@@ -65,6 +65,14 @@ class LookSAM(FusedSAM):
         self.k, self.alpha, self.layerwise = k, check_range("LookSAM", "alpha", alpha, 0.0), bool(layerwise)
         super().__init__(params, base_optimizer, rho, **kwargs)
 
+    def _check_group(self, index: int, group: dict[str, Any]) -> None:
+        super()._check_group(index, group)
+        if self.layerwise and any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
+            raise ValueError(
+                "LookSAM: layerwise=True takes the norm of each parameter, of which FullyShardedDataParallel (FSDP1) "
+                "leaves each rank a piece of the one flat parameter; use FSDP2 (fully_shard), or layerwise=False"
+            )
+
     def takes_two_passes(self) -> bool:
         """Every k-th time, and where there is no d yet."""
         return self.steps % self.k == 0 or not self.holds("orthogonal_grad")
