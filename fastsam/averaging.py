@@ -34,7 +34,7 @@ class Averaging(Steering):
         The weights come back bit for bit, exceptions included; meanwhile there is one copy more of them. What the block
         writes to the weights is lost. Running statistics of BatchNorm are the model's own: they were taken with the
         weights, and `torch.optim.swa_utils.update_bn` takes them anew. Before the first update the averages are the
-        weights.
+        weights. Under FSDP a forward pass in the block leaves them gathered: `model.reshard()` (docs/distributed.md).
 
         Raises:
             RuntimeError: there are no averages, or a step is between its two passes. A step, `state_dict()` and copies

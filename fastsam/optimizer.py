@@ -421,7 +421,10 @@ class FusedSAM(Passes):
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
-        """Within the block the weights are the old ones: to save, evaluate or average between the two passes."""
+        """Within the block the weights are the old ones: to save, evaluate or average between the two passes.
+
+        Under FSDP a forward pass in the block leaves them gathered: `model.reshard()` (docs/distributed.md).
+        """
         sam = self._sam
         if sam.phase != PERTURBED:
             yield
