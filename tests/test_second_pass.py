@@ -136,11 +136,12 @@ def scaled_loop(model, optimizer, scaler, steps=5):
 
 @JOINT
 @pytest.mark.parametrize("enabled", [True, False])  # GradScaler(enabled=use_amp) is how loops are written
-def test_grad_scaler(joint, enabled):
-    model, optimizer = make(joint)
+@pytest.mark.parametrize("options", [{}, {"radius": fastsam.radius.unnormalized()}], ids=["sam", "by the scale"])
+def test_grad_scaler(joint, enabled, options):
+    model, optimizer = make(joint, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
     optimizer.attach_second_pass(lambda: backward(model, scaler))
-    assert torch.equal(scaled_loop(model, optimizer, scaler), by_hand(joint=joint))
+    assert torch.equal(scaled_loop(model, optimizer, scaler), by_hand(joint=joint, **options))
 
 
 @JOINT
