@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,25 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fastsam.averaging import copy_averages, paired
 from fastsam.checks import check_max_grad_norm
-from fastsam.closures import NO_FIRST_GRADIENTS, ClearingCheck, call, detached, entry
+from fastsam.closures import entry
 from fastsam.joint_checks import check_clipping, check_owners, check_parts, check_same, name_of
 from fastsam.joint_state import JointState
 from fastsam.memory.checkpoint import changed_by_hooks
 from fastsam.ops.reference import Clip, clip_factor
 from fastsam.optimizer import FusedSAM
 from fastsam.passes import (
-    CALLED_TWICE,
-    CLOSURE_UNDER_SCALER,
     NO_FIRST_STEP,
-    UNSCALED_BEFORE_SECOND_PASS,
     Passes,
     creates_state,
 )
-from fastsam.scaling import ATTRIBUTES, forget_scaler, note_overflow, scaler_of_caller
+from fastsam.progress import Progress
+from fastsam.scaling import ATTRIBUTES, forget_scaler
+from fastsam.step_order import StepOrder
 
 
 def joint(*optimizers: FusedSAM, max_grad_norm: float | None = None) -> Joint:
@@ -71,7 +68,7 @@ def joint(*optimizers: FusedSAM, max_grad_norm: float | None = None) -> Joint:
     return Joint(*optimizers, max_grad_norm=max_grad_norm)
 
 
-class Joint(Optimizer):
+class Joint(StepOrder):
     """What `fastsam.joint` returns.
 
     Attributes:
@@ -146,35 +143,11 @@ class Joint(Optimizer):
         """
         if closure is None or self._one_pass_begun:
             return self._step_without_closure()
-        loss = None
-        try:
-            if any(getattr(self, name, None) is not None for name in ATTRIBUTES):
-                raise RuntimeError(CLOSURE_UNDER_SCALER)
-            if self.perturbed:
-                loss = call(closure)
-            elif self.optimizers[0].closure_calls == 1:
-                if all(p.grad is None for p in self._params()):
-                    raise RuntimeError(NO_FIRST_GRADIENTS)
-                if self.begin_step():
-                    self._perturb()
-                    self.zero_grad()
-                    loss = call(closure)
-            else:
-                loss = call(closure)  # gradient at w
-                if self.begin_step():
-                    self._perturb()  # w <- w + e
-                    again = self._clearing.call_again(closure, self._params)  # gradient at w + e
-                    for part in self.optimizers:
-                        part._sam.losses = detached(loss), detached(again)
-            self._update()
-        except BaseException:
-            self._leave_perturbed()
-            raise
-        return loss
+        return self._step_with_closure(closure)
 
     def _step_without_closure(self) -> None:
         begun = self.perturbed or self._one_pass_begun or any(part._sam.begun for part in self.optimizers)
-        second_pass = self.optimizers[0]._sam.second_pass
+        second_pass = self._progress.second_pass
         if not begun and not creates_state(self, second_pass is not None):
             if all(p.grad is None for p in self._params()):
                 return
@@ -188,31 +161,30 @@ class Joint(Optimizer):
             self._leave_perturbed()
             raise
 
-    def _step_with_second_pass(self, forward_backward: Callable[[], Any]) -> None:
-        scaler = scaler_of_caller()
-        if scaler is not None and getattr(self, "grad_scale", None) is None:
-            raise RuntimeError(UNSCALED_BEFORE_SECOND_PASS)
-        try:
-            if self.begin_step():
-                for part in self.optimizers:
-                    part._note_scale(scaler, known_as=self)
-                self._perturb()
-                self.zero_grad()
-                call(forward_backward)
-                if scaler is not None:
-                    note_overflow(scaler, self)
-            self._update()
-        except BaseException:
-            self._leave_perturbed()
-            raise
+    @property
+    def closure_calls(self) -> int:
+        """How often `step(closure)` calls the closure, as all parts say."""
+        return self.optimizers[0].closure_calls
 
-    def attach_second_pass(self, forward_backward: Callable[[], Any] | None) -> None:
-        """Say what `step()` is to run at w + e; as `FusedSAM.attach_second_pass`."""
-        self.optimizers[0]._sam.second_pass = forward_backward  # wrappers of an optimizer forward reads, not writes
+    @property
+    def _progress(self) -> Progress:
+        return self.optimizers[0]._sam
 
     @property
     def _one_pass_begun(self) -> bool:
         return any(part._sam.one_pass is not None for part in self.optimizers)
+
+    def _begin_one_pass(self) -> None:
+        for part in self.optimizers:
+            part._begin_one_pass()
+
+    def _note_scale(self, scaler: torch.amp.GradScaler | None) -> None:
+        for part in self.optimizers:
+            part._note_scale(scaler, known_as=self)
+
+    def _note_losses(self, first: Any, second: Any) -> None:
+        for part in self.optimizers:
+            part._note_losses(first, second)
 
     def _perturb(self) -> None:
         """First all measure, then all climb."""
@@ -299,40 +271,6 @@ class Joint(Optimizer):
             )
         return all(answers)
 
-    @entry
-    def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> bool:
-        """Climb from w to w + e in all parts; as `FusedSAM.first_step`."""
-        if self._one_pass_begun:  # asked again
-            return False
-        if self.perturbed:
-            warnings.warn(CALLED_TWICE, stacklevel=3)
-            self._leave_perturbed()
-        two_passes = self.begin_step()
-        for part in self.optimizers:
-            part._note_scale(scaler, known_as=self)
-        if not two_passes:
-            for part in self.optimizers:
-                part.first_step()
-            return False
-        try:
-            self._perturb()
-        except BaseException:
-            self._leave_perturbed()
-            raise
-        if zero_grad:
-            self.zero_grad()
-        return True
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Finish the step: the same as `step()`.
-
-        Args:
-            zero_grad: set the gradients to None afterwards.
-        """
-        self.step()
-        if zero_grad:
-            self.zero_grad()
-
     def base_step(self) -> None:
         """Take a plain step of every base optimizer with the gradients that are there.
 
@@ -393,8 +331,7 @@ class Joint(Optimizer):
     @entry
     def _climb_again(self, scaler: torch.amp.GradScaler | None) -> None:
         """In a step with several perturbations: climb along the gradients that are there now."""
-        for part in self.optimizers:
-            part._note_scale(scaler, known_as=self)
+        self._note_scale(scaler)
         self._perturb()
 
     def _take_direction(self) -> list[tuple[Tensor, Tensor]]:
@@ -484,7 +421,6 @@ class Joint(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the parts over, from the constructor, a pickle or a deep copy."""
         super().__setstate__(state)
-        self._clearing = ClearingCheck()
         for part in self.optimizers:
             part._sam.joint = weakref.ref(self)
 

@@ -6,7 +6,6 @@ The arithmetic is in `ops/`, the flat memory in `memory/`, the base optimizers' 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,26 +31,23 @@ from fastsam.checks import (
     check_values,
     taken_apart,
 )
-from fastsam.closures import OnePass, call, detached, entry
+from fastsam.closures import OnePass, entry
 from fastsam.memory.placing import check_duplicates, check_param, is_unused
 from fastsam.memory.ranks import NormGroup
 from fastsam.ops.formats import Precision
 from fastsam.passes import (
     ADDED_GRADIENTS,
-    CALLED_TWICE,
-    CLOSURE_UNDER_SCALER,
     NO_FIRST_STEP,
-    UNSCALED_BEFORE_SECOND_PASS,
     Passes,
     creates_state,
 )
-from fastsam.progress import BASE, CLEAN, PAUSED, PERTURBED, SAM
+from fastsam.progress import BASE, CLEAN, PAUSED, PERTURBED, SAM, Progress
 from fastsam.radius import Radius
-from fastsam.scaling import note_overflow, scaler_of_caller
+from fastsam.step_order import StepOrder
 from fastsam.when import When, as_when
 
 
-class FusedSAM(Passes):
+class FusedSAM(Passes, StepOrder):
     r"""SAM as a drop-in torch optimizer whose side of the step is three launches a device and dtype.
 
     Each step takes the gradient g1 at w, climbs to w + e with e = rho * g1 / (||g1|| + 1e-12), takes the gradient g2
@@ -258,33 +254,7 @@ class FusedSAM(Passes):
         sam = self._sam
         if sam.base_step_asked or closure is None or sam.one_pass is not None:
             return self._step_without_closure()
-        loss = None
-        try:
-            if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-                raise RuntimeError(CLOSURE_UNDER_SCALER)
-            if sam.phase == PERTURBED:
-                loss = call(closure)
-            elif self.closure_calls == 1:
-                self._require_gradients()
-                if self.begin_step():
-                    self._perturb()
-                    self.zero_grad()
-                    loss = call(closure)
-            else:
-                loss = call(closure)  # gradient at w
-                if self.begin_step():
-                    self._perturb()  # w <- w + e
-                    sam.losses = (
-                        detached(loss),
-                        detached(
-                            sam.clearing.call_again(closure, self._params)  # gradient at w + e
-                        ),
-                    )
-            self._update()  # w <- base step from the old w with that gradient
-        except BaseException:
-            self._leave_perturbed()
-            raise
-        return loss
+        return self._step_with_closure(closure)
 
     def _step_without_closure(self) -> None:
         sam = self._sam
@@ -310,101 +280,6 @@ class FusedSAM(Passes):
             if sam.second_pass is None:
                 raise RuntimeError(NO_FIRST_STEP)
             self._step_with_second_pass(sam.second_pass)
-
-    def _step_with_second_pass(self, forward_backward: Callable[[], Any]) -> None:
-        scaler = scaler_of_caller()
-        if scaler is not None and getattr(self, "grad_scale", None) is None:
-            raise RuntimeError(UNSCALED_BEFORE_SECOND_PASS)
-        try:
-            if self.begin_step():
-                self._note_scale(scaler)
-                self._perturb()
-                self.zero_grad()
-                call(forward_backward)
-                if scaler is not None:
-                    note_overflow(scaler, self)
-            self._update()
-        except BaseException:
-            self._leave_perturbed()
-            raise
-
-    def attach_second_pass(self, forward_backward: Callable[[], Any] | None) -> None:
-        """Say what `step()` is to run at w + e, for loops of others that call it without a closure.
-
-        From then on `step()` takes a whole SAM step with the gradients that are there: it climbs, clears them, calls
-        `forward_backward`, and the base optimizer steps with what that left. It is not called in steps of one pass
-        (`when=`), after `first_step`, and by `step(closure)`. Neither checkpoints nor copies hold it.
-
-        Under a GradScaler it must scale its loss by the same, `scaler.scale(loss).backward()`, and nothing may call
-        `unscale_` before: clip with `max_grad_norm=`.
-
-        Args:
-            forward_backward: runs forward and backward of the batch whose gradients are there; it need not clear
-                gradients. None for nothing, as in the beginning.
-
-        Example:
-            >>> optimizer.attach_second_pass(lambda: loss_fn(model(x), y).backward())
-            >>> for x, y in loader:
-            ...     optimizer.zero_grad()
-            ...     loss_fn(model(x), y).backward()
-            ...     optimizer.step()
-        """
-        self._sam.second_pass = forward_backward
-
-    @entry
-    def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> bool:
-        """Climb from w to w + e along the gradients that are there, keeping w.
-
-        With `when=`, or a method that takes two passes in some steps only, it returns False in a step of one pass: then
-        nothing was perturbed, the gradients are left in place whatever `zero_grad` says, and `step` steps with them.
-
-        Under a GradScaler the gradients may stay scaled: only their direction counts. If their norm is not finite there
-        is no perturbation, and this step is the base optimizer's.
-
-        The next call is `step` or `restore`. If it is `first_step` again, or an exception leaves the closure, the old
-        weights come back, also where a forward pass wrote to the perturbed ones (`Embedding(max_norm)`, masks, forced
-        normalisation). Only weights that were loaded in between are kept: `model.load_state_dict` writes all
-        parameters, a forward pass the same as in the last step. So a model that is loaded in part, or whose forward
-        writes all parameters, is given its old weights; `restore` always does so, and should come before loading.
-
-        Args:
-            zero_grad: set the gradients to None afterwards.
-            scaler: the GradScaler that scaled the loss, for methods whose gradients of several steps are added up, for
-                `radius`, and, where `unscale_` is called in one of the passes, for methods that add those of both
-                passes and for `renormalize`.
-
-        Returns:
-            Whether the step has a second pass.
-        """
-        sam = self._sam
-        if sam.one_pass is not None:  # asked again
-            return False
-        if sam.phase == PERTURBED:
-            warnings.warn(CALLED_TWICE, stacklevel=3)
-            self._leave_perturbed()
-        two_passes = self.begin_step()
-        self._note_scale(scaler)
-        if not two_passes:
-            sam.one_pass = OnePass(self._params())
-            return False
-        try:
-            self._perturb()
-        except BaseException:
-            self._leave_perturbed()
-            raise
-        if zero_grad:
-            self.zero_grad()
-        return True
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Finish the step: the same as `step()`.
-
-        Args:
-            zero_grad: set the gradients to None afterwards.
-        """
-        self.step()
-        if zero_grad:
-            self.zero_grad()
 
     def base_step(self) -> None:
         """Take a plain step of the base optimizer with the gradients that are there, hooks included.
@@ -434,6 +309,20 @@ class FusedSAM(Passes):
             yield
         finally:
             self._swap(PERTURBED)
+
+    @property
+    def _progress(self) -> Progress:
+        return self._sam
+
+    @property
+    def _one_pass_begun(self) -> bool:
+        return self._sam.one_pass is not None
+
+    def _begin_one_pass(self) -> None:
+        self._sam.one_pass = OnePass(self._params())
+
+    def _note_losses(self, first: Any, second: Any) -> None:
+        self._sam.losses = first, second
 
     @property
     def perturbed(self) -> bool:

@@ -15,7 +15,7 @@ from fastsam.algebra import Algebra
 from fastsam.averaging import Averaging
 from fastsam.bases.fallback import has_own_step, has_pre_hooks, run_post_hooks, run_pre_hooks, step_base
 from fastsam.bases.rules import lr_is_zero
-from fastsam.closures import NO_FIRST_GRADIENTS, entry
+from fastsam.closures import entry
 from fastsam.memory.buckets import Buckets, MaxNorm, Measured, Steer
 from fastsam.ops.local import is_distributed
 from fastsam.ops.tables import Gradients
@@ -322,10 +322,6 @@ class Passes(Averaging):
                     f"those of the second pass are still multiplied by the loss scale {scale}: it was called in the "
                     f"first pass, and scaler.update() not since. {SCALER_RECIPE}"
                 )
-
-    def _require_gradients(self) -> None:
-        if all(p.grad is None for p in self._params()):
-            raise RuntimeError(NO_FIRST_GRADIENTS)
 
     def _warn_without_gradients(self, grads: list[Any]) -> None:
         sam = self._sam

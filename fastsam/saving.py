@@ -53,6 +53,7 @@ class SavedOptimizer(Optimizer):
         precision: how parameters, states and their rounding are kept.
         flatten: whether the weights are in flat buffers.
         max_grad_norm: what the gradients of the second pass are clipped to.
+        closure_calls: how often `step(closure)` calls the closure, 1 or 2.
         ema_decay: of the averages of the weights; None for none.
         norm_group: over which ranks sums are added up beside those that DTensors are split over; None for no others.
         when: which steps are SAM steps; None for all.
@@ -66,6 +67,7 @@ class SavedOptimizer(Optimizer):
     precision: Precision
     flatten: bool
     max_grad_norm: float | None
+    closure_calls: int
     ema_decay: float | None
     norm_group: NormGroup | None
     when: When | None

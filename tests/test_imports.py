@@ -55,6 +55,7 @@ FLOORS = {  # from the bottom; what is listed first on a floor may be imported b
             "steering",
             "averaging",
             "passes",
+            "step_order",
         ),
         *("optimizer", "training"),
     ),
