@@ -68,9 +68,13 @@ def test_sdist_holds_the_sources(unpacked):
 
 @pytest.mark.slow
 def test_wheel_from_the_sdist_has_the_library_for_every_python(unpacked, tmp_path):
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
         pytest.skip("there is no C++ compiler")
-    wheel = build("build_wheel", unpacked, tmp_path / "wheel", FASTSAM_NATIVE="1", FASTSAM_CUDA="0")
+    quick = tmp_path / "c++"  # what is asked is whether it is built, not how well
+    quick.write_text(f'#!/bin/sh\nexec "{compiler}" "$@" -O0\n')
+    quick.chmod(0o755)
+    wheel = build("build_wheel", unpacked, tmp_path / "wheel", FASTSAM_NATIVE="1", FASTSAM_CUDA="0", CXX=str(quick))
     assert "-cp310-abi3-" in wheel.name
     code = "import fastsam, torch; from fastsam.ops import native; print(native.reason(), fastsam.__file__)"
     printed = run_installed(wheel, tmp_path / "site", code)
