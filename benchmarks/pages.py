@@ -33,6 +33,7 @@ RESULTS = {
     "step": "2026-11-20-cpu-resnet50-sgd-float32.json",
     "cases": "2026-11-21-cpu-all.json",
     "host": "2026-11-28-cpu-tiny161-sgd-float32.json",
+    "scaling": "2026-11-29-cpu-scaling.json",
     "realised": "2026-11-21-cpu-realised.json",
     "methods": "2026-11-28-cpu-methods.json",
 }
@@ -73,6 +74,7 @@ def sections() -> Iterator[tuple[str, str, str]]:
     yield "docs/benchmarks.md", "benchmarks:step", with_source("step", table.render(load("step")))
     yield "docs/benchmarks.md", "benchmarks:cases", with_source("cases", table.render(load("cases")))
     yield "docs/benchmarks.md", "benchmarks:host", with_source("host", table.render(load("host")))
+    yield "docs/benchmarks.md", "benchmarks:scaling", with_source("scaling", scaling.render(load("scaling")))
     yield "docs/precision.md", "benchmarks:realised", with_source("realised", realised.render(load("realised")))
     yield "docs/methods/index.md", "methods", family.markdown()
     yield "docs/methods/index.md", "benchmarks:methods", with_source("methods", methods.render(load("methods")))
@@ -160,6 +162,7 @@ def draw_scaling(document: Document) -> bytes:
 
 PICTURES: dict[str, tuple[str, Callable[[Document], bytes]]] = {
     "docs/images/step.png": ("step", draw_step),
+    "docs/images/scaling.png": ("scaling", draw_scaling),
     "docs/images/methods.png": ("methods", draw_methods),
 }
 
