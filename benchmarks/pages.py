@@ -35,7 +35,7 @@ RESULTS = {
     "host": "2026-11-28-cpu-tiny161-sgd-float32.json",
     "scaling": "2026-11-29-cpu-scaling.json",
     "realised": "2026-11-21-cpu-realised.json",
-    "methods": "2026-11-28-cpu-methods.json",
+    "methods": "2026-11-29-cpu-methods.json",
 }
 Document = Mapping[str, Any]
 
