@@ -30,7 +30,7 @@ from fastsam.commands import methods as family
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = {
-    "step": "2026-11-20-cpu-resnet50-sgd-float32.json",
+    "step": "2026-11-29-cpu-resnet50-sgd-float32.json",
     "cases": "2026-11-21-cpu-all.json",
     "host": "2026-11-28-cpu-tiny161-sgd-float32.json",
     "scaling": "2026-11-29-cpu-scaling.json",
