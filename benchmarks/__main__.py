@@ -19,7 +19,8 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import methods  # noqa: E402  # the path comes first
+import extras  # noqa: E402  # the path comes first
+import methods  # noqa: E402
 import pages  # noqa: E402
 import scaling  # noqa: E402
 import table  # noqa: E402
@@ -28,24 +29,20 @@ import train  # noqa: E402
 Render = Callable[[dict[str, Any]], str]
 
 
-def train_table(document: dict[str, Any]) -> str:
-    """Whole training steps: a row for each model."""
-    rows = [
-        [name, f"{found['ms']['passes']:.4g}", *(f"{found['over_passes'][one]:.3f}" for one in ("fastsam", "eager"))]
-        for name, found in document["train"].items()
-        if "ms" in found
-    ]
-    return table.markdown(["whole step", "two passes alone, ms", "FusedSAM / passes", "eager SAM / passes"], rows)
-
-
 def parts(quick: bool) -> list[tuple[str, list[str], Render]]:
     """Title, command and what makes a table of the JSON."""
     few = ["--quick"] if quick else []
+    whole = ["train.py", "--models", *train.ON_A_CPU, *(few or ["--processes", "3"])]
     return [
         ("Optimizer's part of a step", ["step.py", "--model", "resnet18" if quick else "resnet50", *few], table.render),
         ("Host time", ["step.py", "--model", "tiny161", *few], table.render),
         ("Size", ["scaling.py", *few], scaling.render),
-        ("Whole training steps", ["train.py", "--models", *train.ON_A_CPU, *few], train_table),
+        ("Options", ["extras.py", *few], extras.render),
+        (
+            "Whole training steps",
+            ["train.py", "--models", *train.ON_A_CPU, *(few or ["--processes", "3"])],
+            train.render,
+        ),
         ("Methods", ["methods.py", *few], methods.render),
     ]
 

@@ -287,15 +287,18 @@ def _fused_base_steps(base: str, dtype: torch.dtype, device: torch.device) -> bo
 class Fastsam(Stepper):
     """FusedSAM on one backend."""
 
-    def __init__(self, name: str, problem: Problem, backend: str) -> None:
-        """Make the optimizer."""
+    def __init__(self, name: str, problem: Problem, backend: str, **extra: Any) -> None:
+        """Make the optimizer; `extra` are FusedSAM's options beyond what the case says."""
         import fastsam  # not needed to time the rivals alone
 
         super().__init__(name, problem)
         case = problem.case
         options: dict[str, Any] = {"rho": problem.rho, "flatten": case.flattened, "backend": backend}
         options |= PRECISIONS[case.precision]
-        self.optimizer = fastsam.FusedSAM(problem.groups(self.params), BASES[case.base], **options)
+        groups = problem.groups(self.params)
+        for group in groups:
+            group.update((name, extra[name]) for name in group.keys() & extra.keys())
+        self.optimizer = fastsam.FusedSAM(groups, BASES[case.base], **options | extra)
         self.first = self.optimizer.first_step
         self.second = self.optimizer.step
         self.step = self.optimizer.step

@@ -2,7 +2,7 @@
 
     python benchmarks/train.py --device cuda --json FILE          # ResNet-18 at 32x32; ResNet-50, ViT-B/16 at 224
     python benchmarks/train.py --device cpu --quick --json FILE   # one small model: the same keys
-    python benchmarks/train.py --device cpu --models small residual transformer perceptron
+    python benchmarks/train.py --models small residual transformer perceptron --processes 3 --json
 
 Contenders: two forward and backward passes alone, what no SAM can go below; FusedSAM; the formula written one tensor
 and one operation at a time (rivals.py) with torch's default base. Passes and FusedSAM also as one CUDA graph; the
@@ -12,20 +12,24 @@ contenders take turns; medians of the rounds.
 """
 
 import argparse
+import datetime
 import json
 import random
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from devices import WARMUP, Cpu, device_named
+from devices import ROOT, WARMUP, Cpu, device_named
 from rivals import eager_climb, eager_return
 from shapes import SHRUNK
-from timing import environment
+from step import QUIET, fastsam_environment
+from table import environment_line, markdown
+from timing import environment, fresh_processes, others
 from torch import Tensor, nn
 
 import fastsam
@@ -145,11 +149,28 @@ class Contender:
         self.base.step()
 
 
+def check_parity(contenders: Sequence[Contender]) -> None:
+    """One step of FusedSAM and of the formula must give the same weights, or nobody is timed.
+
+    On a GPU the passes are in bfloat16 and their sums in no fixed order, so that gradients differ by some per cent.
+    """
+    ours, theirs = (one for one in contenders if one.name in ("fastsam", "eager"))
+    for one in (ours, theirs):
+        one.step()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if ours.device.type == "cpu" else {"rtol": 1e-2, "atol": 1e-3}
+    for found, expected in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(
+            found, expected, **tolerance, msg="no times: FusedSAM's weights are not the formula's"
+        )
+
+
 def train(model: str, device: Cpu, rounds: int) -> dict[str, Any]:
     """Milliseconds of a step of every contender, and ratios to the two passes; None for what a CPU has not."""
     contenders = [Contender(name, model, device) for name in CONTENDERS if device.gpu or name in EVERYWHERE]
+    check_parity(contenders)
     clock = device.clock()
     rows: list[dict[str, float]] = []
+    start, before = time.perf_counter(), others()
     for turn in range(WARMUP + rounds):
         order = random.Random(turn).sample(contenders, len(contenders))
         seconds = {contender.name: clock(contender.step) for contender in order}
@@ -160,7 +181,47 @@ def train(model: str, device: Cpu, rounds: int) -> dict[str, Any]:
     return {
         "ms": {name: ms.get(name) for name in CONTENDERS},
         "over_passes": {name: over.get(name) for name in CONTENDERS},
+        "parameters": sum(p.numel() for p in contenders[0].model.parameters()),
+        "cores_taken": round((others() - before) / (time.perf_counter() - start), 2),
     }
+
+
+def across_processes(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The medians of what several processes found."""
+
+    def middle(key: str) -> dict[str, float | None]:
+        columns = {name: [one[key][name] for one in found] for name in CONTENDERS}
+        return {name: None if None in column else statistics.median(column) for name, column in columns.items()}
+
+    return {
+        "ms": middle("ms"),
+        "over_passes": middle("over_passes"),
+        "parameters": found[0]["parameters"],
+        "cores_taken": max(one["cores_taken"] for one in found),
+        "processes": list(found),
+    }
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """A row for each model that was trained, and what belongs to the table."""
+    rows = [
+        [
+            name,
+            f"{found['parameters']:,}",
+            f"{found['ms']['passes']:.4g}",
+            *(f"{found['over_passes'][one]:.3f}" for one in ("fastsam", "eager")),
+        ]
+        for name, found in document["train"].items()
+        if "ms" in found
+    ]
+    columns = ["whole step", "parameters", "two passes alone, ms", "FusedSAM / passes", "eager SAM / passes"]
+    count = document["processes"]
+    text = (
+        "Forward, backward and optimizer, SGD with momentum; medians of "
+        f"{'one process' if count == 1 else f'{count} fresh processes'}, ratios are of times in the same round. "
+        f"{environment_line(document)}"
+    )
+    return "\n\n".join([markdown(columns, rows), text, f"To repeat: `{document['command']}`"])
 
 
 def main() -> None:
@@ -169,30 +230,56 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=1, help="fresh ones for each model; 1: this one")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no model is started")
     parser.add_argument("--quick", action="store_true", help="the small model alone, three rounds")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="keep the result [benchmarks/results/...]")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = device_named(args.device)
     torch.backends.cudnn.benchmark = True
-    found: dict[str, Any] = {"environment": environment(device, torch.get_num_threads()), "train": {}}
-    if args.json and args.json.is_file():  # an earlier run's, of which only what failed is run again
-        found["train"] = {name: one for name, one in json.loads(args.json.read_text())["train"].items() if "ms" in one}
+    torch.set_num_threads(args.threads)
+    if args.worker:
+        args.worker.write_text(json.dumps(train(args.models[0], device, args.rounds)))
+        return
+    rounds = 3 if args.quick else args.rounds
+    arguments = [__file__, "--device", args.device, "--rounds", str(rounds), "--threads", str(args.threads)]
+    document: dict[str, Any] = {
+        "format": 1,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": shlex.join(["python", "benchmarks/train.py", *sys.argv[1:]]),
+        "device": device.name,
+        "environment": {**environment(device, args.threads), **fastsam_environment()},
+        "processes": args.processes,
+        "train": {},
+    }
+    default = ROOT / "benchmarks" / "results" / f"{document['date']}-{device.name}-train.json"
+    file = None if args.json is None else Path(args.json or default)
+    found = document["train"]
+    if args.json and Path(args.json).is_file():  # an earlier run's, of which only what failed is run again
+        found |= {name: one for name, one in json.loads(Path(args.json).read_text())["train"].items() if "ms" in one}
     end = time.monotonic() + args.budget
     wanted = args.models or (["small"] if args.quick else [name for name in MODELS if name not in ON_A_CPU])
-    for name in [name for name in wanted if name not in found["train"]]:
+    for name in [name for name in wanted if name not in found]:
         try:
             if time.monotonic() > end:
                 raise TimeoutError(f"left out, the {args.budget} s are over")
-            result = train(name, device, 3 if args.quick else args.rounds)
-        except Exception as error:  # a missing package, too little memory: the others go on
+            if args.processes == 1:
+                result = train(name, device, rounds)
+            else:
+                result = across_processes(fresh_processes([*arguments, "--models", name], args.processes, args.threads))
+        except (Exception, SystemExit) as error:  # a missing package, too little memory: the others go on
             result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         device.free()
-        found["train"][name] = result
+        found[name] = result
         print(name, json.dumps(result), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(found) + "\n")
-    sys.exit(any("error" in one for one in found["train"].values()))
+        if file:
+            file.write_text(json.dumps(document, indent=1) + "\n")
+    print(render(document))
+    if max((one["cores_taken"] for one in found.values() if "cores_taken" in one), default=0) > QUIET:
+        print("\nThis machine is busy: do not use these times.", file=sys.stderr)
+    sys.exit(any("error" in one for one in found.values()))
 
 
 if __name__ == "__main__":

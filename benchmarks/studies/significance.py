@@ -97,7 +97,7 @@ def report(document: dict[str, Any]) -> str:
     header += ["minus SGD, points", "p (Welch)", "p (pairs)"]
     text = (
         f"{settings['seeds']} seeds, mean and standard deviation; training accuracy is on the labels that were "
-        "learned. The seconds are of a machine that others used; the ratio is of steps in turns. Below: what the "
+        "learned. Seconds are wall time; the ratio is of steps in turns. Below: what the "
         "test of the pairs says, at 5 %."
     )
     return markdown(header, rows) + f"\n\n{text}\n\n" + "\n".join(wins)
