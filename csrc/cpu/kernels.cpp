@@ -156,6 +156,9 @@ static void perturb(const Launch& launch, int64_t begin, int64_t end) {
     if (launch.q == 2) {
       const Perturb<T> perturb(row, launch.total);
       perturb_chunk<T>(launch, segment, chunk, perturb, perturb.scale == 0);
+    } else if (launch.q == 1) {
+      const SignPerturb<T> perturb(row);
+      perturb_chunk<T>(launch, segment, chunk, perturb, perturb.scale == 0);
     } else {
       const PowerPerturb<T> perturb(row, launch.total, launch.q);
       perturb_chunk<T>(launch, segment, chunk, perturb, perturb.scale == 0);

@@ -42,7 +42,6 @@ struct Perturb {
 // ---- The same for another norm than the second: e maximises <e, g> where |e / T|_p = rho, p in (1, inf] (arXiv
 // 2010.01412, eq. 2), with q = p / (p - 1). In float64.
 
-
 // The length of e: rho, shortened by kNormEps as for p = 2. 0 (no perturbation) where the norm is 0 or not finite.
 // kNormEps is not added to the norm itself, because the power q - 1 would enlarge its share a thousandfold.
 FASTSAM_HD double power_scale(const Row& row, double norm, double q) {
@@ -64,6 +63,18 @@ struct PowerPerturb {
     const double length = exponent == 0 ? (size != 0) : power(size / norm, exponent);
     const double e = is_finite(x) ? scale * t * (x < 0 ? -length : length) : 0;
     return w + static_cast<T>(e);
+  }
+};
+
+// PowerPerturb for p = inf: without its function in the loop, a CPU's compiler vectorises it.
+template <class T>
+struct SignPerturb {
+  PowerSteepest<T> steepest;
+  double scale;
+  FASTSAM_HD explicit SignPerturb(const Row& row) : steepest(row), scale(power_scale(row, 1, 1)) {}
+  FASTSAM_HD T operator()(T w, T g) const {
+    const double x = steepest(w, g), e = scale * steepest.metric(w) * sign(x);
+    return w + static_cast<T>(select(is_finite(x), e, 0.0));
   }
 };
 
