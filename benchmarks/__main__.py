@@ -38,11 +38,7 @@ def parts(quick: bool) -> list[tuple[str, list[str], Render]]:
         ("Host time", ["step.py", "--model", "tiny161", *few], table.render),
         ("Size", ["scaling.py", *few], scaling.render),
         ("Options", ["extras.py", *few], extras.render),
-        (
-            "Whole training steps",
-            ["train.py", "--models", *train.ON_A_CPU, *(few or ["--processes", "3"])],
-            train.render,
-        ),
+        ("Whole training steps", whole, train.render),
         ("Methods", ["methods.py", *few], methods.render),
     ]
 
@@ -59,6 +55,7 @@ def main() -> int:
         began = time.perf_counter()
         print(f"{title}: {' '.join(command)} ...", flush=True)
         file = args.out.resolve() / f"{title.lower().replace(' ', '-').replace(chr(39), '')}.json"
+        file.unlink(missing_ok=True)  # train.py would take over what an earlier run found
         done = subprocess.run(
             [sys.executable, str(HERE / command[0]), *command[1:], "--json", str(file)],
             stdout=subprocess.DEVNULL,

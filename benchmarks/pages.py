@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import extras
 import methods
 import realised
 import scaling
 import table
+import train
 from ratios import across, paired_ratio
 
 from fastsam.commands import methods as family
@@ -34,6 +36,8 @@ RESULTS = {
     "cases": "2026-11-21-cpu-all.json",
     "host": "2026-11-28-cpu-tiny161-sgd-float32.json",
     "scaling": "2026-11-29-cpu-scaling.json",
+    "extras": "2026-11-29-cpu-extras.json",
+    "train": "2026-11-29-cpu-train.json",
     "realised": "2026-11-21-cpu-realised.json",
     "methods": "2026-11-29-cpu-methods.json",
 }
@@ -75,6 +79,8 @@ def sections() -> Iterator[tuple[str, str, str]]:
     yield "docs/benchmarks.md", "benchmarks:cases", with_source("cases", table.render(load("cases")))
     yield "docs/benchmarks.md", "benchmarks:host", with_source("host", table.render(load("host")))
     yield "docs/benchmarks.md", "benchmarks:scaling", with_source("scaling", scaling.render(load("scaling")))
+    yield "docs/benchmarks.md", "benchmarks:extras", with_source("extras", extras.render(load("extras")))
+    yield "docs/benchmarks.md", "benchmarks:train", with_source("train", train.render(load("train")))
     yield "docs/precision.md", "benchmarks:realised", with_source("realised", realised.render(load("realised")))
     yield "docs/methods/index.md", "methods", family.markdown()
     yield "docs/methods/index.md", "benchmarks:methods", with_source("methods", methods.render(load("methods")))

@@ -202,6 +202,15 @@ def across_processes(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def over_passes(found: Mapping[str, Any], name: str) -> str:
+    """One's ratio to the two passes, and the least and most that a process found."""
+    ratio = f"{found['over_passes'][name]:.3f}"
+    if "processes" not in found:
+        return ratio
+    each = [process["over_passes"][name] for process in found["processes"]]
+    return f"{ratio} ({min(each):.3f} to {max(each):.3f})"
+
+
 def render(document: Mapping[str, Any]) -> str:
     """A row for each model that was trained, and what belongs to the table."""
     rows = [
@@ -209,16 +218,17 @@ def render(document: Mapping[str, Any]) -> str:
             name,
             f"{found['parameters']:,}",
             f"{found['ms']['passes']:.4g}",
-            *(f"{found['over_passes'][one]:.3f}" for one in ("fastsam", "eager")),
+            *(over_passes(found, one) for one in ("fastsam", "eager")),
         ]
         for name, found in document["train"].items()
         if "ms" in found
     ]
     columns = ["whole step", "parameters", "two passes alone, ms", "FusedSAM / passes", "eager SAM / passes"]
     count = document["processes"]
+    processes = "one process" if count == 1 else f"{count} fresh processes, their least and most in brackets"
     text = (
         "Forward, backward and optimizer, SGD with momentum; medians of "
-        f"{'one process' if count == 1 else f'{count} fresh processes'}, ratios are of times in the same round. "
+        f"{processes}; ratios are of times in the same round. "
         f"{environment_line(document)}"
     )
     return "\n\n".join([markdown(columns, rows), text, f"To repeat: `{document['command']}`"])
