@@ -219,12 +219,14 @@ def draw(axes: Any, records: Sequence[Record], x: str, by: str, field: str = "te
         x: the field along the axis.
         by: a line for each of its values.
         field: what is drawn.
-        joined: draw lines between the means.
+        joined: draw lines between the means; otherwise the values of `by` stand side by side.
     """
     places = list(dict.fromkeys(r[x] for r in records))
-    at = {place: i for i, place in enumerate(places)}
+    names = list(dict.fromkeys(r[by] for r in records))
     style = "o-" if joined else "o"
-    for colour, name in zip(COLOURS, dict.fromkeys(r[by] for r in records), strict=False):
+    for i, (colour, name) in enumerate(zip(COLOURS, names, strict=False)):
+        aside = 0 if joined else 0.6 * (i + 0.5) / len(names) - 0.3
+        at = {place: number + aside for number, place in enumerate(places)}
         mine = [r for r in records if r[by] == name and r[field] is not None]
         here = [place for place in places if values(mine, field, **{x: place})]
         axes.plot([at[r[x]] for r in mine], [r[field] for r in mine], ".", color=colour, ms=4, alpha=0.45)
