@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastsam import ops
-from fastsam.bases.rules import ADAPTIVE
+from fastsam.bases.rules import ADAPTIVE, DECAYS
 from fastsam.ops import reference
 from fastsam.ops.tables import Gradients, Tables
 
@@ -78,10 +78,10 @@ class Traffic(TorchDispatchMode):
     # The operations: counted before they run, as running changes what is perturbed.
 
     def grad_norm(self, tables: Tables, grads: Sequence[Tensor | None], out: Tensor, **options: Any) -> None:
-        """Reads the gradients; with ASAM the weights, too."""
+        """Reads the gradients; with ASAM, or the loss's weight decay in the perturbation, the weights, too."""
         for segment, grad in _present(tables, grads):
-            adaptive = options.get("clip") is None and tables.rows[segment.group].flags & ADAPTIVE
-            self._count(grad, segment.source(False) if adaptive else None)
+            weighed = options.get("clip") is None and tables.rows[segment.group].flags & (ADAPTIVE | DECAYS)
+            self._count(grad, segment.source(False) if weighed else None)
         self._run("grad_norm", tables, grads, out, **options)
 
     def perturb_(self, tables: Tables, grads: Sequence[Tensor | None], sums: Tensor) -> None:

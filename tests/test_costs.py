@@ -86,22 +86,33 @@ def test_the_host_s_work_does_not_grow_with_the_number_of_tensors(base):
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "traffic.py").is_file(), reason="not run from a source tree")
-@pytest.mark.parametrize("base", BASES)
-def test_a_step_moves_the_bytes_that_are_told(base, monkeypatch):
+@pytest.mark.parametrize(
+    ("base", "options", "more"),
+    [
+        ("sgd", {}, 0),
+        ("adamw", {}, 0),
+        ("sgd", {"adaptive": True}, 4),  # the norm reads the weights
+        ("sgd", {"perturb_with_weight_decay": True}, 4),
+        ("adamw", {"max_grad_norm": 0.7}, 4),  # the second gradients' norm
+        ("sgd", {"ema_decay": 0.9}, 12),
+    ],
+    ids=str,
+)
+def test_a_step_moves_the_bytes_that_are_told(base, options, more, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from traffic import Traffic
 
     kind, values = BASES[base]
     traffic, weight = Traffic(), torch.nn.Parameter(torch.randn(1000))
     with traffic.stand_in():
-        optimizer = fastsam.FusedSAM([weight], kind, backend="reference", **values)
+        optimizer = fastsam.FusedSAM([weight], kind, backend="reference", **options, **values)
         for _ in range(3):
             traffic.bytes = 0
             for part in (optimizer.first_step, optimizer.step):
                 weight.grad = torch.randn(1000)
                 with traffic:
                     part()
-    assert traffic.bytes // 1000 == BYTES[base]  # and a flag or two
+    assert traffic.bytes // 1000 == BYTES[base] + more  # and a flag or two
 
 
 @needs_library
