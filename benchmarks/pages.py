@@ -132,7 +132,8 @@ def draw_methods(document: Document) -> bytes:
         cost = methods.ratio(processes, method.name, base)
         pairs = zip(learnt[method.name]["accuracy"]["0.3"], learnt[base]["accuracy"]["0.3"], strict=True)
         gains = [a - b for a, b in pairs]
-        axes.plot(cost, sum(gains) / len(gains), "o", color="#00897b" if method.name == "SAM" else "#78909c")
+        sam = method.name == "SAM"  # in front of its neighbours
+        axes.plot(cost, sum(gains) / len(gains), "o", color="#00897b" if sam else "#78909c", zorder=2 + sam)
     points = [line.get_xydata()[0] for line in axes.lines]
     shown = {"MSAM", "LookSAM", "Friendly SAM", "every k-th step", "preconditioned, experimental"}
     timed = [method.name for method in family.FAMILY if method.name in processes[0]["times"]]
