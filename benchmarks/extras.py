@@ -9,12 +9,9 @@ Contenders take turns in another order each round; medians over fresh processes.
 """
 
 import argparse
-import datetime
 import gc
 import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +19,13 @@ from typing import Any
 
 import torch
 from cases import Case, Problem
-from devices import ROOT, device_named
+from devices import device_named
+from documents import begun, busiest_of, keep, path_of, was_quiet
 from ratios import across, paired_ratio
 from rivals import Fastsam, backends_for
-from step import QUIET, fastsam_environment, rounded
+from step import rounded
 from table import MISSING, environment_line, markdown, spread
-from timing import environment, fresh_processes, interleave, others
+from timing import fresh_processes, interleave, others
 from traffic import Traffic
 
 PLAIN = "plain"
@@ -165,22 +163,11 @@ def main() -> None:
         return
 
     device = device_named(args.device)
-    document: dict[str, Any] = {
-        "format": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/extras.py", *sys.argv[1:]]),
-        "device": device.name,
-        "model": args.model,
-        "environment": {**environment(device, args.threads), **fastsam_environment()},
-        "results": [measure(args, dtype) for dtype in EXTRAS],
-    }
-    if args.json is not None:
-        file = ROOT / "benchmarks" / "results" / f"{document['date']}-{device.name}-extras.json"
-        Path(args.json or file).write_text(json.dumps(document, indent=1) + "\n")
+    document = begun(device, args.threads) | {"model": args.model}
+    document["results"] = [measure(args, dtype) for dtype in EXTRAS]
+    keep(document, path_of(document, args.json, "extras"))
     print(render(document))
-    busiest = max(rate for result in document["results"] for rate in result["cores_taken"])
-    if busiest > QUIET:
-        print(f"\nThis machine is busy, others took {busiest:.2f} cores: do not use these times.", file=sys.stderr)
+    was_quiet(busiest_of(document))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ tested, as its documentation says.
 """
 
 import argparse
-import datetime
 import functools
 import gc
 import json
 import math
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -40,12 +38,13 @@ from typing import Any
 import packaged
 import torch
 from cases import Case
-from devices import ROOT, Cpu
+from devices import Cpu
+from documents import begun, keep, path_of, was_quiet
 from oracles import check
 from ratios import across, paired_ratio
-from step import QUIET, fastsam_environment, rounded
+from step import rounded
 from table import MISSING, environment_line, markdown
-from timing import environment, fresh_processes, others
+from timing import fresh_processes, others
 from torch import Tensor, nn
 from torch.nn import functional
 from traffic import Traffic
@@ -444,13 +443,10 @@ def main() -> None:
     document = json.loads(args.of.read_text()) if args.of else measure(args)
     text, busiest = render(document), max(process["cores_taken"] for process in document["processes"])
     print(text)
-    if busiest > QUIET:
-        print(f"\nThis machine is busy, others took {busiest:.2f} cores: do not use these times.", file=sys.stderr)
-    else:
+    if was_quiet(busiest):
         print("\n" + "\n".join(judge_goals(document["processes"])), file=sys.stderr)
-    file = args.of or Path(args.json or ROOT / "benchmarks" / "results" / f"{document['date']}-cpu-methods.json")
-    if args.json is not None and not args.of:
-        file.write_text(json.dumps(document, indent=1) + "\n")
+    if not args.of:
+        keep(document, path_of(document, args.json, "methods"))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -459,12 +455,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         check(method, groups_of)
     if bytes_a_parameter(FAMILY[0]) != Case().sizes().step("sgd", False):
         raise SystemExit("no bytes: those of SAM that were counted are not those that its operations need")
-    document: dict[str, Any] = {
-        "format": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/methods.py", *sys.argv[1:]]),
-        "device": "cpu",
-        "environment": {**environment(Cpu(), args.threads), **fastsam_environment()},
+    document = begun(Cpu(), args.threads) | {
         "parameters": sum(p.numel() for p in residual_network().parameters()),
         "bytes": {method.name: bytes_a_parameter(method) for method in FAMILY if is_timed(method)},
     }

@@ -9,10 +9,8 @@ take turns within a round, in bursts where a step is short; medians over fresh p
 """
 
 import argparse
-import datetime
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -21,13 +19,14 @@ from typing import Any
 
 import torch
 from cases import Case, Problem
-from devices import ROOT, device_named
+from devices import device_named
+from documents import begun, busiest_of, keep, path_of, was_quiet
 from ratios import across, paired_ratio
 from rivals import RIVALS, Fastsam, backends_for
 from shapes import ELEMENTS, TENSORS, shapes_of
-from step import QUIET, check_parity, fastsam_environment, rounded
+from step import check_parity, rounded
 from table import LABELS, MISSING, environment_line, markdown
-from timing import available_memory, environment, fresh_processes, interleave, others
+from timing import available_memory, fresh_processes, interleave, others
 
 OWN = "fastsam"
 AGAINST = ("eager", "foreach_alpha", "base_fused")
@@ -126,25 +125,14 @@ def main() -> None:
         return
 
     device = device_named(args.device)
-    document: dict[str, Any] = {
-        "format": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
-        "device": device.name,
-        "environment": {**environment(device, args.threads), **fastsam_environment()},
-        "results": [],
-    }
+    document = begun(device, args.threads) | {"results": []}
     elements, tensors = (QUICK_ELEMENTS, QUICK_TENSORS) if args.quick else (ELEMENTS, TENSORS)
     for model in [*(f"elements{count}" for count in elements), *(f"tensors{count}" for count in tensors)]:
         result = measure(args, model)
         document["results"] += [] if result is None else [result]
-    if args.json is not None:
-        file = ROOT / "benchmarks" / "results" / f"{document['date']}-{device.name}-scaling.json"
-        Path(args.json or file).write_text(json.dumps(document, indent=1) + "\n")
+    keep(document, path_of(document, args.json, "scaling"))
     print(render(document))
-    busiest = max(rate for result in document["results"] for rate in result["cores_taken"])
-    if busiest > QUIET:
-        print(f"\nThis machine is busy, others took {busiest:.2f} cores: do not use these times.", file=sys.stderr)
+    was_quiet(busiest_of(document))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ predict from SGD's time. On a GPU launches and peak memory are counted, too.
 """
 
 import argparse
-import datetime
 import functools
 import gc
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +25,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import documents
 import torch
 from cases import BASES, CASES, DTYPES, PRECISIONS, SWITCHES, Case, Problem
-from devices import ROOT, Cpu, HostClock, device_named
+from devices import Cpu, HostClock, device_named
 from launches import Closure, operations, whole_step
 from ratios import across, paired_ratio
 from rivals import (
@@ -48,7 +47,7 @@ from rivals import (
 )
 from shapes import MODELS, SHRUNK
 from table import ANCHOR, over_prediction, render, share_of_yardstick
-from timing import available_memory, environment, fresh_processes, interleave, others
+from timing import available_memory, fresh_processes, interleave, others
 
 HOST_MODEL = "tiny161"
 PROCESSES, ROUNDS, WARMUP = 5, 15, 1 if SHRUNK else 3
@@ -58,7 +57,6 @@ CASE_RIVALS = ("eager", "foreach_alpha", "foreach_masters")  # beside every case
 TOLERANCE = {torch.float16: {"rtol": 4e-3, "atol": 1e-5}}
 # A bfloat16 momentum is off by one place, 2^-7 of 2 at most, and the learning rate is 0.01.
 STATES_TOLERANCE = {"rtol": 1e-5, "atol": 2e-4}
-QUIET = 0.25  # cores that everything else may use; housekeeping of a small virtual machine takes 0.1
 OVER_PREDICTION = 1.15  # no case may take longer than this times what its bytes predict
 
 
@@ -347,12 +345,8 @@ def case_of(text: str) -> tuple[str, Case]:
 
 def keep(args: argparse.Namespace, document: dict[str, Any]) -> None:
     """Write the document where `--json` says."""
-    if args.json is None:
-        return
     name = "all" if args.all else "sweep" if args.sweep else "-".join([args.model, args.base, args.dtype])
-    file = Path(args.json or ROOT / "benchmarks" / "results" / f"{document['date']}-{document['device']}-{name}.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(document, indent=1) + "\n")
+    documents.keep(document, documents.path_of(document, args.json, name))
 
 
 def main() -> None:
@@ -365,13 +359,7 @@ def main() -> None:
         return
 
     device = device_named(args.device)
-    document: dict[str, Any] = {
-        "format": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
-        "device": device.name,
-        "environment": {**environment(device, args.threads), **fastsam_environment(), PACKAGE: package_version()},
-    }
+    document = documents.begun(device, args.threads, **{PACKAGE: package_version()})
     if args.sweep:
         sweep(args, document)
         if not document["results"]:
@@ -384,29 +372,10 @@ def main() -> None:
         document["results"] = [measure(args, case, args.model, extra)]
     keep(args, document)
     print(render(document))
-    busiest = max(rate for result in document["results"] for rate in result["cores_taken"])
-    if busiest > QUIET:
-        print(f"\nThis machine is busy, others took {busiest:.2f} cores: do not use these times.", file=sys.stderr)
-    else:
+    if documents.was_quiet(documents.busiest_of(document)):
         print("\n" + "\n".join(judge_goals(document["results"], device.name)), file=sys.stderr)
     if document.get("failures"):
         raise SystemExit(f"not measured: {document['failures']}")
-
-
-def fastsam_environment() -> dict[str, Any]:
-    """What of fastsam a number depends on."""
-    try:
-        import fastsam
-        from fastsam import ops
-        from fastsam.commands.diagnosis import build_record
-        from fastsam.ops import native
-    except ModuleNotFoundError:
-        return {"fastsam": None}
-    found = {"fastsam": fastsam.__version__, "backends": ops.backends(), "build": build_record()}
-    library: Any = native.reader
-    if library is None:
-        return {**found, "cpu_isa": None}
-    return {**found, "cpu_isa": library.cpu_isa(), "source_hash": library.source_hash}
 
 
 if __name__ == "__main__":

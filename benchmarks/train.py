@@ -12,10 +12,8 @@ contenders take turns; medians of the rounds.
 """
 
 import argparse
-import datetime
 import json
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -24,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from devices import ROOT, WARMUP, Cpu, device_named
+from devices import WARMUP, Cpu, device_named
+from documents import begun, keep, path_of, was_quiet
 from rivals import eager_climb, eager_return
 from shapes import SHRUNK
-from step import QUIET, fastsam_environment
 from table import environment_line, markdown
-from timing import environment, fresh_processes, others
+from timing import fresh_processes, others
 from torch import Tensor, nn
 
 import fastsam
@@ -255,17 +253,8 @@ def main() -> None:
         return
     rounds = 3 if args.quick else args.rounds
     arguments = [__file__, "--device", args.device, "--rounds", str(rounds), "--threads", str(args.threads)]
-    document: dict[str, Any] = {
-        "format": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/train.py", *sys.argv[1:]]),
-        "device": device.name,
-        "environment": {**environment(device, args.threads), **fastsam_environment()},
-        "processes": args.processes,
-        "train": {},
-    }
-    default = ROOT / "benchmarks" / "results" / f"{document['date']}-{device.name}-train.json"
-    file = None if args.json is None else Path(args.json or default)
+    document = begun(device, args.threads) | {"processes": args.processes, "train": {}}
+    file = path_of(document, args.json, "train")
     found = document["train"]
     if args.json and Path(args.json).is_file():  # an earlier run's, of which only what failed is run again
         found |= {name: one for name, one in json.loads(Path(args.json).read_text())["train"].items() if "ms" in one}
@@ -284,11 +273,9 @@ def main() -> None:
         device.free()
         found[name] = result
         print(name, json.dumps(result), flush=True)
-        if file:
-            file.write_text(json.dumps(document, indent=1) + "\n")
+        keep(document, file)
     print(render(document))
-    if max((one["cores_taken"] for one in found.values() if "cores_taken" in one), default=0) > QUIET:
-        print("\nThis machine is busy: do not use these times.", file=sys.stderr)
+    was_quiet(max((one["cores_taken"] for one in found.values() if "cores_taken" in one), default=0))
     sys.exit(any("error" in one for one in found.values()))
 
 
