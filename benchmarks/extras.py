@@ -52,14 +52,9 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def contender(name: str, problem: Problem, backend: str, options: Mapping[str, Any]) -> Fastsam:
-    """FusedSAM with these options."""
-    return Fastsam(name, problem, backend, **options)
-
-
 def check(problem: Problem, backend: str, name: str, options: Mapping[str, Any]) -> None:
     """End the run where two steps do not give the reference's bits."""
-    found, expected = (contender(name, problem, b, options) for b in (backend, "reference"))
+    found, expected = (Fastsam(name, problem, b, **options) for b in (backend, "reference"))
     for step in (1, 2):
         for part in ("first", "second"):
             for each in (found, expected):
@@ -75,7 +70,7 @@ def bytes_a_parameter(problem: Problem, options: Mapping[str, Any]) -> float:
     """Of a step, counted while the reference runs."""
     traffic = Traffic()
     with traffic.stand_in():
-        stepper = contender(PLAIN, problem, "reference", options)
+        stepper = Fastsam(PLAIN, problem, "reference", **options)
         for _ in range(2):
             traffic.bytes = 0  # memory is there by the second
             for part in ("first", "second"):
@@ -93,15 +88,16 @@ def work(model: str, dtype: str, rounds: int, device_name: str, threads: int) ->
     backend = backends_for(device.torch, problem.dtype)[0]
     for name, options in EXTRAS[dtype].items():
         check(problem, backend, name, options)
-    moved = {name: bytes_a_parameter(problem, options) for name, options in EXTRAS[dtype].items()}
+    counted = EXTRAS[dtype] if dtype == "float32" else {}
+    moved = {name: bytes_a_parameter(problem, options) for name, options in counted.items()}
     gc.collect()
-    steppers = [contender(name, problem, backend, options) for name, options in EXTRAS[dtype].items()]
+    steppers = [Fastsam(name, problem, backend, **options) for name, options in EXTRAS[dtype].items()]
     start, before = time.perf_counter(), others()
     times = interleave(steppers, device.clock(), rounds, WARMUP)
     taken = (others() - before) / (time.perf_counter() - start)
     return {
         "backend": backend,
-        "bytes": moved if dtype == "float32" else {},
+        "bytes": moved,
         "times": rounded(times),
         "cores_taken": round(taken, 2),
     }
